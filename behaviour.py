@@ -1,0 +1,160 @@
+"""The built-in collector's behaviour policies: what stands in for a download when there is no network.
+
+    python behaviour.py --env hopper     # trains hopper's policies again from nothing (README: how long that takes)
+
+One PPO run per task (Schulman et al. 2017, arXiv 1707.06347; Stable-Baselines3's implementation, which is needed by this
+one command only: pip install stable-baselines3==2.9.2). Of the policies it passed through, ten are kept, evenly spread in
+return from untrained to best, in behaviours/<env>.safetensors (float16). Collecting needs none of that: data.py rolls the
+snapshots out with numpy alone, through `collect`, and writes a Minari dataset.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from tqdm import tqdm
+
+import run
+
+HERE = Path(__file__).parent / "behaviours"
+SNAPSHOTS = 10  # kept per task
+CANDIDATES = 40  # of which they are chosen, evenly spaced over training
+NOISE = (0.05, 0.1, 0.2)  # standard deviations of the action noise, in units of half the action range
+PPO_STEPS = {"hopper": 3_000_000, "halfcheetah": 2_000_000, "walker2d": 2_000_000, "ant": 3_000_000}
+
+
+@dataclasses.dataclass
+class Config:
+    env: str = "hopper"  # a key of data.ENVS
+    steps: int = 0  # environment steps of PPO; 0: the task's own number in PPO_STEPS
+    seed: int = 0
+    eval_episodes: int = 20  # per candidate, without noise
+
+
+# ---- acting and collecting: numpy alone ------------------------------------------------------------------------------
+
+
+class Policy:
+    """A 64-64 tanh network with a frozen observation normaliser: obs (O,) -> action (A,), the mean of PPO's Gaussian."""
+
+    def __init__(self, w: dict):
+        self.w = {k: v.astype(np.float32) for k, v in w.items()}
+
+    def __call__(self, obs):
+        w = self.w
+        x = np.clip((obs - w["mean"]) / w["std"], -10, 10)
+        x = np.tanh(x @ w["w0"] + w["b0"])
+        x = np.tanh(x @ w["w1"] + w["b1"])
+        return x @ w["w2"] + w["b2"]
+
+
+def load(env: str) -> list[Policy]:
+    """The bundled snapshots of a built-in task, worst first."""
+    stacked = safetensors.numpy.load_file(HERE / f"{env}.safetensors")
+    return [Policy({k: v[i] for k, v in stacked.items() if k != "returns"}) for i in range(len(stacked["returns"]))]
+
+
+def rollout(env, policy, noise: float, rng, seed: int) -> dict:
+    """One episode. Actions are mean + Gaussian noise, clipped to the action space. Returns the fields of a Minari EpisodeBuffer."""
+    low, high = env.action_space.low, env.action_space.high
+    obs, _ = env.reset(seed=seed)
+    ep = dict(observations=[obs], actions=[], rewards=[], terminations=[], truncations=[])
+    done = False
+    while not done:
+        a = policy(obs) + noise * (high - low) / 2 * rng.standard_normal(len(low))
+        a = np.clip(a, low, high).astype(np.float32)
+        obs, r, terminated, truncated, _ = env.step(a)
+        done = terminated or truncated
+        for k, v in zip(ep, (obs, a, r, terminated, truncated), strict=True):
+            ep[k].append(v)
+    return {k: np.asarray(v) for k, v in ep.items()}
+
+
+def collect(env, name: str, steps: int, seed: int = 0):
+    """Yield episodes until there are `steps` timesteps: every (snapshot, noise) pair in turn, so as many episodes of each."""
+    rng, policies = np.random.default_rng(seed), load(name)
+    n, pairs = 0, [(p, s) for s in NOISE for p in policies]
+    with tqdm(total=steps, unit="step", desc=f"collect {name}", disable=None, unit_scale=True) as bar:
+        for i in range(steps):  # an episode has at least one step
+            ep = rollout(env, *pairs[i % len(pairs)], rng, seed + i)
+            n += len(ep["rewards"])
+            bar.update(min(len(ep["rewards"]), steps - bar.n))
+            yield ep
+            if n >= steps:
+                break
+
+
+# ---- training: Stable-Baselines3's PPO -------------------------------------------------------------------------------
+
+
+def make_env(name: str):
+    import data  # which imports this file for collecting
+
+    return data.make_env(*data.ENVS[name][:2])
+
+
+def weights(model, vec) -> dict:
+    """A PPO policy's mean network and its normaliser, as the arrays Policy reads."""
+    h0, _, h1, _ = model.policy.mlp_extractor.policy_net
+    w = {"mean": vec.obs_rms.mean, "std": np.sqrt(vec.obs_rms.var + vec.epsilon)}
+    for i, layer in enumerate((h0, h1, model.policy.action_net)):
+        w[f"w{i}"], w[f"b{i}"] = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
+    half = {k: v.astype(np.float16) for k, v in w.items() if k not in ("mean", "std")}
+    return half | {k: w[k].astype(np.float32) for k in ("mean", "std")}
+
+
+def train(cfg: Config) -> list[dict]:
+    """PPO on one task; returns the candidates' weights, in the order of training."""
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    torch.set_num_threads(1)  # networks this small lose by more
+    total = cfg.steps or PPO_STEPS[cfg.env]
+    vec = VecNormalize(make_vec_env(lambda: make_env(cfg.env), n_envs=16, seed=cfg.seed), gamma=0.99)
+    model = PPO("MlpPolicy", vec, learning_rate=lambda left: 3e-4 * left, n_steps=256, batch_size=256, n_epochs=10, gamma=0.99, gae_lambda=0.95,
+                policy_kwargs=dict(net_arch=[64, 64], log_std_init=-1.0), seed=cfg.seed, device="cpu")  # fmt: skip
+    kept, start = [], time.time()
+
+    class Keep(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps >= total * len(kept) / CANDIDATES:
+                kept.append(weights(model, vec))
+                r = np.mean([e["r"] for e in model.ep_info_buffer] or [0.0])
+                print(f"{cfg.env} step {self.num_timesteps:>8d} | return {r:8.1f} | {time.time() - start:6.0f} s", flush=True)
+            return True
+
+    model.learn(total, callback=Keep())
+    return [*kept, weights(model, vec)]
+
+
+def choose(returns, k: int) -> list[int]:
+    """Indices of k candidates whose returns lie nearest to an even grid from the lowest to the highest, lowest first."""
+    left, out = list(range(len(returns))), []
+    for target in np.linspace(max(returns), min(returns), k):  # the best is chosen first, so it is always kept
+        out.append(min(left, key=lambda i: abs(returns[i] - target)))
+        left.remove(out[-1])
+    return sorted(out, key=lambda i: returns[i])
+
+
+def main(cfg: Config):
+    candidates = train(cfg)
+    env, rng = make_env(cfg.env), np.random.default_rng(cfg.seed)
+    returns = [np.mean([rollout(env, Policy(w), 0.0, rng, 10_000 + i)["rewards"].sum() for i in range(cfg.eval_episodes)])
+               for w in tqdm(candidates, desc=f"evaluate {cfg.env}")]  # fmt: skip
+    keep = choose(returns, SNAPSHOTS)
+    stacked = {k: np.stack([candidates[i][k] for i in keep]) for k in candidates[0]}
+    stacked["returns"] = np.array([returns[i] for i in keep], np.float32)
+    HERE.mkdir(exist_ok=True)
+    run.write(HERE / f"{cfg.env}.safetensors", safetensors.numpy.save(stacked))
+    print(f"{cfg.env}: kept {SNAPSHOTS} of {len(candidates)}, returns " + " ".join(f"{returns[i]:.0f}" for i in keep))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))

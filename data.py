@@ -1,0 +1,338 @@
+"""Offline datasets: Minari in, flat float32 arrays on the training device, batches of windows out.
+
+    python data.py --env hopper                          # what a built-in dataset holds, and its returns as a histogram
+    python data.py --dataset mujoco/hopper/medium-v0     # any Minari dataset: local if present, else downloaded by Minari
+
+Notation: model.py. A dataset's timesteps lie in one table (S, O + A + 2), a row each: state, action, rtg, timestep. A window is
+named by its last row, so sampling rows uniformly is sampling timesteps uniformly, and a window that begins before its
+episode does is padded on the left, as it is at evaluation.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.storage.datasets_root_dir import get_dataset_path
+
+import behaviour
+import run
+
+# Built-in tasks: Gymnasium id, its options, and the returns of a random and an expert policy that D4RL normalises scores with
+# (github.com/Farama-Foundation/D4RL/blob/71a9549/d4rl/infos.py). Scores on v5 data are not comparable with D4RL's v2 tables.
+ENVS = {
+    "hopper": ("Hopper-v5", {}, (-20.272305, 3234.3)),
+    "halfcheetah": ("HalfCheetah-v5", {}, (-280.178953, 12135.0)),
+    "walker2d": ("Walker2d-v5", {}, (1.629008, 4592.3)),
+    "ant": ("Ant-v5", {"include_cfrc_ext_in_observation": False}, (-325.6, 3879.7)),  # 27-dimensional observations
+}
+COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
+HELD_OUT = 0.1  # share of the episodes
+CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
+
+
+@dataclasses.dataclass
+class Task:
+    """All that acting in a task needs besides weights. Saved with every model (model.json), statistics from the training part only."""
+
+    name: str  # a key of ENVS, or the dataset's id
+    dataset: str  # Minari id
+    env_id: str | None  # None where the dataset names no environment: train only
+    env_kwargs: dict
+    max_steps: int  # an episode's limit at evaluation
+    obs_dim: int
+    act_dim: int
+    obs_mean: list[float]
+    obs_std: list[float]
+    act_low: list[float]
+    act_high: list[float]
+    rtg_scale: float
+    targets: dict[str, float]  # returns to ask for: {"p95": ..., "median": ...}, quantiles of the dataset's own
+    reference: tuple[float, float]  # returns of score 0 and 100
+    reference_source: str
+    split_seed: int  # chose the held-out episodes, for teacher and student alike
+
+
+def make_env(env_id, env_kwargs, **kwargs):
+    if env_id not in gym.registry:  # also keeps a dataset from naming an entry point of its own to import
+        raise run.UserError(f"environment {env_id!r} is not registered with Gymnasium; install and import its package, or use --eval-episodes 0")
+    return gym.make(env_id, **env_kwargs, **kwargs)
+
+
+# ---- Minari ----------------------------------------------------------------------------------------------------------
+
+
+def dataset_id(env: str) -> str:
+    if env not in ENVS:
+        raise run.UserError(f"unknown env {env!r}; choose from {', '.join(sorted(ENVS))}, or name a Minari dataset with --dataset(s)")
+    return f"manyteachers/{env}/replay-v0"
+
+
+def collect(env: str, steps: int = COLLECT_STEPS):
+    """Roll the bundled behaviour policies out and write manyteachers/<env>/replay-v0, a Minari dataset like any other."""
+    name, final = dataset_id(env), get_dataset_path(dataset_id(env))
+    env_id, kwargs, _ = ENVS[env]
+    world = make_env(env_id, kwargs)
+    buffers = [EpisodeBuffer(id=i, **ep) for i, ep in enumerate(behaviour.collect(world, env, steps))]
+    root = get_dataset_path()
+    tmp = root / f".collect-{os.getpid()}"  # a dataset killed half-way must not be taken for a whole one: written here, then renamed
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(tmp)
+    try:
+        minari.create_dataset_from_buffers(name, buffers, env=world, algorithm_name="PPO snapshots with action noise", author="manyteachers",
+            author_email="-@-.org", code_permalink="behaviour.py",
+            description=f"{len(behaviour.NOISE)} levels of action noise times {behaviour.SNAPSHOTS} snapshots of one PPO run, from untrained to best")  # fmt: skip
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(tmp / name, final)
+    except OSError as e:
+        raise run.UserError(f"can't write dataset {name} under {root}: {e}; set MINARI_DATASETS_PATH to a folder that can be written") from None
+    finally:
+        os.environ.pop("MINARI_DATASETS_PATH")
+        if before is not None:
+            os.environ["MINARI_DATASETS_PATH"] = before
+        shutil.rmtree(tmp, ignore_errors=True)
+        world.close()
+    if "manyteachers" not in minari.list_local_namespaces():
+        minari.create_namespace("manyteachers", "built-in datasets of the project manyteachers")
+
+
+def find(name: str) -> Path:
+    """The folder of a Minari dataset's files: local, else collected (built-in ones), else downloaded by Minari."""
+    try:
+        parse_dataset_id(name)
+        path = get_dataset_path(name) / "data"
+    except (ValueError, OSError) as e:
+        raise run.UserError(f"dataset {name!r}: {str(e).splitlines()[0]}; an id looks like mujoco/hopper/medium-v0") from None
+    if not path.exists():
+        for env in ENVS:
+            if name == dataset_id(env):
+                print(f"{name} is not there: collecting {COLLECT_STEPS:,} steps", flush=True)
+                collect(env)
+                return path
+        print(f"{name} is not in {get_dataset_path()}: downloading", flush=True)
+        try:
+            minari.download_dataset(name)
+        except Exception as e:  # whatever the hub's client raises
+            why = str(e).strip().splitlines() or [""]
+            raise run.UserError(f"dataset {name} is not in {get_dataset_path()} and can't be downloaded ({type(e).__name__}: {why[0][:150]}); "
+                                f"check the id with `minari list remote` and the network, or copy the dataset there") from None  # fmt: skip
+    return path
+
+
+def fingerprint(path: Path) -> str:
+    """Changes whenever the dataset's files do: their names, sizes and times, and the metadata itself."""
+    h = hashlib.blake2b(b"manyteachers cache 1", digest_size=12)
+    for f in sorted(path.rglob("*")):
+        st = f.stat()
+        h.update(f"{f.relative_to(path)} {st.st_size} {st.st_mtime_ns}\n".encode())
+    h.update((path / "metadata.json").read_bytes())
+    return h.hexdigest()
+
+
+def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """A dataset as flat arrays: observations (S, O), actions (S, A), rewards (S,) float32, lengths (E,) int64; and its description
+    {env_id, env_kwargs, max_steps, act_low, act_high}. From the cache where that was written for these very files."""
+    path = find(name)
+    try:
+        cached = CACHE / f"{name.replace('/', '--')}-{fingerprint(path)}.safetensors"
+        with safetensors.safe_open(cached, "numpy") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        pass  # missing or damaged: read again
+    arrays, about = read_minari(name, path)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(f"{name.replace('/', '--')}-{'?' * 24}.safetensors"):
+            old.unlink()
+        run.write(cached, safetensors.numpy.save(arrays, {"about": json.dumps(about)}))
+    except (OSError, run.UserError) as e:
+        print(f"no cache under {CACHE} ({e}): the dataset will be read from Minari's files each time")
+    return arrays, about
+
+
+def read_minari(name, path):
+    try:
+        ds = minari.load_dataset(name)
+        obs_space, act_space, n, total = ds.observation_space, ds.action_space, ds.total_episodes, ds.total_steps
+    except Exception as e:  # h5py, pyarrow and JSON each fail in their own way on a damaged file
+        raise run.UserError(f"dataset {name} can't be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); delete {path.parent} to fetch it again") from None
+    for what, space in (("observations", obs_space), ("actions", act_space)):
+        if not isinstance(space, gym.spaces.Box):
+            raise run.UserError(f"dataset {name} has {type(space).__name__} {what}; only continuous (Box) observations and actions can be learnt from")
+    if n == 0:
+        raise run.UserError(f"dataset {name} has no episode; collect or download it again")
+    obs_dim, act_dim = int(np.prod(obs_space.shape)), int(np.prod(act_space.shape))
+    out = dict(observations=np.empty((total, obs_dim), np.float32), actions=np.empty((total, act_dim), np.float32), rewards=np.empty(total, np.float32))
+    lengths, at = np.zeros(n, np.int64), 0
+    try:
+        for i, ep in enumerate(ds.iterate_episodes()):
+            L = lengths[i] = len(ep.rewards)
+            out["observations"][at : at + L] = np.reshape(ep.observations, (-1, obs_dim))[:L]  # the last one, after the last action, is of no use
+            out["actions"][at : at + L] = np.reshape(ep.actions, (-1, act_dim))
+            out["rewards"][at : at + L] = ep.rewards
+            at += L
+    except Exception as e:
+        raise run.UserError(f"dataset {name} can't be read past episode {i if at else 0} ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); "
+                            f"delete {path.parent} to fetch it again") from None  # fmt: skip
+    if at != total or not (lengths > 0).all():
+        raise run.UserError(f"dataset {name} announces {total} steps and holds {at}, in {(lengths > 0).sum()} of {n} episodes; delete {path.parent} to fetch it again")
+    for field, x in out.items():
+        bad = ~np.isfinite(x).reshape(total, -1).all(1)
+        if bad.any():
+            ep = int(np.searchsorted(np.cumsum(lengths), np.argmax(bad), side="right"))
+            raise run.UserError(f"dataset {name}: NaN or infinite {field} in episode {ep}; remove that episode")
+    spec = ds._eval_env_spec or ds.env_spec
+    low, high = (np.broadcast_to(b, act_space.shape).reshape(-1).astype(np.float32) for b in (act_space.low, act_space.high))
+    bounded = np.isfinite(low) & np.isfinite(high)  # an unbounded dimension takes the data's own range
+    low, high = np.where(bounded, low, out["actions"].min(0)), np.where(bounded, high, out["actions"].max(0))
+    high = np.where(high > low, high, low + 1)
+    about = dict(env_id=spec.id if spec else None, env_kwargs=spec.kwargs if spec else {}, act_low=low.tolist(), act_high=high.tolist(),
+                 max_steps=int((spec.max_episode_steps if spec else None) or lengths.max()))  # fmt: skip
+    return out | {"lengths": lengths}, about
+
+
+# ---- from arrays to a table ------------------------------------------------------------------------------------------
+
+
+def returns_to_go(rewards, lengths):
+    """Undiscounted sum of rewards from each timestep to its episode's end, (S,) float64."""
+    total = np.concatenate([[0.0], np.cumsum(rewards, dtype=np.float64)])
+    ends = np.repeat(np.cumsum(lengths), lengths)
+    return total[ends] - total[:-1]
+
+
+@dataclasses.dataclass
+class Dataset:
+    task: Task
+    train: np.ndarray  # (S, O + A + 2) float32, rows as said above
+    held_out: np.ndarray  # the same of the episodes never trained on
+    returns: np.ndarray  # (E,) of every episode
+    lengths: np.ndarray  # (E,)
+    saturation: float  # share of action components within 0.1 % of a bound
+
+
+def load(name: str, seed: int = 0) -> Dataset:
+    """Dataset by built-in task (a key of ENVS) or Minari id; `seed` chooses the held-out tenth of its episodes."""
+    id_ = name if "/" in name or name not in ENVS else dataset_id(name)
+    if "/" not in id_ and "-v" not in id_:
+        dataset_id(name)  # a mistyped env: raises, naming the choices
+    arrays, about = read(id_)
+    lengths, obs = arrays["lengths"], arrays["observations"]
+    n, starts = len(lengths), np.cumsum(lengths) - lengths
+    if n < 2:
+        raise run.UserError(f"dataset {id_} has 1 episode; at least 2 are needed, one of them held out")
+    rtg = returns_to_go(arrays["rewards"], lengths)
+    returns = rtg[starts]
+    held = np.zeros(n, bool)
+    held[np.random.default_rng(seed).permutation(n)[: max(1, round(HELD_OUT * n))]] = True
+    rows = np.repeat(held, lengths)  # (S,) True where held out
+    mean, std = obs[~rows].mean(0, dtype=np.float64), obs[~rows].std(0, dtype=np.float64)
+    std = np.where(std > 1e-6, std, 1.0)  # a constant observation stays what it is
+    low, high = np.array(about["act_low"]), np.array(about["act_high"])
+    env = next((k for k, (env_id, *_) in ENVS.items() if about["env_id"] and env_id.split("-")[0] == about["env_id"].split("-")[0]), None)
+    reference, source = (ENVS[env][2], "D4RL constants") if env else ((float(returns.min()), float(returns.max())), "the dataset's lowest and highest return")
+    task = Task(
+        name=next((k for k in ENVS if dataset_id(k) == id_), id_), dataset=id_, obs_dim=obs.shape[1], act_dim=len(low),
+        obs_mean=mean.tolist(), obs_std=std.tolist(), rtg_scale=float(np.abs(rtg[~rows]).max()) or 1.0,
+        targets={"p95": float(np.quantile(returns[~held], 0.95)), "median": float(np.median(returns[~held]))},
+        reference=reference, reference_source=source, split_seed=seed, **about)  # fmt: skip
+    timestep = np.arange(len(obs)) - np.repeat(starts, lengths)
+    actions = (arrays["actions"] - low) / (high - low) * 2 - 1
+    flat = np.concatenate([(obs - mean) / std, actions, rtg[:, None] / task.rtg_scale, timestep[:, None]], axis=1, dtype=np.float32, casting="same_kind")
+    return Dataset(task, flat[~rows], flat[rows], returns, lengths, float((np.abs(actions) > 0.999).mean()))
+
+
+class Batch(NamedTuple):
+    """Windows, padded to the widest task. The first six are what the model takes."""
+
+    task: torch.Tensor  # (B,)
+    states: torch.Tensor  # (B, K, O)
+    actions: torch.Tensor  # (B, K, A)
+    rtg: torch.Tensor  # (B, K)
+    timesteps: torch.Tensor  # (B, K)
+    mask: torch.Tensor  # (B, K)
+    rows: torch.Tensor  # (B, K) of Windows.table
+
+
+class Windows:
+    """The tables of N tasks as one, on the training device; sampling is one gather."""
+
+    def __init__(self, tables, tasks, context, device="cpu"):
+        self.K, self.O, self.A = context, max(t.obs_dim for t in tasks), max(t.act_dim for t in tasks)
+        self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
+        self.offset = self.size.cumsum(0) - self.size
+        self.table = torch.zeros(int(self.size.sum()), self.O + self.A + 2, device=device)
+        for table, task, at in zip(tables, tasks, self.offset.tolist(), strict=True):
+            x, rows = torch.from_numpy(table), slice(at, at + len(table))
+            self.table[rows, : task.obs_dim] = x[:, : task.obs_dim].to(device)
+            self.table[rows, self.O : self.O + task.act_dim] = x[:, task.obs_dim : -2].to(device)
+            self.table[rows, -2:] = x[:, -2:].to(device)
+        self.back = torch.arange(context - 1, -1, -1, device=device)  # (K,) how far before the window's last row
+
+    def gather(self, task, end):
+        """The windows of tasks (B,) whose last rows are `end` (B,)."""
+        rows = (end[:, None] - self.back).clamp_min(0)
+        x = self.table[rows]  # (B, K, O + A + 2)
+        O, A, t = self.O, self.A, x[..., -1].long()
+        return Batch(task, x[..., :O], x[..., O : O + A], x[..., -2], t, self.back <= t[:, -1:], rows)
+
+    def sample(self, B, shares, generator):
+        """B windows; teacher i's part of them is shares[i] of B, rounded up or down at random with the right mean (systematic sampling)."""
+        dev = self.table.device
+        u = torch.rand(B + 1, generator=generator, device=dev, dtype=torch.float64)
+        task = torch.searchsorted(shares.double().cumsum(0), (torch.arange(B, device=dev) + u[B]) / B, right=True).clamp_max(len(shares) - 1)
+        return self.gather(task, self.offset[task] + (u[:B] * self.size[task]).long())
+
+    def spread(self, n):
+        """n windows of each task, evenly spaced over its table: the same ones every time."""
+        task = torch.arange(len(self.size), device=self.table.device).repeat_interleave(n)
+        i = torch.arange(n, device=self.table.device).repeat(len(self.size))
+        return self.gather(task, self.offset[task] + ((i + 0.5) / n * self.size[task]).long())
+
+
+# ---- python data.py --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Config:
+    env: str = "hopper"  # a key of ENVS
+    dataset: str = ""  # a Minari id, in place of --env
+    seed: int = 0  # chooses the held-out episodes
+    out_dir: str = "out"  # where the histogram goes
+
+
+def main(cfg: Config):
+    d = load(cfg.dataset or cfg.env, cfg.seed)
+    q = np.quantile(d.returns, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+    print(f"{d.task.dataset}: {d.task.env_id} {d.task.env_kwargs or ''}")
+    print(f"  observations {d.task.obs_dim}, actions {d.task.act_dim}, saturated {100 * d.saturation:.1f} % of action components")
+    print(f"  episodes {len(d.lengths)}, steps {d.lengths.sum()}, held out {len(d.held_out)} steps")
+    print(f"  length   min {d.lengths.min()}, median {np.median(d.lengths):.0f}, max {d.lengths.max()}")
+    print("  return   " + ", ".join(f"{k} {v:.0f}" for k, v in zip(("min", "5 %", "25 %", "median", "75 %", "95 %", "max"), q, strict=True)))
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    ax.hist(d.returns, bins=50, color="#0072B2")
+    for name, v in d.task.targets.items():
+        ax.axvline(v, color="#D55E00", linestyle="--" if name == "median" else "-", label=f"{name} {v:.0f}")
+    ax.set(xlabel="return (sum of rewards of an episode)", ylabel="episodes", title=d.task.dataset)
+    ax.legend(title="targets")
+    path = Path(cfg.out_dir) / f"data-{d.task.name.replace('/', '-')}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+    print(f"  histogram in {path}")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, __doc__)

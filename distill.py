@@ -1,0 +1,366 @@
+"""Distil many teachers, one per task, into one smaller student.
+
+    python distill.py                                          # hopper, halfcheetah, walker2d: all that is missing is made first
+    python distill.py --envs hopper ant                        # other built-in tasks
+    python distill.py --datasets mujoco/hopper/medium-v0 mujoco/ant/medium-v0
+    python distill.py --teachers out/teacher-hopper out/teacher-ant
+
+The loop, below, is the method: which teacher next (curriculum.py), how far from it (kernels/kl.py), what to do where its gradient
+conflicts with the last update (surgery.py). Out come config.json, log.csv (a row per update), metrics.json, the model, plots.png.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import curriculum
+import data
+import evaluate
+import model as dt
+import run
+import surgery
+import teacher
+from kernels.kl import gaussian_kl, per_teacher
+
+
+@dataclasses.dataclass
+class Config:
+    # which tasks
+    envs: tuple[str, ...] = ()  # keys of data.ENVS; hopper halfcheetah walker2d where neither this nor the next two are given
+    datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
+    teachers: tuple[str, ...] = ()  # run directories of teacher.py; default: out/teacher-<task>, trained first where missing
+    teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
+    # the student
+    n_layer: int = 2
+    n_head: int = 1
+    n_embd: int = 48
+    # the method
+    curriculum: Literal["novelty", "fixed", "uniform", "all", "dro", "least"] = "novelty"
+    novelty_power: float = 2.0  # shares ~ KL^power; inf: the farthest teacher alone; 0: all alike (also least's, inverted)
+    surgery: Literal["previous", "switch", "average", "pcgrad", "none"] = "previous"
+    surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
+    alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
+    alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update
+    loss: Literal["kl", "mse"] = "kl"  # mse: of the means, the baseline
+    kl: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
+    sigma_floor: float = 0.05  # added to every variance, squared; in units of half the action range
+    temperature: float = 1.0  # times the teacher's sigma
+    targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
+    probe_windows: int = 16  # per teacher, where distances or alignments need windows of their own
+    probe_interval: int = 10  # updates between probes
+    # optimisation
+    steps: int = 3000  # updates
+    batch_size: int = 64  # windows per update, of all teachers together
+    lr: float = 4e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
+    warmup: int = 100  # updates
+    weight_decay: float = 1e-4
+    grad_clip: float = 0.25  # largest norm of an update's gradient
+    seed: int = 0
+    device: str = "auto"  # cpu, cuda, or auto
+    out_dir: str = "out/student"
+    log_interval: int = 100  # updates between held-out KLs
+    eval_episodes: int = 20  # per task; 0: none
+    overwrite: bool = False  # replace a finished run of other settings
+
+
+# ---- teachers and their targets --------------------------------------------------------------------------------------
+
+
+def find_teachers(cfg: Config):
+    """Load the teachers, training those missing: [(model, Task, metrics of its task)], in the order of the command line."""
+    names = [*cfg.envs, *cfg.datasets] or ([] if cfg.teachers else ["hopper", "halfcheetah", "walker2d"])
+    for e in cfg.envs:
+        data.dataset_id(e)  # a mistyped one is told before anything is trained
+    if names and cfg.teachers and len(names) != len(cfg.teachers):
+        raise run.UserError(f"{len(cfg.teachers)} --teachers for {len(names)} tasks; name one for each task, in the same order")
+    dirs = [Path(d) for d in cfg.teachers] or [teacher.directory(n) for n in names]
+    if len(set(dirs)) < len(dirs):
+        raise run.UserError(f"the same task twice among {' '.join(map(str, dirs))}; name each once")
+    out = []
+    for i, path in enumerate(dirs):
+        if not cfg.teachers and not run.read_json(path / "metrics.json"):
+            print(f"no teacher in {path}: training it", flush=True)
+            which = {"env": names[i]} if names[i] in data.ENVS else {"dataset": names[i]}
+            teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, eval_episodes=cfg.eval_episodes))
+        elif not cfg.teachers:
+            print(f"teacher of {names[i]} is there: {path}")
+        model, meta = dt.load(path, run.device(cfg))
+        task = data.Task(**meta["tasks"][0])
+        if names and task.name != names[i]:
+            raise run.UserError(f"{path} holds a teacher of {task.name}, not of {names[i]}; put --teachers in the order of the tasks")
+        metrics = (run.read_json(path / "metrics.json") or {}).get("tasks", {}).get(task.name, {})
+        out.append((model, task, metrics))
+    if len({t.name for _, t, _ in out}) < len(out):
+        raise run.UserError(f"two teachers of one task among {' '.join(map(str, dirs))}; a student takes one for each task")
+    if len({m.cfg.context for m, _, _ in out}) > 1:
+        raise run.UserError(f"teachers of different context lengths {sorted({m.cfg.context for m, _, _ in out})}; train them with one --context")
+    return out
+
+
+@torch.no_grad()
+def live_targets(teachers, batch):
+    """What each window's own teacher makes of it: mean, log_std, each (B, K, A), zero beyond the teacher's action size."""
+    out = torch.zeros(2, *batch.actions.shape, device=batch.actions.device)
+    for i, t in enumerate(teachers):
+        w = (batch.task == i).nonzero().flatten()
+        if len(w):
+            O, A = t.cfg.obs_dims[0], t.cfg.act_dims[0]
+            out[:, w, :, :A] = torch.stack(t(0, batch.states[w, :, :O], batch.actions[w, :, :A], batch.rtg[w], batch.timesteps[w], batch.mask[w]))
+    return out
+
+
+def cache_targets(teachers, windows: data.Windows):
+    """Every row's target (2, S, A), from a window that shows its teacher at least half a context of what came before (or all there is)."""
+    H, t = max(1, windows.K // 2), windows.table[:, -1].long()
+    last = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])  # of an episode
+    ends = ((t % H == H - 1) | last).nonzero().flatten()  # a window for every H timesteps, whose newest ones it fills
+    task = torch.searchsorted(windows.offset, ends, right=True) - 1
+    out = torch.zeros(2, len(t), windows.A, device=t.device)
+    for part in tqdm(torch.arange(len(ends), device=t.device).split(256), desc="teachers' targets", unit="batch", disable=None):
+        batch = windows.gather(task[part], ends[part])
+        new = windows.back <= (t[ends[part]] % H)[:, None]
+        out[:, batch.rows[new]] = live_targets(teachers, batch)[:, new]
+    return out
+
+
+# ---- alignments ------------------------------------------------------------------------------------------------------
+
+
+def exact_alignments(losses, theta, u):
+    """losses(theta) -> L (N,): returns c (N,), c_i = <grad L_i, u>, in one forward-mode pass (no teacher's gradient is formed)."""
+    return torch.func.jvp(losses, (theta.detach(),), (u,))[1]
+
+
+def estimated_alignments(before, after, u, delta):
+    """c (N,) from the KLs (N,) of the same windows before and after an update that moved theta by delta (P,).
+
+    First order: after - before = <grad L_i, delta>, so a_i = c_i / <u, u> is that over <u, delta>: exact for small steps along -u, an estimate where AdamW
+    bends them (FAMO's trick, Liu et al. 2023, arXiv 2306.03792, section 3.2).
+    """
+    du = u @ delta
+    return torch.where(du != 0, (after - before) / du, 0.0) * (u @ u)
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------------
+
+
+def main(cfg: Config):
+    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0,
+              teacher_steps=1, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1)  # fmt: skip
+    if cfg.n_embd % cfg.n_head:
+        raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
+    out = Path(cfg.out_dir)
+    if not run.start(out, cfg):
+        print(f"student is there: {out} (--overwrite to train it again)")
+        return report(out)
+
+    # ---- teachers, data, student -------------------------------------------------------------------------------------
+    clock, device = run.Clock(), run.device(cfg)
+    with clock("teachers"):
+        found = find_teachers(cfg)
+    teachers, tasks, N = [m for m, _, _ in found], [t for _, t, _ in found], len(found)
+    with clock("data"):
+        sets = [data.load(t.dataset, t.split_seed) for t in tasks]
+        for t, s in zip(tasks, sets, strict=True):
+            if json.dumps(dataclasses.asdict(t)) != json.dumps(dataclasses.asdict(s.task)):
+                raise run.UserError(f"dataset {t.dataset} is not what the teacher of {t.name} was trained on any more; train the teacher again with --overwrite")
+        context = teachers[0].cfg.context
+        train = data.Windows([s.train for s in sets], tasks, context, device)
+        held_out = data.Windows([s.held_out for s in sets], tasks, context, device).spread(256)
+        probe = train.spread(cfg.probe_windows)
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    student = dt.DecisionTransformer(dt.ModelConfig(
+        tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, cfg.n_head, cfg.n_embd, context,
+        max(t.cfg.max_timestep for t in teachers))).to(device)  # fmt: skip
+    theta = dt.flatten(student)
+    opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)
+    parameters = sum(t.n_params for t in teachers)
+    print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}", flush=True)
+    with clock("targets"):
+        table = cache_targets(teachers, train) if cfg.targets == "cached" else None
+        held_out_targets, probe_targets = live_targets(teachers, held_out), live_targets(teachers, probe)
+
+    act_dims = torch.tensor([t.act_dim for t in tasks], device=device)
+
+    def distances(batch, targets, vector=None, loss=cfg.loss):
+        """L (N,): the student's distance from each teacher, over the batch's windows of that teacher (0 where it has none); counts (N,)."""
+        mean, log_std = student(*batch[:6]) if vector is None else torch.func.functional_call(student, dt.unflatten(student, vector), batch[:6])
+        if loss == "mse":
+            sums, counts = per_teacher((mean - targets[0]).square(), batch.mask, batch.task, act_dims)
+        else:
+            sums, counts = gaussian_kl(mean, log_std, *targets, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
+        return sums / counts.clamp_min(1), counts
+
+    # ---- the method --------------------------------------------------------------------------------------------------
+    order = curriculum.METHODS[cfg.curriculum]
+    if cfg.curriculum in ("novelty", "least"):
+        order = functools.partial(order, power=cfg.novelty_power)
+    one_at_a_time = cfg.curriculum in curriculum.ONE_AT_A_TIME or (cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf)
+    operate = functools.partial(surgery.pcgrad, generator=torch.Generator().manual_seed(cfg.seed)) if cfg.surgery == "pcgrad" else surgery.METHODS[cfg.surgery]
+    by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", "pcgrad")
+    estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
+    u = torch.zeros_like(theta.data)  # (P,) the previous update's gradient
+    with torch.no_grad():
+        d = d_probe = distances(probe, probe_targets)[0]  # (N,) how far from each teacher
+    c = torch.zeros(N, device=device)  # (N,) each teacher's <grad L_i, u>
+    shares, lead = torch.full((N,), 1 / N, device=device), None
+    log, start = run.Log(out / "log.csv"), time.perf_counter()
+
+    with clock("train"), tqdm(total=cfg.steps, unit="step", desc="distil", disable=None) as bar:
+        for step in range(cfg.steps):
+            # which teachers next: the least familiar, weighed by how much of the last update each would take part in
+            if step % cfg.probe_interval == 0 and one_at_a_time:  # their batches show one teacher; the mixed orders' show all, always
+                with torch.no_grad():
+                    d = distances(probe, probe_targets)[0]
+            if cfg.alignment_weight and not estimate:
+                c = exact_alignments(lambda v: distances(probe, probe_targets, v)[0], theta, u)
+            uu = u @ u
+            a = torch.where(uu > 0, c / uu, 0.0).clamp(-1, 1)
+            shares = order(d * (1 + cfg.alignment_weight * a).clamp_min(0), step, shares, generator)
+            batch = train.sample(cfg.batch_size, shares, generator)
+            targets = live_targets(teachers, batch) if table is None else table[:, batch.rows]
+            part = torch.bincount(batch.task, minlength=N) / cfg.batch_size  # (N,) the shares as drawn
+
+            # how far from them, and which way to go
+            L, counts = distances(batch, targets)
+            loss = part @ L
+            if cfg.surgery == "pcgrad":
+                rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
+                g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
+                total = g.sum(0)
+            else:
+                theta.grad.zero_()
+                loss.backward()
+                g = total = theta.grad.clone()  # (P,)
+            L = L.detach()
+            norm = total.norm()
+            if not math.isfinite(loss.item() + norm.item()):  # this update is not applied: the parameters are still the last good ones
+                dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks]})
+                bad = next((t.name for t, x in zip(tasks, L, strict=True) if not x.isfinite()), tasks[int(part.argmax())].name)
+                raise run.UserError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} in step {step + 1} of the student, learning from teacher {bad}: stopped; "
+                                    f"the student before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+
+            # never against the last update
+            kappa = None
+            if by_teacher:
+                ci = c if estimate else exact_alignments(lambda v: distances(batch, targets, v)[0], theta, u)  # noqa: B023 - called at once
+                kappa = surgery.per_teacher(ci, part, uu)
+            changed, lead = lead != int(shares.argmax()), int(shares.argmax())
+            cosine = (total @ u / (norm * uu.sqrt()).clamp_min(1e-30)).item()
+            g, u = operate(g, u, kappa, changed)
+            projected = not torch.equal(g, total)
+
+            # the update
+            theta.grad.copy_(g * (cfg.grad_clip / (g.norm() + 1e-6)).clamp_max(1))
+            opt.param_groups[0]["lr"] = lr = run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+            was = (theta.detach().clone(), d_probe) if estimate else None
+            opt.step()
+            if not one_at_a_time:
+                d = torch.where(counts > 0, d + 0.1 * (L - d), d)  # a running mean of the windows' own distance costs nothing
+            if estimate:
+                with torch.no_grad():
+                    d_probe = distances(probe, probe_targets)[0]
+                c = estimated_alignments(was[1], d_probe, u, theta.detach() - was[0])
+
+            # the record
+            row = {"step": step + 1, "loss": loss.item(), "lr": lr, "cosine": cosine, "projected": int(projected), "grad_norm": norm.item(),
+                   "surgered_norm": g.norm().item(), "seconds": time.perf_counter() - start}  # fmt: skip
+            last = step + 1 == cfg.steps
+            held = [None] * N
+            if step == 0 or (step + 1) % cfg.log_interval == 0 or last:
+                with torch.no_grad():
+                    held = distances(held_out, held_out_targets, loss="kl")[0].tolist()
+            for i, t in enumerate(tasks):
+                row |= {f"share_{t.name}": part[i].item(), f"kl_{t.name}": d[i].item(), f"alignment_{t.name}": a[i].item(), f"heldout_kl_{t.name}": held[i]}
+            log.row(**row)
+            bar.update()
+            if held[0] is not None:
+                bar.write(run.line(step + 1, cfg.steps, start, f"loss {row['loss']:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
+    teachers_metrics = {t.name: m for _, t, m in found}
+    dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks], "teachers": teachers_metrics})
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+    metrics = {}
+    with clock("evaluate"):
+        for i, t in enumerate(tasks):
+            m = metrics[t.name] = {"target": t.targets["p95"], **dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention")), "heldout_kl": held[i]}
+            if cfg.eval_episodes and t.env_id:
+                m |= evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], cfg.eval_episodes, 1000)[0], t)
+                if teachers_metrics[t.name].get("normalized_score"):
+                    m["retention"] = m["normalized_score"] / teachers_metrics[t.name]["normalized_score"]
+    run.write_json(out / "metrics.json", {"tasks": metrics, "compression": parameters / student.n_params, "parameters": student.n_params, "seconds": clock.seconds})
+    report(out)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito's, told apart by all eyes
+
+
+def report(out: Path):
+    """Print a finished run's table and draw its plots.png."""
+    metrics, log = run.read_json(out / "metrics.json"), run.read_csv(out / "log.csv")
+    teachers = json.loads((out / "model.json").read_bytes())["teachers"]
+    rows = []
+    for name, m in metrics["tasks"].items():
+        t = teachers[name]
+        rows.append({"task": name, "target": m["target"], "teacher": t.get("return_mean"), "student": m["return_mean"], "+-": m["return_std"],
+                     "teacher score": t.get("normalized_score"), "student score": m["normalized_score"], "retention": m["retention"],
+                     "held-out KL": m["heldout_kl"]})  # fmt: skip
+    print(run.table(rows))
+    kept = [m["retention"] for m in metrics["tasks"].values() if m["retention"] is not None]
+    if kept:
+        print(f"retention: mean {sum(kept) / len(kept):.3f}, worst {min(kept):.3f}")
+    print(f"compression: {metrics['compression']:.1f} times ({metrics['parameters']:,} parameters); seconds: {metrics['seconds']}")
+    plot(out, list(metrics["tasks"]), log, rows)
+    print(f"plots in {out / 'plots.png'}")
+
+
+def plot(out: Path, names, log, rows):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    fig, ((kl, shares), (conflict, returns)) = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
+    step, n = log["step"], len(log["step"])
+    window = max(1, min(100, n // 10))  # updates averaged in the noisy curves
+
+    def smooth(x):
+        return np.convolve(x, np.ones(window) / window, "valid"), step[window - 1 :]
+
+    for i, name in enumerate(names):
+        style = {"color": COLOURS[i % len(COLOURS)], "label": name, "linestyle": ("-", "--", ":", "-.")[i // len(COLOURS) % 4]}
+        known = ~np.isnan(log[f"heldout_kl_{name}"])
+        kl.plot(step[known], log[f"heldout_kl_{name}"][known], **style)
+        y, x = smooth(log[f"share_{name}"])
+        shares.plot(x, y, **style)
+    kl.set(yscale="log", xlabel="update", ylabel="KL per action dimension (nats)", title="Distance from each teacher, held-out episodes")
+    shares.set(xlabel="update", ylabel="share of the batch", ylim=(0, 1), title=f"What the curriculum chose (mean of {window} updates)")
+    for key, label, colour in (("cosine", "cosine to the previous update", COLOURS[0]), ("projected", "share of updates projected", COLOURS[5])):
+        y, x = smooth(log[key])
+        conflict.plot(x, y, label=label, color=colour)
+    conflict.axhline(0, color="grey", linewidth=0.8)
+    conflict.set(xlabel="update", ylabel="cosine; share", ylim=(-1, 1), title=f"Conflict with the previous update (mean of {window} updates)")
+    at = np.arange(len(names))
+    for j, (who, colour) in enumerate((("teacher", COLOURS[0]), ("student", COLOURS[1]))):
+        returns.bar(at + 0.4 * j - 0.2, [r[f"{who} score"] or 0 for r in rows], 0.38, label=who, color=colour)
+    returns.set(xticks=at, xticklabels=names, ylabel="normalised score (100 = expert)", title="Return at the dataset's 95th percentile as target")
+    for ax in (kl, shares, conflict, returns):
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(out / "plots.png", dpi=120)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, __doc__)

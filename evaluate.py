@@ -1,0 +1,126 @@
+"""Evaluate a teacher or a student in the environments of its tasks.
+
+    python evaluate.py out/student --eval-episodes 100
+    python evaluate.py out/teacher-hopper --target median --video
+
+Prints, per task: mean and standard deviation of the return, normalised score (100 x (return - random) / (expert - random); D4RL's
+constants where there are any, else the dataset's lowest and highest return) and a student's retention (its score / its teacher's).
+Writes RUN/evaluation.json.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import data
+import model as dt
+import run
+
+
+@dataclasses.dataclass
+class Config:
+    run: Annotated[str, tyro.conf.Positional]  # a run directory of teacher.py or distill.py
+    eval_episodes: int = 20  # per task
+    target: str = "p95"  # return to ask for: p95 or median of the dataset's returns, or a number
+    seed: int = 1000  # of the first episode; episode i has seed + i
+    device: str = "auto"
+    video: bool = False  # also film one episode of each task into RUN/<task>.gif
+
+
+@torch.no_grad()
+def rollout(model, task: data.Task, index: int, target: float, episodes: int, seed: int, film=False):
+    """Act by the mean, all episodes as one batch. index: the task's among the model's. Returns (E,) returns, and the first episode's frames.
+
+    A timestep t lies at column K - 1 + t of the history, so the window that ends with it is columns t .. t + K - 1, and what lies
+    before the episode is the mask's, as in data.Windows.
+    """
+    K, dev, limit = model.cfg.context, next(model.parameters()).device, task.max_steps
+    envs = [data.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
+            for i in range(episodes)]  # fmt: skip
+    mean, std, low, high = (np.array(x) for x in (task.obs_mean, task.obs_std, task.act_low, task.act_high))
+    shape = envs[0].action_space.shape
+    states = torch.zeros(episodes, K - 1 + limit, task.obs_dim, device=dev)
+    actions = torch.zeros(episodes, K - 1 + limit, task.act_dim, device=dev)
+    rtg = torch.zeros(episodes, K - 1 + limit, device=dev)
+    steps = (torch.arange(K - 1 + limit, device=dev) - (K - 1)).clamp_min(0).expand(episodes, -1)
+    mask = (torch.arange(K - 1 + limit, device=dev) >= K - 1).expand(episodes, -1)
+    obs = np.stack([np.reshape(e.reset(seed=seed + i)[0], -1) for i, e in enumerate(envs)])
+    returns, alive, frames = np.zeros(episodes), np.arange(episodes), []
+    bar = tqdm(range(limit), desc=f"evaluate {task.name} at {target:.0f}", unit="step", disable=None, leave=False)
+    for t in bar:
+        now, window = K - 1 + t, slice(t, t + K)
+        states[alive, now] = torch.as_tensor((obs[alive] - mean) / std, dtype=torch.float32, device=dev)
+        rtg[alive, now] = torch.as_tensor((target - returns[alive]) / task.rtg_scale, dtype=torch.float32, device=dev)
+        a = model(index, states[alive, window], actions[alive, window], rtg[alive, window], steps[alive, window], mask[alive, window])[0][:, -1]
+        actions[alive, now] = a
+        act = np.clip((a.cpu().double().numpy() + 1) / 2 * (high - low) + low, low, high)
+        still = []
+        for i, x in zip(alive, act, strict=True):
+            o, reward, terminated, truncated, _ = envs[i].step(x.reshape(shape).astype(np.float32))
+            obs[i], returns[i] = np.reshape(o, -1), returns[i] + reward
+            if film and i == 0:
+                frames.append(envs[0].render())
+            if not (terminated or truncated):
+                still.append(i)
+        alive = np.array(still, dtype=int)
+        if not len(alive):
+            break
+    for e in envs:
+        e.close()
+    return returns, frames
+
+
+def scores(returns, task: data.Task) -> dict:
+    """The metrics of one task's returns (E,)."""
+    low, high = task.reference
+    mean = float(returns.mean())
+    return {"return_mean": mean, "return_std": float(returns.std()), "normalized_score": 100 * (mean - low) / (high - low)}
+
+
+def film(model, task, index, target, seed, path):
+    """One episode as an animated gif, 25 frames a second of simulated time at most; says why where rendering does not work."""
+    from PIL import Image
+
+    try:
+        _, frames = rollout(model, task, index, target, 1, seed, film=True)
+        pictures = [Image.fromarray(f).resize((320, 320)) for f in frames[::4]]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40, loop=0)
+        print(f"film of {task.name} in {path}")
+    except Exception as e:  # no display, no EGL, no GL library: each platform fails in its own way
+        print(f"no film of {task.name}: rendering does not work here ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); try MUJOCO_GL=egl or osmesa")
+
+
+def main(cfg: Config):
+    run.check(cfg, eval_episodes=1, seed=0)
+    model, meta = dt.load(cfg.run, run.device(cfg))
+    rows, out = [], {}
+    for i, task in enumerate(data.Task(**t) for t in meta["tasks"]):
+        try:
+            target = task.targets[cfg.target] if cfg.target in task.targets else float(cfg.target)
+        except ValueError:
+            raise run.UserError(f"--target {cfg.target}: must be {' or '.join(task.targets)} or a number") from None
+        if task.env_id is None:
+            print(f"{task.name}: its dataset names no environment, nothing to evaluate in")
+            continue
+        returns, _ = rollout(model, task, i, target, cfg.eval_episodes, cfg.seed)
+        out[task.name] = {"target": target, **scores(returns, task)}
+        teacher = meta.get("teachers", {}).get(task.name)
+        row = {"task": task.name, "target": target, "return": out[task.name]["return_mean"], "std": out[task.name]["return_std"],
+               "score": out[task.name]["normalized_score"]}  # fmt: skip
+        if teacher and cfg.target == "p95":
+            row["retention"] = out[task.name]["retention"] = row["score"] / teacher["normalized_score"]
+        rows.append(row)
+        if cfg.video:
+            film(model, task, i, target, cfg.seed, Path(cfg.run) / f"{task.name.replace('/', '-')}.gif")
+    if rows:
+        print(run.table(rows))
+        run.write_json(Path(cfg.run) / "evaluation.json", {"eval_episodes": cfg.eval_episodes, "seed": cfg.seed, "tasks": out})
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, __doc__)

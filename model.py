@@ -1,0 +1,177 @@
+"""Decision Transformer (Chen et al. 2021, arXiv 2106.01345) with a Gaussian head: one class for teacher and student.
+
+Notation, the same in every file:
+    B windows, K timesteps of context, T = 3K tokens (R, s, a), C channels, nh heads, hs = C / nh
+    N tasks, O and A observation and action dimension, P parameters
+    rtg      return-to-go, divided by the task's rtg_scale
+    states   normalised with the task's obs_mean and obs_std; actions scaled to [-1, 1]
+    mask     (B, K) bool, True where there is a timestep and False where a window begins before its episode does (left padding)
+
+A student is a model with several tasks: one trunk, and for each task its own input embeddings and head.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import run
+from kernels.attention import attention
+
+LOG_STD = (-4.0, 0.0)  # bounds of the head's log-std, in units of half the action range
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    obs_dims: tuple[int, ...]  # O of each task
+    act_dims: tuple[int, ...]  # A of each task
+    n_layer: int = 3
+    n_head: int = 1
+    n_embd: int = 128  # C
+    context: int = 20  # K
+    max_timestep: int = 1000  # later timesteps share the last one's embedding
+    dropout: float = 0.0
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (GPT-2's)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.n_embd
+        self.n_head, self.dropout = cfg.n_head, cfg.dropout
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.fc, self.out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x, mask):  # x (B, T, C), mask (B, T)
+        p = self.dropout if self.training else 0.0
+        x = x + F.dropout(self.proj(attention(self.qkv(self.ln1(x)), mask, self.n_head, p)), p)
+        return x + F.dropout(self.out(F.gelu(self.fc(self.ln2(x)))), p)
+
+
+class Heads(nn.Module):
+    """One affine map per task, padded to the widest task: x (B, K, in) -> (B, K, out), each window through its own task's."""
+
+    def __init__(self, n_tasks, d_in, d_out, std):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_tasks, d_in, d_out) * std)
+        self.bias = nn.Parameter(torch.zeros(n_tasks, d_out))
+
+    def forward(self, x, task):  # task: an int, or one index per window (B,)
+        w, b = self.weight[task], self.bias[task]
+        return x @ w[: x.shape[-1]] + b if isinstance(task, int) else torch.baddbmm(b[:, None], x, w)
+
+
+class DecisionTransformer(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        N, C, O, A = len(cfg.obs_dims), cfg.n_embd, max(cfg.obs_dims), max(cfg.act_dims)
+        self.embed_state = Heads(N, O, C, O**-0.5)
+        self.embed_action = Heads(N, A, C, A**-0.5)
+        self.embed_rtg = Heads(N, 1, C, 1.0)
+        self.embed_time = nn.Embedding(cfg.max_timestep, C)
+        self.ln_in, self.ln_out = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.head = Heads(N, C, 2 * A, 0.02)
+        for name, p in self.blocks.named_parameters():  # GPT-2's initialisation: the residual stream starts at unit scale
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 * ((2 * cfg.n_layer) ** -0.5 if "proj" in name or "out" in name else 1.0))
+            elif "bias" in name:
+                nn.init.zeros_(p)
+        nn.init.normal_(self.embed_time.weight, std=0.02)
+
+    def forward(self, task, states, actions, rtg, timesteps, mask):
+        """The policy at every timestep, from what came before its action: mean, log_std, each (B, K, A).
+
+        task: an int, and states (B, K, O_task), actions (B, K, A_task); or one index per window (B,), and states and actions
+        padded to the widest task's sizes, as then are the outputs. rtg (B, K), timesteps (B, K) integers, mask (B, K) bool.
+        """
+        m = mask[..., None]
+        # what is masked must not matter, not even as NaN times zero in a gradient: cleared before anything is computed
+        states, actions = states.masked_fill(~m, 0.0), actions.masked_fill(~m, 0.0)
+        rtg, timesteps = rtg.masked_fill(~mask, 0.0), timesteps.masked_fill(~mask, 0)
+        B, K = mask.shape
+        t = self.embed_time(timesteps.clamp(max=self.cfg.max_timestep - 1))
+        r = self.embed_rtg(rtg[..., None], task) + t
+        s = self.embed_state(states, task) + t
+        a = self.embed_action(actions, task) + t
+        x = torch.stack((r, s, a), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)
+        x = F.dropout(self.ln_in(x), self.cfg.dropout, self.training)
+        token_mask = mask.repeat_interleave(3, dim=1)  # (B, 3K)
+        for block in self.blocks:
+            x = block(x, token_mask)
+        h = self.ln_out(x[:, 1::3])  # (B, K, C): the state tokens, which have seen R_t and s_t but not a_t
+        mean, log_std = self.head(h, task).chunk(2, dim=-1)
+        if isinstance(task, int):
+            mean, log_std = mean[..., : self.cfg.act_dims[task]], log_std[..., : self.cfg.act_dims[task]]
+        lo, hi = LOG_STD
+        return mean.tanh(), lo + (hi - lo) * torch.sigmoid(log_std)
+
+    @property
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+
+def flatten(model):
+    """Move all parameters into one flat buffer, and their gradients into another: returns theta (P,) with theta.grad (P,).
+
+    Each parameter becomes a view, so that surgery, clipping and the optimiser are single vector operations.
+    """
+    params = list(model.parameters())
+    theta = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in params]))
+    theta.grad = torch.zeros_like(theta)
+    for p, v, g in zip(params, unflatten(model, theta.data).values(), unflatten(model, theta.grad).values(), strict=True):
+        p.data, p.grad = v, g
+    return theta
+
+
+def unflatten(model, theta):
+    """theta (P,) -> {parameter name: view of its shape}, the inverse of flatten's concatenation."""
+    names, shapes = zip(*((n, p.shape) for n, p in model.named_parameters()), strict=True)
+    return {n: v.view(s) for n, v, s in zip(names, theta.split([s.numel() for s in shapes]), shapes, strict=True)}
+
+
+def gaussian_nll(mean, log_std, x, mask):
+    """Negative log-likelihood per valid token and action dimension, in nats; mean, log_std, x (B, K, A), mask (B, K)."""
+    nll = log_std + 0.5 * ((x - mean) * (-log_std).exp()).square() + 0.9189385332046727  # log(2 pi) / 2
+    return nll.mean(-1)[mask].mean()
+
+
+def save(path, model, meta: dict):
+    """Write model.safetensors and model.json into directory `path`. meta: all that acting needs besides the weights.
+
+    JSON keys: config (ModelConfig), parameters, blake2b (of the weights file), and those of meta, {"tasks": [data.Task as a dict]}.
+    """
+    path = Path(path)
+    weights = safetensors.torch.save({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()})
+    meta = {"config": dataclasses.asdict(model.cfg), "parameters": model.n_params, "blake2b": hashlib.blake2b(weights).hexdigest(), **meta}
+    run.write(path / "model.safetensors", weights)
+    run.write(path / "model.json", json.dumps(meta, indent=1).encode())
+
+
+def load(path, device="cpu"):
+    """Read what `save` wrote: (model in eval mode, meta). Raises run.UserError where it is missing or damaged."""
+    path = Path(path)
+    try:
+        meta = json.loads((path / "model.json").read_bytes())
+        weights = (path / "model.safetensors").read_bytes()
+    except FileNotFoundError:
+        raise run.UserError(f"no model in {path}; train one: python teacher.py --env hopper") from None
+    except (OSError, ValueError) as e:
+        raise run.UserError(f"can't read the model in {path} ({e}); train it again") from None
+    try:
+        if hashlib.blake2b(weights).hexdigest() != meta["blake2b"]:
+            raise ValueError("model.safetensors is not the file that model.json was written for")
+        cfg = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+        model = DecisionTransformer(cfg)
+        model.load_state_dict(safetensors.torch.load(weights), strict=True)
+    except Exception as e:  # a damaged file can fail in any of these steps, each with its own exception
+        raise run.UserError(f"the model in {path} is damaged ({str(e).splitlines()[0]}); train it again") from None
+    return model.to(device).eval(), meta

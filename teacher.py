@@ -1,0 +1,123 @@
+"""Train one teacher: a Decision Transformer on one offline dataset, by negative log-likelihood.
+
+    python teacher.py --env hopper
+    python teacher.py --dataset mujoco/hopper/medium-v0
+
+Out come config.json, log.csv, metrics.json, model.safetensors and model.json in out/teacher-<task>.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import evaluate
+import model as dt
+import run
+
+
+@dataclasses.dataclass
+class Config:
+    env: str = "hopper"  # a key of data.ENVS
+    dataset: str = ""  # a Minari id, in place of --env
+    steps: int = 2000  # updates
+    batch_size: int = 64  # windows per update
+    lr: float = 1e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
+    warmup: int = 100  # updates
+    weight_decay: float = 1e-4
+    grad_clip: float = 0.25  # largest norm of an update's gradient
+    context: int = 20  # K, timesteps
+    n_layer: int = 3
+    n_head: int = 1
+    n_embd: int = 128
+    dropout: float = 0.0  # 0.1 in kzl's code; on 200,000 steps and 2000 updates there is nothing to regularise
+    seed: int = 0  # of weights, windows and the held-out split
+    device: str = "auto"  # cpu, cuda, or auto
+    out_dir: str = ""  # default: out/teacher-<task>
+    log_interval: int = 100  # updates between rows of log.csv
+    eval_episodes: int = 20  # per target return; 0: none
+    overwrite: bool = False  # replace a finished run of other settings
+
+
+def directory(name: str) -> Path:
+    """Where the teacher of a task (a key of data.ENVS or a Minari id) is kept if not told otherwise."""
+    return Path("out") / f"teacher-{name.replace('/', '-')}"
+
+
+def main(cfg: Config):
+    """Train and evaluate; returns the run's directory. Skips a run that is there already."""
+    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, context=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0)
+    if cfg.n_embd % cfg.n_head:
+        raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
+    name = cfg.dataset or cfg.env
+    if not cfg.dataset:
+        data.dataset_id(cfg.env)  # a mistyped env is told before anything is done
+    out = Path(cfg.out_dir) if cfg.out_dir else directory(name)
+    if not run.start(out, cfg):
+        print(f"teacher of {name} is there: {out} (--overwrite to train it again)")
+        return out
+
+    # ---- data and model ----------------------------------------------------------------------------------------------
+    clock, device = run.Clock(), run.device(cfg)
+    with clock("data"):
+        ds = data.load(name, cfg.seed)
+        task = ds.task
+        train = data.Windows([ds.train], [task], cfg.context, device)
+        held_out = data.Windows([ds.held_out], [task], cfg.context, device).spread(256)
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    model = dt.DecisionTransformer(dt.ModelConfig((task.obs_dim,), (task.act_dim,), cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context,
+                                                  min(4096, max(task.max_steps, int(ds.lengths.max()))), cfg.dropout)).to(device)  # fmt: skip
+    theta = dt.flatten(model)
+    opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)
+    print(f"{task.name}: {len(ds.lengths)} episodes, {ds.lengths.sum():,} steps; teacher of {model.n_params:,} parameters on {device}", flush=True)
+
+    def nll(b):
+        return dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+    log, start, share = run.Log(out / "log.csv"), time.perf_counter(), torch.ones(1, device=device)
+    with clock("train"), tqdm(total=cfg.steps, unit="step", desc=f"teacher {task.name}", disable=None) as bar:
+        for step in range(cfg.steps):
+            model.train()
+            loss = nll(train.sample(cfg.batch_size, share, generator))
+            theta.grad.zero_()
+            loss.backward()
+            norm = theta.grad.norm()
+            if not math.isfinite(loss.item() + norm):  # this update is not applied: the parameters are still the last good ones
+                dt.save(out, model, {"tasks": [dataclasses.asdict(task)]})
+                raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {step + 1} of teacher {task.name}: stopped; "
+                                    f"the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+            theta.grad *= (cfg.grad_clip / (norm + 1e-6)).clamp_max(1)
+            opt.param_groups[0]["lr"] = lr = run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+            opt.step()
+            bar.update()
+            if (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps:
+                model.eval()
+                with torch.no_grad():
+                    held = nll(held_out).item()
+                log.row(step=step + 1, nll=loss.item(), heldout_nll=held, grad_norm=norm.item(), lr=lr, seconds=time.perf_counter() - start)
+                bar.write(run.line(step + 1, cfg.steps, start, f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"))
+    model.eval()
+    dt.save(out, model, {"tasks": [dataclasses.asdict(task)]})
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+    metrics = {"target": task.targets["p95"], "return_mean": None, "return_std": None, "normalized_score": None, "retention": None,
+               "heldout_kl": None, "heldout_nll": held}  # fmt: skip
+    with clock("evaluate"):
+        if cfg.eval_episodes and task.env_id:
+            for target, value in task.targets.items():
+                got = evaluate.scores(evaluate.rollout(model, task, 0, value, cfg.eval_episodes, 1000)[0], task)
+                metrics |= got if target == "p95" else {target: {"target": value, **got}}
+                print(f"{task.name}: target {value:.0f} ({target}) -> return {got['return_mean']:.0f} +- {got['return_std']:.0f}, "
+                      f"score {got['normalized_score']:.1f} (mean and std of {cfg.eval_episodes} episodes)", flush=True)  # fmt: skip
+    run.write_json(out / "metrics.json", {"tasks": {task.name: metrics}, "compression": None, "parameters": model.n_params, "seconds": clock.seconds})
+    return out
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, __doc__)
