@@ -1,0 +1,57 @@
+"""Everything the tests write lies in one temporary folder; nothing needs a network, a GPU or a dataset that is there already."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+_tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
+os.environ["MINARI_DATASETS_PATH"] = str(Path(_tmp.name) / "minari")  # before data.py is imported
+os.environ["MANYTEACHERS_CACHE"] = str(Path(_tmp.name) / "cache")
+os.environ["MINARI_REMOTE"] = "hf://manyteachers-no-such-repository"
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is never asked
+
+import gymnasium as gym  # noqa: E402
+import hypothesis  # noqa: E402
+import minari  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from minari.data_collector import EpisodeBuffer  # noqa: E402
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def make_dataset(name, lengths, obs_dim=3, act_dim=2, seed=0, spec="Hopper-v5", edit=None, **spaces):
+    """A Minari dataset of random episodes; edit(i, fields) may change episode i's. Returns the fields of every episode."""
+    rng = np.random.default_rng(seed)
+    obs_space = spaces.pop("observation_space", gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float64))
+    act_space = spaces.pop("action_space", gym.spaces.Box(-2.0, 2.0, (act_dim,), np.float32))
+    episodes = []
+    for i, L in enumerate(lengths):
+        ep = {
+            "observations": rng.normal(size=(L + 1, *obs_space.shape)),
+            "actions": np.array([act_space.sample() for _ in range(L)]) if act_space.dtype != np.float32 else rng.uniform(-2, 2, (L, *act_space.shape)).astype(np.float32),
+            "rewards": rng.normal(size=L) + 1,
+            "terminations": np.eye(L, dtype=bool)[-1],
+            "truncations": np.zeros(L, bool),
+        }
+        if edit:
+            edit(i, ep)
+        episodes.append(ep)
+    minari.create_dataset_from_buffers(
+        name, [EpisodeBuffer(id=i, **e) for i, e in enumerate(episodes)], observation_space=obs_space, action_space=act_space,
+        env=spec, author="-", author_email="-@-.org", code_permalink="-", algorithm_name="-", description="-", **spaces)  # fmt: skip
+    return episodes
+
+
+@pytest.fixture
+def f64():
+    """float64 by default, for comparisons to rounding error."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

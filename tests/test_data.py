@@ -1,0 +1,255 @@
+import shutil
+import time
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from minari.storage.datasets_root_dir import get_dataset_path
+
+import behaviour
+import data
+import run
+
+
+def windows(lengths=(7, 3, 12, 1, 9), K=5, name="tests/windows-v0"):
+    """Windows over one small dataset, all of it, and its raw episodes."""
+    if name not in minari.list_local_datasets():
+        make_dataset(name, lengths, spec=None)
+    arrays, _ = data.read(name)
+    d = data.load(name)
+    order = np.concatenate([d.train, d.held_out])
+    return d, arrays, data.Windows([order], [d.task], K)
+
+
+# ---- returns-to-go ---------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(0, 1000))
+def test_rtg_is_the_reversed_cumulative_sum_of_its_own_episodes_rewards(lengths, seed):
+    r = np.random.default_rng(seed).normal(size=sum(lengths)).astype(np.float32)
+    want = np.concatenate([np.cumsum(e[::-1].astype(np.float64))[::-1] for e in np.split(r, np.cumsum(lengths)[:-1])])
+    assert np.allclose(data.returns_to_go(r, np.array(lengths)), want, atol=1e-9)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["hdf5", "arrow"])
+def test_a_minari_dataset_comes_out_as_it_went_in(fmt):
+    name = f"tests/{fmt}-v0"
+    episodes = make_dataset(name, [4, 1, 6], data_format=fmt)
+    for _ in range(2):  # the second time from the cache
+        arrays, about = data.read(name)
+        assert arrays["lengths"].tolist() == [4, 1, 6]
+        assert np.array_equal(arrays["observations"], np.concatenate([e["observations"][:-1] for e in episodes]).astype(np.float32))
+        assert np.array_equal(arrays["actions"], np.concatenate([e["actions"] for e in episodes]))
+        assert np.array_equal(arrays["rewards"], np.concatenate([e["rewards"] for e in episodes]).astype(np.float32))
+        assert about["env_id"] == "Hopper-v5" and about["max_steps"] == 1000 and about["act_high"] == [2.0, 2.0]
+
+
+def test_the_cache_is_read_and_follows_the_content(monkeypatch):
+    make_dataset("tests/cached-v0", [5, 5])
+    first, _ = data.read("tests/cached-v0")
+    monkeypatch.setattr(data, "read_minari", lambda *a: pytest.fail("read again, though nothing changed"))
+    assert all(np.array_equal(v, first[k]) for k, v in data.read("tests/cached-v0")[0].items())
+    monkeypatch.undo()
+    minari.delete_dataset("tests/cached-v0")
+    make_dataset("tests/cached-v0", [5, 5], seed=1)
+    assert not np.array_equal(data.read("tests/cached-v0")[0]["rewards"], first["rewards"])
+
+
+def test_a_damaged_cache_is_read_anew():
+    make_dataset("tests/damaged-cache-v0", [5, 5])
+    first, _ = data.read("tests/damaged-cache-v0")
+    (cache,) = data.CACHE.glob("tests--damaged-cache-v0-*")
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert np.array_equal(data.read("tests/damaged-cache-v0")[0]["rewards"], first["rewards"])
+
+
+def test_an_unwritable_cache_costs_time_and_nothing_else(monkeypatch, capsys):
+    make_dataset("tests/no-cache-v0", [5, 5])
+    monkeypatch.setattr(data, "CACHE", data.Path("/proc/no/cache"))
+    assert data.read("tests/no-cache-v0")[0]["lengths"].tolist() == [5, 5]
+    assert "no cache under /proc/no/cache" in capsys.readouterr().out
+
+
+def test_boxes_of_any_shape_are_flattened_and_unbounded_actions_take_the_datas_range():
+    name, box = "tests/shapes-v0", gym.spaces.Box
+    episodes = make_dataset(name, [4, 4], spec=None, observation_space=box(-1, 1, (2, 3), np.float32), action_space=box(-np.inf, np.inf, (2, 2), np.float32))
+    d = data.load(name)
+    lows = np.concatenate([e["actions"].reshape(-1, 4) for e in episodes]).min(0)
+    assert (d.task.obs_dim, d.task.act_dim, d.task.env_id) == (6, 4, None) and np.allclose(d.task.act_low, lows)
+    assert np.abs(d.train[:, 6:10]).max() <= 1 + 1e-5
+
+
+def test_one_step_episodes_work():
+    make_dataset("tests/one-step-v0", [1] * 10)
+    d = data.load("tests/one-step-v0")
+    b = data.Windows([d.train], [d.task], 4).sample(32, torch.ones(1), torch.Generator())
+    assert (b.mask.sum(1) == 1).all() and b.mask[:, -1].all()
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tenth_of_the_episodes_is_held_out_by_seed_and_statistics_come_from_the_rest():
+    make_dataset("tests/split-v0", [5] * 40)
+    a, b, c = (data.load("tests/split-v0", seed) for seed in (0, 0, 1))
+    assert len(a.held_out) == 20 and len(a.train) == 180 and np.array_equal(a.held_out, b.held_out) and not np.array_equal(a.held_out, c.held_out)
+    O = a.task.obs_dim
+    assert np.allclose(a.train[:, :O].mean(0), 0, atol=1e-5) and np.allclose(a.train[:, :O].std(0), 1, atol=1e-4)
+    assert not np.allclose(a.held_out[:, :O].mean(0), 0, atol=1e-3)
+    assert np.abs(a.train[:, -2]).max() == pytest.approx(1)
+    rewards = data.read("tests/split-v0")[0]["rewards"].reshape(40, 5)
+    assert np.isclose(a.task.rtg_scale * a.train[:, -2].reshape(-1, 5)[:, 0], rewards.sum(1)[:, None], atol=1e-4).any(0).all()
+
+
+def test_a_constant_observation_is_not_divided_by_its_zero_deviation():
+    def edit(i, e):
+        e["observations"][:, 1] = 3.0
+
+    make_dataset("tests/constant-v0", [5] * 10, edit=edit)
+    d = data.load("tests/constant-v0")
+    assert np.isfinite(d.train).all() and not d.train[:, 1].any()
+
+
+@given(st.integers(0, 2**31))
+def test_a_window_is_a_stretch_of_one_episode_padded_on_the_left(seed):
+    d, _, w = windows()
+    b = w.sample(16, torch.ones(1), torch.Generator().manual_seed(seed))
+    table = w.table
+    for i in range(16):
+        n = int(b.mask[i].sum())
+        assert b.mask[i].tolist() == [False] * (5 - n) + [True] * n and n == min(5, int(b.timesteps[i, -1]) + 1)
+        rows = b.rows[i, 5 - n :]
+        assert (rows.diff() == 1).all() and (b.timesteps[i, 5 - n :].diff() == 1).all()
+        assert torch.equal(b.states[i, 5 - n :], table[rows, : w.O]) and torch.equal(b.actions[i, 5 - n :], table[rows, w.O : w.O + w.A])
+        assert torch.equal(b.rtg[i, 5 - n :], table[rows, -2])
+
+
+def test_every_timestep_is_as_likely_as_every_other_to_end_a_window():
+    d, _, w = windows()
+    n = 40_000
+    ends = w.sample(n, torch.ones(1), torch.Generator().manual_seed(0)).rows[:, -1]
+    counts = torch.bincount(ends, minlength=len(w.table)) / n * len(w.table)
+    assert counts.min() > 0.85 and counts.max() < 1.15
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5), st.integers(1, 70), st.integers(0, 1000))
+def test_a_batch_follows_the_shares_to_within_one_window(weights, B, seed):
+    d, _, w = windows()
+    N = len(weights)
+    many = data.Windows([d.train] * N, [d.task] * N, 5)
+    shares = torch.tensor(weights) / sum(weights)
+    b = many.sample(B, shares, torch.Generator().manual_seed(seed))
+    n = torch.bincount(b.task, minlength=N)
+    assert ((n - shares * B).abs() < 1 + 1e-4).all()
+    assert torch.equal(torch.searchsorted(many.offset, b.rows[:, -1], right=True) - 1, b.task)
+
+
+def test_a_one_hot_share_takes_that_teachers_windows_alone():
+    d, _, _ = windows()
+    many = data.Windows([d.train] * 3, [d.task] * 3, 5)
+    for i in range(3):
+        assert (many.sample(64, torch.eye(3)[i], torch.Generator().manual_seed(i)).task == i).all()
+
+
+def test_a_batch_of_64_windows_takes_at_most_a_fifth_of_a_millisecond():
+    task = data.load("tests/windows-v0").task if "tests/windows-v0" in minari.list_local_datasets() else windows()[0].task
+    w = data.Windows([np.random.default_rng(0).random((200_000, task.obs_dim + task.act_dim + 2), np.float32)], [task], 20)
+    gen, share, times = torch.Generator(), torch.ones(1), []
+    for _ in range(300):
+        start = time.perf_counter()
+        w.sample(64, share, gen)
+        times.append(time.perf_counter() - start)
+    assert np.quantile(times, 0.1) < 4e-4  # 0.2 ms on an idle machine; this one may be shared
+
+
+# ---- the built-in data -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", sorted(data.ENVS))
+def test_the_bundled_policies_make_a_minari_dataset_and_go_from_poor_to_good(env):
+    data.collect(env, 2000)
+    name = data.dataset_id(env)
+    ds = minari.load_dataset(name)
+    assert ds.total_steps >= 2000 and ds.recover_environment().observation_space.shape == ds.observation_space.shape
+    assert name in minari.list_local_datasets()
+    d = data.load(env)
+    assert d.task.name == env and d.task.reference == data.ENVS[env][2]
+    assert (d.task.obs_dim, d.task.act_dim) == {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6), "ant": (27, 8)}[env]
+    assert sum(f.stat().st_size for f in behaviour.HERE.iterdir()) < 1_000_000 and len(behaviour.load(env)) == behaviour.SNAPSHOTS
+    shutil.rmtree(get_dataset_path(name))
+
+
+def test_a_snapshot_is_kept_for_every_level_of_return():
+    returns = [0.0, 1, 2, 50, 51, 98, 99, 100]
+    kept = behaviour.choose(returns, 3)
+    assert [returns[i] for i in kept] == [0, 50, 100]
+
+
+def test_the_best_bundled_hopper_policy_does_what_its_file_says():
+    policies, env, rng = behaviour.load("hopper"), gym.make("Hopper-v5"), np.random.default_rng(0)
+    assert behaviour.rollout(env, policies[-1], 0.0, rng, 5)["rewards"].sum() > 2500 > 500 > behaviour.rollout(env, policies[0], 0.0, rng, 5)["rewards"].sum()
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_env_names_the_choices():
+    with pytest.raises(run.UserError, match="unknown env 'hoper'; choose from ant, halfcheetah, hopper, walker2d"):
+        data.load("hoper")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-v0", "../../etc/passwd-v0", "a b-v0", "x/../y-v0"])
+def test_a_dataset_that_can_not_be_had_is_one_line_with_the_remedy(name):
+    with pytest.raises(run.UserError, match="dataset .*(can't be downloaded|an id looks like)") as e:
+        data.load(name)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("field", ["observations", "actions", "rewards"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_or_infinite_values_are_found_with_their_episode_and_field(field, bad):
+    name = f"tests/bad-{field}-{'nan' if np.isnan(bad) else 'inf'}-v0"
+
+    def edit(i, e):
+        if i == 2:
+            e[field][1] = bad
+
+    make_dataset(name, [3, 4, 5, 6], edit=edit)
+    with pytest.raises(run.UserError, match=f"{field} in episode 2"):
+        data.load(name)
+
+
+def test_discrete_actions_are_told_apart():
+    make_dataset("tests/discrete-v0", [3, 3], action_space=gym.spaces.Discrete(4))
+    with pytest.raises(run.UserError, match="has Discrete actions"):
+        data.load("tests/discrete-v0")
+
+
+def test_too_few_episodes_are_told():
+    make_dataset("tests/single-v0", [3])
+    with pytest.raises(run.UserError, match="1 episode; at least 2"):
+        data.load("tests/single-v0")
+    make_dataset("tests/empty-v0", [])
+    with pytest.raises(run.UserError, match="no episode"):
+        data.load("tests/empty-v0")
+
+
+def test_a_truncated_dataset_file_is_told():
+    make_dataset("tests/truncated-v0", [30, 30])
+    f = get_dataset_path("tests/truncated-v0") / "data" / "main_data.hdf5"
+    f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])
+    with pytest.raises(run.UserError, match="tests/truncated-v0 can't be read"):
+        data.load("tests/truncated-v0")
+
+
+def test_a_dataset_can_not_have_code_of_its_own_imported():
+    with pytest.raises(run.UserError, match="not registered"):
+        data.make_env("os:system-v0", {})
