@@ -108,7 +108,11 @@ def weights(model, vec) -> dict:
 def train(cfg: Config) -> list[dict]:
     """PPO on one task; returns the candidates' weights, in the order of training."""
     import torch
-    from stable_baselines3 import PPO
+
+    try:
+        from stable_baselines3 import PPO
+    except ImportError:
+        raise run.UserError("training behaviour policies needs Stable-Baselines3: pip install stable-baselines3==2.9.2") from None
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
@@ -142,12 +146,14 @@ def choose(returns, k: int) -> list[int]:
 
 
 def main(cfg: Config):
+    if cfg.env not in PPO_STEPS:
+        raise run.UserError(f"unknown env {cfg.env!r}; choose from {', '.join(sorted(PPO_STEPS))}")
     candidates = train(cfg)
     env, rng = make_env(cfg.env), np.random.default_rng(cfg.seed)
     returns = [np.mean([rollout(env, Policy(w), 0.0, rng, 10_000 + i)["rewards"].sum() for i in range(cfg.eval_episodes)])
                for w in tqdm(candidates, desc=f"evaluate {cfg.env}")]  # fmt: skip
     keep = choose(returns, SNAPSHOTS)
-    stacked = {k: np.stack([candidates[i][k] for i in keep]) for k in candidates[0]}
+    stacked = {k: np.ascontiguousarray(np.stack([candidates[i][k] for i in keep])) for k in candidates[0]}  # safetensors writes memory as it lies
     stacked["returns"] = np.array([returns[i] for i in keep], np.float32)
     HERE.mkdir(exist_ok=True)
     run.write(HERE / f"{cfg.env}.safetensors", safetensors.numpy.save(stacked))
@@ -155,6 +161,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    run.cli(main, Config, __doc__)

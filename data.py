@@ -24,6 +24,7 @@ import safetensors.numpy
 import torch
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
+from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
 
 import behaviour
@@ -67,6 +68,12 @@ class Task:
 def make_env(env_id, env_kwargs, **kwargs):
     if env_id not in gym.registry:  # also keeps a dataset from naming an entry point of its own to import
         raise run.UserError(f"environment {env_id!r} is not registered with Gymnasium; install and import its package, or use --eval-episodes 0")
+    try:
+        import mujoco  # says on every gym.make of HalfCheetah that its model file is written in an old way
+
+        mujoco.set_mju_user_warning(lambda text: None if "is deprecated" in text else print(f"MuJoCo: {text}"))
+    except ImportError:
+        pass
     return gym.make(env_id, **env_kwargs, **kwargs)
 
 
@@ -90,7 +97,7 @@ def collect(env: str, steps: int = COLLECT_STEPS):
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(tmp)
     try:
-        minari.create_dataset_from_buffers(name, buffers, env=world, algorithm_name="PPO snapshots with action noise", author="manyteachers",
+        minari.create_dataset_from_buffers(name, buffers, env=world, eval_env=world, algorithm_name="PPO snapshots with action noise", author="manyteachers",
             author_email="-@-.org", code_permalink="behaviour.py",
             description=f"{len(behaviour.NOISE)} levels of action noise times {behaviour.SNAPSHOTS} snapshots of one PPO run, from untrained to best")  # fmt: skip
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +110,9 @@ def collect(env: str, steps: int = COLLECT_STEPS):
             os.environ["MINARI_DATASETS_PATH"] = before
         shutil.rmtree(tmp, ignore_errors=True)
         world.close()
-    if "manyteachers" not in minari.list_local_namespaces():
-        minari.create_namespace("manyteachers", "built-in datasets of the project manyteachers")
+    for namespace in ("manyteachers", f"manyteachers/{env}"):
+        if namespace not in list_local_namespaces():
+            create_namespace(namespace, "built-in datasets of the project manyteachers")
 
 
 def find(name: str) -> Path:
@@ -132,7 +140,7 @@ def find(name: str) -> Path:
 
 def fingerprint(path: Path) -> str:
     """Changes whenever the dataset's files do: their names, sizes and times, and the metadata itself."""
-    h = hashlib.blake2b(b"manyteachers cache 1", digest_size=12)
+    h = hashlib.blake2b(b"manyteachers cache 2", digest_size=12)
     for f in sorted(path.rglob("*")):
         st = f.stat()
         h.update(f"{f.relative_to(path)} {st.st_size} {st.st_mtime_ns}\n".encode())
@@ -141,8 +149,9 @@ def fingerprint(path: Path) -> str:
 
 
 def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
-    """A dataset as flat arrays: observations (S, O), actions (S, A), rewards (S,) float32, lengths (E,) int64; and its description
-    {env_id, env_kwargs, max_steps, act_low, act_high}. From the cache where that was written for these very files."""
+    """A dataset as arrays: table (S, O + A + 2) float32, rows as said above but states and rtg as they are, not yet normalised; and of each
+    episode: lengths (E,), returns (E,), obs_sum and obs_square (E, O), sums over its timesteps. And its description
+    {env_id, env_kwargs, max_steps, act_low, act_high, saturation}. From the cache where that was written for these very files."""
     path = find(name)
     try:
         cached = CACHE / f"{name.replace('/', '--')}-{fingerprint(path)}.safetensors"
@@ -150,7 +159,7 @@ def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])  # noqa: SIM118
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
         pass  # missing or damaged: read again
-    arrays, about = read_minari(name, path)
+    arrays, about = tabulate(*read_minari(name, path))
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
         for old in CACHE.glob(f"{name.replace('/', '--')}-{'?' * 24}.safetensors"):
@@ -162,6 +171,7 @@ def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def read_minari(name, path):
+    """The dataset as it is: observations (S, O), actions (S, A), rewards (S,) float32, lengths (E,); and its description."""
     try:
         ds = minari.load_dataset(name)
         obs_space, act_space, n, total = ds.observation_space, ds.action_space, ds.total_episodes, ds.total_steps
@@ -212,6 +222,23 @@ def returns_to_go(rewards, lengths):
     return total[ends] - total[:-1]
 
 
+def tabulate(raw, about):
+    """What `read` returns, from what Minari holds: actions scaled to [-1, 1], returns-to-go, timesteps, sums per episode."""
+    obs, lengths = raw["observations"], raw["lengths"]
+    starts = np.cumsum(lengths) - lengths
+    low, high = (np.array(about[k], np.float32) for k in ("act_low", "act_high"))
+    O = obs.shape[1]
+    table = np.empty((len(obs), O + len(low) + 2), np.float32)
+    table[:, :O] = obs
+    table[:, O:-2] = (raw["actions"] - low) * (2 / (high - low)) - 1
+    rtg = returns_to_go(raw["rewards"], lengths)
+    table[:, -2] = rtg
+    table[:, -1] = np.arange(len(obs)) - np.repeat(starts, lengths)
+    saturation = float((np.abs(table[:, O:-2]) > 0.999).mean())
+    sums = [np.add.reduceat(x, starts, dtype=np.float64) for x in (obs, np.square(obs, dtype=np.float64))]
+    return {"table": table, "lengths": lengths, "returns": rtg[starts], "obs_sum": sums[0], "obs_square": sums[1]}, {**about, "saturation": saturation}
+
+
 @dataclasses.dataclass
 class Dataset:
     task: Task
@@ -228,29 +255,32 @@ def load(name: str, seed: int = 0) -> Dataset:
     if "/" not in id_ and "-v" not in id_:
         dataset_id(name)  # a mistyped env: raises, naming the choices
     arrays, about = read(id_)
-    lengths, obs = arrays["lengths"], arrays["observations"]
-    n, starts = len(lengths), np.cumsum(lengths) - lengths
+    lengths, returns, table = arrays["lengths"], arrays["returns"], arrays["table"]
+    n = len(lengths)
     if n < 2:
         raise run.UserError(f"dataset {id_} has 1 episode; at least 2 are needed, one of them held out")
-    rtg = returns_to_go(arrays["rewards"], lengths)
-    returns = rtg[starts]
     held = np.zeros(n, bool)
     held[np.random.default_rng(seed).permutation(n)[: max(1, round(HELD_OUT * n))]] = True
-    rows = np.repeat(held, lengths)  # (S,) True where held out
-    mean, std = obs[~rows].mean(0, dtype=np.float64), obs[~rows].std(0, dtype=np.float64)
-    std = np.where(std > 1e-6, std, 1.0)  # a constant observation stays what it is
-    low, high = np.array(about["act_low"]), np.array(about["act_high"])
+    steps = lengths[~held].sum()
+    mean = arrays["obs_sum"][~held].sum(0) / steps
+    std = np.sqrt(np.maximum(arrays["obs_square"][~held].sum(0) / steps - mean**2, 0))
+    std = np.where(std > 1e-6 * (1 + np.abs(mean)), std, 1.0)  # a constant observation is not divided by its rounding error
+    episodes = np.split(table, np.cumsum(lengths)[:-1])
+    train, held_out = (np.concatenate([e for e, h in zip(episodes, held, strict=True) if h == want]) for want in (False, True))
+    rtg_scale = float(np.abs(train[:, -2]).max()) or 1.0
+    for x in (train, held_out):  # in place: there may be a gigabyte of it
+        x[:, : len(mean)] -= mean.astype(np.float32)
+        x[:, : len(mean)] /= std.astype(np.float32)
+        x[:, -2] /= rtg_scale
     env = next((k for k, (env_id, *_) in ENVS.items() if about["env_id"] and env_id.split("-")[0] == about["env_id"].split("-")[0]), None)
     reference, source = (ENVS[env][2], "D4RL constants") if env else ((float(returns.min()), float(returns.max())), "the dataset's lowest and highest return")
+    saturation = about.pop("saturation")
     task = Task(
-        name=next((k for k in ENVS if dataset_id(k) == id_), id_), dataset=id_, obs_dim=obs.shape[1], act_dim=len(low),
-        obs_mean=mean.tolist(), obs_std=std.tolist(), rtg_scale=float(np.abs(rtg[~rows]).max()) or 1.0,
+        name=next((k for k in ENVS if dataset_id(k) == id_), id_), dataset=id_, obs_dim=len(mean), act_dim=len(about["act_low"]),
+        obs_mean=mean.tolist(), obs_std=std.tolist(), rtg_scale=rtg_scale,
         targets={"p95": float(np.quantile(returns[~held], 0.95)), "median": float(np.median(returns[~held]))},
         reference=reference, reference_source=source, split_seed=seed, **about)  # fmt: skip
-    timestep = np.arange(len(obs)) - np.repeat(starts, lengths)
-    actions = (arrays["actions"] - low) / (high - low) * 2 - 1
-    flat = np.concatenate([(obs - mean) / std, actions, rtg[:, None] / task.rtg_scale, timestep[:, None]], axis=1, dtype=np.float32, casting="same_kind")
-    return Dataset(task, flat[~rows], flat[rows], returns, lengths, float((np.abs(actions) > 0.999).mean()))
+    return Dataset(task, train, held_out, returns, lengths, saturation)
 
 
 class Batch(NamedTuple):
@@ -272,12 +302,15 @@ class Windows:
         self.K, self.O, self.A = context, max(t.obs_dim for t in tasks), max(t.act_dim for t in tasks)
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
         self.offset = self.size.cumsum(0) - self.size
-        self.table = torch.zeros(int(self.size.sum()), self.O + self.A + 2, device=device)
-        for table, task, at in zip(tables, tasks, self.offset.tolist(), strict=True):
-            x, rows = torch.from_numpy(table), slice(at, at + len(table))
-            self.table[rows, : task.obs_dim] = x[:, : task.obs_dim].to(device)
-            self.table[rows, self.O : self.O + task.act_dim] = x[:, task.obs_dim : -2].to(device)
-            self.table[rows, -2:] = x[:, -2:].to(device)
+        if len(tables) == 1:
+            self.table = torch.from_numpy(tables[0]).to(device)
+        else:
+            self.table = torch.zeros(int(self.size.sum()), self.O + self.A + 2, device=device)
+            for table, task, at in zip(tables, tasks, self.offset.tolist(), strict=True):
+                x, rows = torch.from_numpy(table), slice(at, at + len(table))
+                self.table[rows, : task.obs_dim] = x[:, : task.obs_dim].to(device)
+                self.table[rows, self.O : self.O + task.act_dim] = x[:, task.obs_dim : -2].to(device)
+                self.table[rows, -2:] = x[:, -2:].to(device)
         self.back = torch.arange(context - 1, -1, -1, device=device)  # (K,) how far before the window's last row
 
     def gather(self, task, end):

@@ -35,7 +35,7 @@ def make_dataset(name, lengths, obs_dim=3, act_dim=2, seed=0, spec="Hopper-v5", 
     for i, L in enumerate(lengths):
         ep = {
             "observations": rng.normal(size=(L + 1, *obs_space.shape)),
-            "actions": np.array([act_space.sample() for _ in range(L)]) if act_space.dtype != np.float32 else rng.uniform(-2, 2, (L, *act_space.shape)).astype(np.float32),
+            "actions": rng.uniform(-2, 2, (L, *act_space.shape)).astype(np.float32) if act_space.dtype == np.float32 else rng.integers(0, 2, L),
             "rewards": rng.normal(size=L) + 1,
             "terminations": np.eye(L, dtype=bool)[-1],
             "truncations": np.zeros(L, bool),

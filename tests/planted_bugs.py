@@ -1,0 +1,97 @@
+"""Proof that the tests can fail: plants one bug at a time in a copy of the tree and checks that the tests named for it do.
+
+    python tests/planted_bugs.py            # all of them, about ten minutes; not part of pytest
+    python tests/planted_bugs.py surgery    # those whose line holds the word
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# file | what is there | what is planted | tests that must fail (pytest's -k, within a file)
+BUGS = [
+    ("kernels/project.py", "g - dot / uu * u, g)", "g + dot / uu * u, g)", "test_surgery.py", "never_opposes"),
+    ("kernels/project.py", "g - dot / uu * u, g)", "g - 2 * dot / uu * u, g)", "test_surgery.py", "projecting_twice or formula"),
+    ("kernels/project.py", "(dot < 0) & (uu > 0)", "uu > 0", "test_surgery.py", "left_alone"),
+    ("kernels/project.py", "    u = u / u.abs().max().clamp_min(torch.finfo(u.dtype).tiny)", "    u = u * 1", "test_surgery.py", "tiny or scale_of_the_previous or formula"),
+    ("kernels/project.py", "g - dot / uu * u, g)", "g - dot / uu * u + 1e-3, g)", "test_surgery.py", "linear_in_the_scale"),
+    ("surgery.py", "shares * c.clamp_max(0)", "shares * c", "test_surgery.py", "per_teacher"),
+    ("surgery.py", "torch.where(uu > 0, (shares * c.clamp_max(0)).sum() / uu, 0.0)", "(shares * c.clamp_max(0)).sum() / uu", "test_surgery.py", "against_no_previous"),
+    ("surgery.py", "if changed else (g, g)", "if True else (g, g)", "test_surgery.py", "switch"),
+    ("surgery.py", "return g, BETA * u + (1 - BETA) * g", "return g, g", "test_surgery.py", "average_remembers"),
+    ("surgery.py", "gi = project(gi, g[j]) if j != i else gi", "gi = gi", "test_surgery.py", "pcgrad"),
+    ("curriculum.py", "(1 - FLOOR) * w / w.sum() + FLOOR / len(w)", "w / w.sum() + FLOOR / len(w)", "test_curriculum.py", "distribution"),
+    ("curriculum.py", "(1 - FLOOR) * w / w.sum() + FLOOR / len(w)", "w / w.sum()", "test_curriculum.py", "left_out"),
+    ("curriculum.py", "(d / top) ** power if top > 0", "(top / d) ** power if top > 0", "test_curriculum.py", "farther or twice_as_far"),
+    ("curriculum.py", "(d / top) ** power if top > 0", "torch.exp(d / top) if top > 0", "test_curriculum.py", "power_zero or twice_as_far"),
+    ("curriculum.py", "(d == top).int().argmax()", "(d == top).int().flip(0).argmax()", "test_curriculum.py", "infinite_power or ties"),
+    ("curriculum.py", "    if bad:", "    if False:", "test_curriculum.py", "nan"),
+    ("curriculum.py", "step % len(checked(d))", "step // 2 % len(checked(d))", "test_curriculum.py", "fixed_visits"),
+    ("curriculum.py", "w = shares * (eta", "w = (eta", "test_curriculum.py", "dro_accumulates"),
+    ("curriculum.py", "/ d.mean().clamp_min(torch.finfo(d.dtype).tiny)", "", "test_curriculum.py", "scale_of_the_distances"),
+    ("kernels/kl.py", "if direction == \"forward\":", "if direction == \"reverse\":", "test_kernels.py", "torch_distributions"),
+    ("kernels/kl.py", "* temperature**2 + sigma_floor", "* temperature + sigma_floor", "test_kernels.py", "torch_distributions"),
+    ("kernels/kl.py", "x - torch.log1p(x)", "x + torch.log1p(x)", "test_kernels.py", "never_negative or torch_distributions"),
+    ("kernels/kl.py", "~(mask[..., None] & real[:, None, :])", "~mask[..., None]", "test_kernels.py", "padding_changes_nothing"),
+    ("kernels/kl.py", ".sum((1, 2)) / A", ".sum((1, 2))", "test_kernels.py", "divides_by"),
+    ("kernels/attention.py", ".tril()", ".tril(1)", "test_kernels.py", "loop_over_rows"),
+    ("kernels/attention.py", "return y.masked_fill(~mask[..., None], 0.0)", "return y", "test_kernels.py", "without_any_valid_token"),
+    ("kernels/attention.py", ".tril()", ".tril(1)", "test_model.py", "future"),
+    ("kernels/attention.py", "causal & mask[:, None, None, :]", "causal", "test_kernels.py", "loop_over_rows"),
+    ("model.py", "h = self.ln_out(x[:, 1::3])", "h = self.ln_out(x[:, 2::3])", "test_model.py", "future"),
+    ("model.py", "states, actions = states.masked_fill(~m, 0.0), actions.masked_fill(~m, 0.0)", "pass", "test_model.py", "masked_content"),
+    ("model.py", "rtg, timesteps = rtg.masked_fill(~mask, 0.0), timesteps.masked_fill(~mask, 0)", "pass", "test_model.py", "masked_content"),
+    ("model.py", "nll.mean(-1)[mask].mean()", "nll.mean()", "test_model.py", "nll_is"),
+    ("model.py", "if hashlib.blake2b(weights).hexdigest() != meta[\"blake2b\"]:", "if False:", "test_model.py", "damaged_model_file"),
+    ("data.py", "return total[ends] - total[:-1]", "return total[ends] - total[1:]", "test_data.py", "rtg_is"),
+    ("data.py", "x[..., -2], t, self.back <= t[:, -1:], rows)", "x[..., -2], t, self.back <= t[:, -1:] + 1, rows)", "test_data.py", "stretch_of_one_episode"),
+    ("data.py", "(u[:B] * self.size[task]).long()", "(u[:B] ** 2 * self.size[task]).long()", "test_data.py", "as_likely"),
+    ("data.py", "(torch.arange(B, device=dev) + u[B]) / B", "torch.rand(B, generator=generator, device=dev, dtype=torch.float64)", "test_data.py", "follows_the_shares"),
+    ("data.py", "mean = arrays[\"obs_sum\"][~held].sum(0) / steps", "mean = arrays[\"obs_sum\"].sum(0) / lengths.sum()", "test_data.py", "tenth"),
+    ("data.py", "        h.update(f\"{f.relative_to(path)} {st.st_size} {st.st_mtime_ns}\\n\".encode())", "        h.update(b\"\")", "test_data.py", "follows_the_content"),
+    ("data.py", "        if bad.any():", "        if False:", "test_data.py", "nan_or_infinite"),
+    ("data.py", "if not isinstance(space, gym.spaces.Box):", "if False:", "test_data.py", "discrete"),
+    ("data.py", "if env_id not in gym.registry:", "if False:", "test_data.py", "code_of_its_own"),
+    ("behaviour.py", "x = np.tanh(x @ w[\"w1\"] + w[\"b1\"])", "x = np.tanh(x @ w[\"w1\"].T + w[\"b1\"])", "test_data.py", "do_what_their_file_says"),
+    ("distill.py", "        new = windows.back <= (t[ends[part]] % H)[:, None]", "        new = windows.back < windows.K", "test_distill.py", "half_a_context"),
+    ("distill.py", "w = (batch.task == i).nonzero().flatten()", "w = (batch.task == 0).nonzero().flatten()", "test_distill.py", "live_targets"),
+    ("distill.py", "return torch.func.jvp(losses, (theta.detach(),), (u,))[1]", "return torch.func.jvp(losses, (theta.detach(),), (u * 1.001,))[1]", "test_distill.py", "forward_mode"),
+    ("distill.py", "(after - before) / du, 0.0) * (u @ u)", "(before - after) / du, 0.0) * (u @ u)", "test_distill.py", "estimated"),
+    ("distill.py", "            opt.step()\n", "            pass\n", "test_distill.py", "five_times_nearer"),
+    ("distill.py", "loss = part @ L", "loss = L.sum()", "test_distill.py", "plain_adamw"),
+    ("distill.py", "generator = torch.Generator(device).manual_seed(cfg.seed)", "generator = torch.Generator(device).manual_seed(time.time_ns() % 2**31)", "test_distill.py", "same_log_to_the_bit"),
+    ("distill.py", "if not math.isfinite(loss.item() + norm.item()):", "if False:", "test_distill.py", "student_becomes_nan or last_good_student"),
+    ("teacher.py", "if not math.isfinite(loss.item() + norm):", "if False:", "test_distill.py", "teachers_loss_that_becomes"),
+    ("distill.py", "if json.dumps(dataclasses.asdict(t)) != json.dumps(dataclasses.asdict(s.task)):", "if False:", "test_distill.py", "dataset_has_changed"),
+    ("run.py", "        if not value >= least:", "        if value < least:", "test_distill.py", "sizes_that_can_not"),
+    ("run.py", "        raise UserError(f\"{out_dir} holds a finished run", "        print(f\"{out_dir} holds a finished run", "test_distill.py", "not_overwritten_unasked"),
+]  # fmt: skip
+
+
+def main(word=""):
+    survived = []
+    with tempfile.TemporaryDirectory() as tmp:
+        tree = Path(tmp) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", "results"))
+        for bug in (b for b in BUGS if word in " ".join(b)):
+            file, there, planted, tests, names = bug
+            text = (tree / file).read_text()
+            assert text.count(there) == 1, f"{file} holds this {text.count(there)} times, not once: {there}"
+            (tree / file).write_text(text.replace(there, planted))
+            p = subprocess.run([sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", f"tests/{tests}", "-k", names], cwd=tree, capture_output=True, text=True)
+            (tree / file).write_text(text)
+            found = p.returncode == 1
+            print(f"{'found   ' if found else 'SURVIVED'} {file}: {planted.strip()[:90]}", flush=True)
+            if not found:
+                survived.append(bug)
+                print(p.stdout[-1500:])
+    print(f"{len(survived)} survived")
+    return bool(survived)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

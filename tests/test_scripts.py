@@ -1,0 +1,153 @@
+"""Each README command, tiny, as a user would call it: in a process of its own, in an empty directory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import data
+import model as dt
+import run
+from conftest import ROOT
+
+TINY = "--batch-size 16 --eval-episodes 2 --device cpu"
+CALLED = set()
+
+
+def call(cwd, command, code=0, **env):
+    """Run `python SCRIPT ...` in cwd; returns its output."""
+    CALLED.add(command.split()[0])
+    script, *rest = command.split()
+    p = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    assert p.returncode == code, f"{command}\n{p.stdout}\n{p.stderr}"
+    return p.stdout + p.stderr
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working directory and the built-in data, small."""
+    for env in data.ENVS:
+        data.collect(env, 4000)
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def main_job(home):
+    """`python distill.py`, its default tasks: trains the three teachers that are missing, then the student."""
+    return call(home, f"distill.py --steps 200 --teacher-steps 40 --log-interval 50 --n-embd 16 {TINY}")
+
+
+def test_the_main_job_makes_everything_and_brings_the_student_five_times_nearer(main_job, home):
+    tasks = ["hopper", "halfcheetah", "walker2d"]
+    for t in tasks:
+        assert f"no teacher in out/teacher-{t}: training it" in main_job
+        log = run.read_csv(home / f"out/teacher-{t}/log.csv")
+        assert log["step"].tolist() == [40] or log["nll"][-1] < log["nll"][0]
+        assert run.read_json(home / f"out/teacher-{t}/metrics.json")["tasks"][t]["return_mean"] is not None
+    metrics = run.read_json(home / "out/student/metrics.json")
+    assert list(metrics["tasks"]) == tasks and metrics["compression"] > 15
+    log = run.read_csv(home / "out/student/log.csv")
+    assert len(log["step"]) == 200
+    for t in tasks:
+        kl = log[f"heldout_kl_{t}"]
+        assert kl[199] < kl[0] / 5 and metrics["tasks"][t]["heldout_kl"] == pytest.approx(kl[199], rel=1e-5)
+        m, teacher = metrics["tasks"][t], run.read_json(home / f"out/teacher-{t}/metrics.json")["tasks"][t]
+        assert m["retention"] == pytest.approx(m["normalized_score"] / teacher["normalized_score"])
+    assert (home / "out/student/plots.png").stat().st_size > 10_000 and "retention: mean" in main_job
+
+
+def test_a_second_call_skips_what_is_there_and_says_so(main_job, home):
+    out = call(home, f"distill.py --steps 200 --teacher-steps 40 --log-interval 50 --n-embd 16 {TINY}")
+    assert "student is there: out/student" in out and "retention: mean" in out
+    out = call(home, f"distill.py --envs hopper walker2d --steps 2 --n-embd 16 --eval-episodes 0 --out-dir out/two {TINY}")
+    assert "teacher of hopper is there" in out and "teacher of walker2d is there" in out
+
+
+def test_teacher_learns_and_can_be_evaluated(home):
+    out = call(home, f"teacher.py --env ant --steps 60 --log-interval 20 {TINY}")
+    assert re.search(r"step 60/60 \| nll .* \| held-out .* it/s \| 0:00 left", out)
+    log = run.read_csv(home / "out/teacher-ant/log.csv")
+    assert log["step"].tolist() == [20, 40, 60] and log["heldout_nll"][-1] < log["heldout_nll"][0]
+    model, meta = dt.load(home / "out/teacher-ant")
+    assert model.cfg.obs_dims == [27] or model.cfg.obs_dims == (27,)
+    assert "teacher of ant is there" in call(home, f"teacher.py --env ant --steps 60 --log-interval 20 {TINY}")
+    out = call(home, "evaluate.py out/teacher-ant --eval-episodes 2 --target median --device cpu")
+    assert json.loads((home / "out/teacher-ant/evaluation.json").read_text())["tasks"]["ant"]["target"] == meta["tasks"][0]["targets"]["median"]
+
+
+def test_evaluating_again_with_the_same_seeds_gives_what_training_said(main_job, home):
+    call(home, "evaluate.py out/student --eval-episodes 2 --device cpu")
+    got, said = run.read_json(home / "out/student/evaluation.json")["tasks"], run.read_json(home / "out/student/metrics.json")["tasks"]
+    for t in got:
+        assert got[t]["return_mean"] == pytest.approx(said[t]["return_mean"], rel=1e-3) and got[t]["retention"] == pytest.approx(said[t]["retention"], rel=1e-3)
+
+
+def test_video_is_made_or_the_reason_is_said(main_job, home):
+    out = call(home, "evaluate.py out/teacher-hopper --eval-episodes 1 --video --device cpu")
+    assert (home / "out/teacher-hopper/hopper.gif").exists() or "no film of hopper: rendering does not work here" in out
+
+
+def test_any_minari_dataset_is_distilled_by_its_id(home):
+    call(home, f"teacher.py --dataset {data.dataset_id('hopper')} --steps 5 {TINY} --out-dir out/by-id")
+    out = call(home, f"distill.py --datasets {data.dataset_id('walker2d')} --teacher-steps 5 --steps 5 --out-dir out/by-id-student {TINY}")
+    assert "1 teachers" in out and run.read_json(home / "out/by-id-student/metrics.json")["tasks"]
+
+
+def test_distilling_from_teachers_that_are_there(main_job, home):
+    call(home, f"distill.py --teachers out/teacher-hopper out/teacher-walker2d --steps 5 --out-dir out/from-teachers {TINY}")
+    assert set(run.read_json(home / "out/from-teachers/metrics.json")["tasks"]) == {"hopper", "walker2d"}
+
+
+def test_data_shows_what_a_dataset_holds(home):
+    out = call(home, "data.py --env hopper")
+    assert re.search(r"episodes \d+, steps \d+", out) and "median" in out and "saturated" in out and (home / "out/data-hopper.png").stat().st_size > 5000
+    assert "observations 27, actions 8" in call(home, f"data.py --dataset {data.dataset_id('ant')}")
+
+
+def test_training_behaviour_policies_without_its_library_says_what_to_install(home):
+    (home / "stable_baselines3.py").write_text("raise ImportError('not installed')")
+    assert "pip install stable-baselines3" in call(home, "behaviour.py --env hopper", code=2, PYTHONPATH=str(home))
+    (home / "stable_baselines3.py").unlink()
+
+
+BAD = [
+    ("teacher.py --env hoper", "unknown env 'hoper'; choose from ant, halfcheetah, hopper, walker2d"),
+    ("data.py --env hoper", "unknown env 'hoper'"),
+    ("behaviour.py --env hoper", "unknown env 'hoper'"),
+    ("distill.py --envs hopper hoper", "unknown env 'hoper'"),
+    ("teacher.py --steps 0", "--steps 0: must be at least 1"),
+    ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
+    ("teacher.py --dataset nobody/nothing-v0", "nobody/nothing-v0 is not in"),
+    ("distill.py --teachers out/nothing", "no model in out/nothing; train one: python teacher.py --env hopper"),
+    ("teacher.py --out-dir /proc/x", "can't write to /proc/x"),
+    ("distill.py --out-dir /proc/x", "can't write to /proc/x"),
+    ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
+    ("evaluate.py out/nothing", "no model in out/nothing"),
+    ("evaluate.py out/student --target best", "--target best: must be p95 or median or a number"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD, ids=[c for c, _ in BAD])
+def test_bad_input_is_one_clear_line_and_exit_code_2(main_job, home, command, message):
+    out = call(home, command, code=2)
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in out
+
+
+def test_a_damaged_teacher_is_told_and_the_others_are_untouched(main_job, home):
+    weights = home / "out/teacher-hopper/model.safetensors"
+    blob = weights.read_bytes()
+    weights.write_bytes(blob[:-100])
+    try:
+        out = call(home, f"distill.py --envs hopper walker2d --steps 2 --out-dir out/never {TINY}", code=2)
+    finally:
+        weights.write_bytes(blob)
+    assert "error: the model in out/teacher-hopper is damaged" in out and not (home / "out/never/metrics.json").exists()
+
+
+def test_every_command_of_the_readme_is_called_here():
+    named = set(re.findall(r"python (\w+\.py)", (ROOT / "README.md").read_text()))
+    assert named and named <= CALLED, f"in the README and not tested: {sorted(named - CALLED)}"
