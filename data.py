@@ -65,6 +65,14 @@ class Task:
     split_seed: int  # chose the held-out episodes, for teacher and student alike
 
 
+def tasks(meta: dict, path) -> list[Task]:
+    """The tasks of a saved model; path: its directory, for the error."""
+    try:
+        return [Task(**t) for t in meta["tasks"]]
+    except (KeyError, TypeError) as e:
+        raise run.UserError(f"the model in {path} is damaged (tasks: {e}); train it again") from None
+
+
 def make_env(env_id, env_kwargs, **kwargs):
     if env_id not in gym.registry:  # also keeps a dataset from naming an entry point of its own to import
         raise run.UserError(f"environment {env_id!r} is not registered with Gymnasium; install and import its package, or use --eval-episodes 0")
@@ -74,7 +82,7 @@ def make_env(env_id, env_kwargs, **kwargs):
         mujoco.set_mju_user_warning(lambda text: None if "is deprecated" in text else print(f"MuJoCo: {text}"))
     except ImportError:
         pass
-    return gym.make(env_id, **env_kwargs, **kwargs)
+    return gym.make(env_id, disable_env_checker=True, **env_kwargs, **kwargs)
 
 
 # ---- Minari ----------------------------------------------------------------------------------------------------------

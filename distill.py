@@ -65,6 +65,7 @@ class Config:
     grad_clip: float = 0.25  # largest norm of an update's gradient
     seed: int = 0
     device: str = "auto"  # cpu, cuda, or auto
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks' matrix products in training; auto: bfloat16 where native
     out_dir: str = "out/student"
     log_interval: int = 100  # updates between held-out KLs
     eval_episodes: int = 20  # per task; 0: none
@@ -93,7 +94,7 @@ def find_teachers(cfg: Config):
         elif not cfg.teachers:
             print(f"teacher of {names[i]} is there: {path}")
         model, meta = dt.load(path, run.device(cfg))
-        task = data.Task(**meta["tasks"][0])
+        task = data.tasks(meta, path)[0]
         if names and task.name != names[i]:
             raise run.UserError(f"{path} holds a teacher of {task.name}, not of {names[i]}; put --teachers in the order of the tasks")
         metrics = (run.read_json(path / "metrics.json") or {}).get("tasks", {}).get(task.name, {})
@@ -181,10 +182,12 @@ def main(cfg: Config):
     student = dt.DecisionTransformer(dt.ModelConfig(
         tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, cfg.n_head, cfg.n_embd, context,
         max(t.cfg.max_timestep for t in teachers))).to(device)  # fmt: skip
+    student.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(student)
     opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)
     parameters = sum(t.n_params for t in teachers)
-    print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}", flush=True)
+    print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}, blocks in "
+          f"{'bfloat16' if student.bfloat16 else 'float32'}", flush=True)
     with clock("targets"):
         table = cache_targets(teachers, train) if cfg.targets == "cached" else None
         held_out_targets, probe_targets = live_targets(teachers, held_out), live_targets(teachers, probe)

@@ -99,7 +99,7 @@ def main(cfg: Config):
     run.check(cfg, eval_episodes=1, seed=0)
     model, meta = dt.load(cfg.run, run.device(cfg))
     rows, out = [], {}
-    for i, task in enumerate(data.Task(**t) for t in meta["tasks"]):
+    for i, task in enumerate(data.tasks(meta, cfg.run)):
         try:
             target = task.targets[cfg.target] if cfg.target in task.targets else float(cfg.target)
         except ValueError:

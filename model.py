@@ -72,6 +72,7 @@ class DecisionTransformer(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
+        self.bfloat16 = False  # the blocks' matrix products, in training; embeddings, head and acting stay in float32
         N, C, O, A = len(cfg.obs_dims), cfg.n_embd, max(cfg.obs_dims), max(cfg.act_dims)
         self.embed_state = Heads(N, O, C, O**-0.5)
         self.embed_action = Heads(N, A, C, A**-0.5)
@@ -105,8 +106,9 @@ class DecisionTransformer(nn.Module):
         x = torch.stack((r, s, a), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)
         x = F.dropout(self.ln_in(x), self.cfg.dropout, self.training)
         token_mask = mask.repeat_interleave(3, dim=1)  # (B, 3K)
-        for block in self.blocks:
-            x = block(x, token_mask)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and self.training):
+            for block in self.blocks:
+                x = block(x, token_mask)
         h = self.ln_out(x[:, 1::3])  # (B, K, C): the state tokens, which have seen R_t and s_t but not a_t
         mean, log_std = self.head(h, task).chunk(2, dim=-1)
         if isinstance(task, int):

@@ -45,6 +45,16 @@ def device(cfg) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
 
 
+def bfloat16(cfg) -> bool:
+    """Whether the blocks' matrix products run in bfloat16: as --dtype says; auto: where the device multiplies it natively."""
+    if cfg.dtype == "auto":
+        if device(cfg) == "cpu":
+            flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {"amx_bf16": torch.cpu._is_amx_tile_supported()}
+            return any(flags.get(k) for k in ("amx_bf16", "avx512_bf16"))
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cfg.dtype == "bfloat16"
+
+
 # ---- files: whole or not at all --------------------------------------------------------------------------------------
 
 

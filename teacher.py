@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -37,6 +38,7 @@ class Config:
     dropout: float = 0.0  # 0.1 in kzl's code; on 200,000 steps and 2000 updates there is nothing to regularise
     seed: int = 0  # of weights, windows and the held-out split
     device: str = "auto"  # cpu, cuda, or auto
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks' matrix products in training; auto: bfloat16 where native
     out_dir: str = ""  # default: out/teacher-<task>
     log_interval: int = 100  # updates between rows of log.csv
     eval_episodes: int = 20  # per target return; 0: none
@@ -72,9 +74,11 @@ def main(cfg: Config):
     generator = torch.Generator(device).manual_seed(cfg.seed)
     model = dt.DecisionTransformer(dt.ModelConfig((task.obs_dim,), (task.act_dim,), cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context,
                                                   min(4096, max(task.max_steps, int(ds.lengths.max()))), cfg.dropout)).to(device)  # fmt: skip
+    model.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(model)
     opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)
-    print(f"{task.name}: {len(ds.lengths)} episodes, {ds.lengths.sum():,} steps; teacher of {model.n_params:,} parameters on {device}", flush=True)
+    print(f"{task.name}: {len(ds.lengths)} episodes, {ds.lengths.sum():,} steps; teacher of {model.n_params:,} parameters on {device}, "
+          f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}", flush=True)  # fmt: skip
 
     def nll(b):
         return dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask)

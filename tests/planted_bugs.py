@@ -67,6 +67,10 @@ BUGS = [
     ("distill.py", "if not math.isfinite(loss.item() + norm.item()):", "if False:", "test_distill.py", "student_becomes_nan or last_good_student"),
     ("teacher.py", "if not math.isfinite(loss.item() + norm):", "if False:", "test_distill.py", "teachers_loss_that_becomes"),
     ("distill.py", "if json.dumps(dataclasses.asdict(t)) != json.dumps(dataclasses.asdict(s.task)):", "if False:", "test_distill.py", "dataset_has_changed"),
+    ("evaluate.py", "(target - returns[alive]) / task.rtg_scale", "target / task.rtg_scale + 0 * returns[alive]", "test_evaluate.py", "sees_in_training"),
+    ("evaluate.py", "(torch.arange(K - 1 + limit, device=dev) >= K - 1)", "(torch.arange(K - 1 + limit, device=dev) >= 0)", "test_evaluate.py", "sees_in_training"),
+    ("evaluate.py", "now, window = K - 1 + t, slice(t, t + K)", "now, window = K - 1 + t, slice(t + 1, t + K)", "test_evaluate.py", "sees_in_training"),
+    ("evaluate.py", "reset(seed=seed + i)", "reset(seed=seed)", "test_evaluate.py", "alone_and_in_a_batch"),
     ("run.py", "        if not value >= least:", "        if value < least:", "test_distill.py", "sizes_that_can_not"),
     ("run.py", "        raise UserError(f\"{out_dir} holds a finished run", "        print(f\"{out_dir} holds a finished run", "test_distill.py", "not_overwritten_unasked"),
 ]  # fmt: skip

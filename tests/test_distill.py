@@ -186,6 +186,19 @@ def test_the_same_seed_gives_the_same_log_to_the_bit_and_another_seed_another(te
     assert not np.array_equal(logs[0]["loss"], logs[2]["loss"])
 
 
+def test_a_teacher_of_the_same_seed_is_the_same_to_the_bit(two_tasks, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for i in range(2):
+            teacher.main(teacher.Config(dataset="tests/a-v0", steps=20, n_embd=16, dropout=0.1, out_dir=str(tmp_path / str(i)), **TINY))
+    finally:
+        torch.set_num_threads(threads)
+    a, b = (run.read_csv(tmp_path / str(i) / "log.csv") for i in range(2))
+    assert all(k == "seconds" or np.array_equal(a[k], b[k]) for k in a)
+    assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
+
+
 def test_without_surgery_the_loop_is_plain_adamw_on_the_mixed_loss(teachers, tmp_path):
     """Ten steps of an independent, per-parameter loop give the same student."""
     student(teachers, tmp_path, steps=10, surgery="none", curriculum="all", grad_clip=0.1, log_interval=100)

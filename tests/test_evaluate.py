@@ -1,0 +1,66 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import model as dt
+
+
+class Walk(gym.Env):
+    """An episode of seed s lasts 3 + s % 5 steps; the observation is two random numbers, the reward their sum plus the action."""
+
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64), gym.spaces.Box(-3.0, 1.0, (1,), np.float32)
+    played: dict = {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.log = 3 + seed % 5, []
+        Walk.played[seed] = self.log
+        self.obs = self.np_random.normal(size=2)
+        return self.obs, {}
+
+    def step(self, action):
+        self.left -= 1
+        reward = float(self.obs.sum() + action[0])
+        self.log.append((self.obs, action.copy(), reward))
+        self.obs = self.np_random.normal(size=2)
+        return self.obs, reward, self.left == 0, False, {}
+
+
+gym.register("tests/Walk-v0", Walk)
+TASK = data.Task("walk", "-", "tests/Walk-v0", {}, 10, 2, 1, [0.5, -0.5], [2.0, 3.0], [-3.0], [1.0], 4.0, {"p95": 8.0, "median": 2.0}, (1.0, 5.0), "-", 0)
+
+
+def make():
+    torch.manual_seed(0)
+    return dt.DecisionTransformer(dt.ModelConfig((2,), (1,), 1, 1, 16, 4, 20)).eval()
+
+
+def test_what_the_model_sees_when_acting_is_what_it_sees_in_training():
+    """Played episodes, made into a table as training does, give in each window the very action that was played."""
+    m, Walk.played = make(), {}
+    returns, _ = evaluate.rollout(m, TASK, 0, 8.0, 6, 100)
+    for seed, episode in Walk.played.items():
+        obs, act, rew = (np.array(x, dtype=np.float64) for x in zip(*episode, strict=True))
+        assert returns[seed - 100] == pytest.approx(rew.sum()) and len(rew) == 3 + seed % 5
+        rtg = (8.0 - np.concatenate([[0], np.cumsum(rew)[:-1]])) / 4.0
+        table = np.concatenate([(obs - TASK.obs_mean) / TASK.obs_std, (act + 3) / 4 * 2 - 1, rtg[:, None], np.arange(len(rew))[:, None]], 1).astype(np.float32)
+        w = data.Windows([table], [TASK], 4)
+        b = w.gather(torch.zeros(len(rew), dtype=torch.long), torch.arange(len(rew)))
+        with torch.no_grad():
+            mean = m(0, *b[1:6])[0][:, -1]
+        assert torch.allclose(mean, b.actions[:, -1], atol=1e-4)
+
+
+def test_episodes_are_the_same_alone_and_in_a_batch():
+    m = make()
+    together, _ = evaluate.rollout(m, TASK, 0, 8.0, 5, 200)
+    alone = [evaluate.rollout(m, TASK, 0, 8.0, 1, 200 + i)[0][0] for i in range(5)]
+    assert np.allclose(together, alone, atol=1e-4)
+
+
+def test_scores():
+    s = evaluate.scores(np.array([2.0, 4.0]), TASK)
+    assert s == {"return_mean": 3.0, "return_std": 1.0, "normalized_score": 50.0}
