@@ -49,9 +49,10 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.fc, self.out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
 
-    def forward(self, x, mask):  # x (B, T, C), mask (B, T)
+    def forward(self, x, mask, keep=slice(None)):  # x (B, T, C), mask (B, T); keep: the tokens whose output somebody reads
         p = self.dropout if self.training else 0.0
-        x = x + F.dropout(self.proj(attention(self.qkv(self.ln1(x)), mask, self.n_head, p)), p)
+        y = attention(self.qkv(self.ln1(x)), mask, self.n_head, p)[:, keep]
+        x = x[:, keep] + F.dropout(self.proj(y), p)
         return x + F.dropout(self.out(F.gelu(self.fc(self.ln2(x)))), p)
 
 
@@ -107,10 +108,10 @@ class DecisionTransformer(nn.Module):
         x = F.dropout(self.ln_in(x), self.cfg.dropout, self.training)
         token_mask = mask.repeat_interleave(3, dim=1)  # (B, 3K)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and self.training):
-            for block in self.blocks:
+            for block in self.blocks[:-1]:
                 x = block(x, token_mask)
-        h = self.ln_out(x[:, 1::3])  # (B, K, C): the state tokens, which have seen R_t and s_t but not a_t
-        mean, log_std = self.head(h, task).chunk(2, dim=-1)
+            x = self.blocks[-1](x, token_mask, slice(1, None, 3))  # (B, K, C): the state tokens, which have seen R_t and s_t but not a_t
+        mean, log_std = self.head(self.ln_out(x), task).chunk(2, dim=-1)
         if isinstance(task, int):
             mean, log_std = mean[..., : self.cfg.act_dims[task]], log_std[..., : self.cfg.act_dims[task]]
         lo, hi = LOG_STD

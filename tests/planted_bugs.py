@@ -42,7 +42,7 @@ BUGS = [
     ("kernels/attention.py", "return y.masked_fill(~mask[..., None], 0.0)", "return y", "test_kernels.py", "without_any_valid_token"),
     ("kernels/attention.py", ".tril()", ".tril(1)", "test_model.py", "future"),
     ("kernels/attention.py", "causal & mask[:, None, None, :]", "causal", "test_kernels.py", "loop_over_rows"),
-    ("model.py", "h = self.ln_out(x[:, 1::3])", "h = self.ln_out(x[:, 2::3])", "test_model.py", "future"),
+    ("model.py", "token_mask, slice(1, None, 3))", "token_mask, slice(2, None, 3))", "test_model.py", "future"),
     ("model.py", "states, actions = states.masked_fill(~m, 0.0), actions.masked_fill(~m, 0.0)", "pass", "test_model.py", "masked_content"),
     ("model.py", "rtg, timesteps = rtg.masked_fill(~mask, 0.0), timesteps.masked_fill(~mask, 0)", "pass", "test_model.py", "masked_content"),
     ("model.py", "nll.mean(-1)[mask].mean()", "nll.mean()", "test_model.py", "nll_is"),
