@@ -62,7 +62,7 @@ class Heads(nn.Module):
     def __init__(self, n_tasks, d_in, d_out, std):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_tasks, d_in, d_out) * std)
-        self.bias = nn.Parameter(torch.zeros(n_tasks, d_out))
+        self.bias = nn.Parameter(torch.randn(n_tasks, d_out) * std)  # not zero: LayerNorm after embed_rtg would leave only the sign of rtg
 
     def forward(self, x, task):  # task: an int, or one index per window (B,)
         w, b = self.weight[task], self.bias[task]
