@@ -3,8 +3,8 @@
     python behaviour.py --env hopper     # trains hopper's policies again from nothing (README: how long that takes)
 
 One PPO run per task (Schulman et al. 2017, arXiv 1707.06347; Stable-Baselines3's implementation, which is needed by this
-one command only: pip install stable-baselines3==2.9.2). Of the policies it passed through, ten are kept, evenly spread in
-return from untrained to best, in behaviours/<env>.safetensors (float16). Collecting needs none of that: data.py rolls the
+one command only: pip install stable-baselines3==2.9.2). Of the policies it passed through, ten steady ones are kept, evenly
+spread in return from untrained to best, in behaviours/<env>.safetensors (float16). Collecting needs none of that: data.py rolls the
 snapshots out with numpy alone, through `collect`, and writes a Minari dataset.
 """
 
@@ -12,6 +12,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
@@ -21,7 +22,9 @@ import run
 HERE = Path(__file__).parent / "behaviours"
 SNAPSHOTS = 10  # kept per task
 CANDIDATES = 40  # of which they are chosen, evenly spaced over training
+STEADY = 0.1  # largest standard deviation of a kept policy's return over episodes, of the best policy's mean
 NOISE = (0.05, 0.1, 0.2)  # standard deviations of the action noise, in units of half the action range
+TRAIN_NOISE = 0.1  # the same while PPO trains
 PPO_STEPS = {"hopper": 3_000_000, "halfcheetah": 2_000_000, "walker2d": 2_000_000, "ant": 3_000_000}
 
 
@@ -117,9 +120,14 @@ def train(cfg: Config) -> list[dict]:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
+    class Shaken(gym.ActionWrapper):  # PPO's own noise dies out, and what it learns then falls at the first push
+        def action(self, a):
+            low, high = self.action_space.low, self.action_space.high
+            return np.clip(a + TRAIN_NOISE * (high - low) / 2 * self.np_random.standard_normal(len(low)), low, high).astype(np.float32)
+
     torch.set_num_threads(1)  # networks this small lose by more
     total = cfg.steps or PPO_STEPS[cfg.env]
-    vec = VecNormalize(make_vec_env(lambda: make_env(cfg.env), n_envs=16, seed=cfg.seed), gamma=0.99)
+    vec = VecNormalize(make_vec_env(lambda: Shaken(make_env(cfg.env)), n_envs=16, seed=cfg.seed), gamma=0.99)
     model = PPO("MlpPolicy", vec, learning_rate=lambda left: 3e-4 * left, n_steps=256, batch_size=256, n_epochs=10, gamma=0.99, gae_lambda=0.95,
                 policy_kwargs=dict(net_arch=[64, 64], log_std_init=-1.0), seed=cfg.seed, device="cpu")  # fmt: skip
     kept, start = [], time.time()
@@ -137,12 +145,17 @@ def train(cfg: Config) -> list[dict]:
 
 
 def choose(returns, k: int) -> list[int]:
-    """Indices of k candidates whose returns lie nearest to an even grid from the lowest to the highest, lowest first."""
-    left, out = list(range(len(returns))), []
-    for target in np.linspace(max(returns), min(returns), k):  # the best is chosen first, so it is always kept
-        out.append(min(left, key=lambda i: abs(returns[i] - target)))
+    """returns (candidates, episodes) -> k candidates whose mean returns lie nearest to an even grid from the lowest to the highest, lowest first.
+
+    Only steady ones: a policy that runs fast and falls every other time has a middling mean but some of the highest returns,
+    and a teacher asked for those would imitate its falls.
+    """
+    mean, std = np.mean(returns, 1), np.std(returns, 1)
+    left, out = [i for i in range(len(mean)) if std[i] <= STEADY * max(mean)], []
+    for target in np.linspace(max(mean[left]), min(mean[left]), min(k, len(left))):  # the best is chosen first, so it is always kept
+        out.append(min(left, key=lambda i: abs(mean[i] - target)))
         left.remove(out[-1])
-    return sorted(out, key=lambda i: returns[i])
+    return sorted(out, key=lambda i: mean[i])
 
 
 def main(cfg: Config):
@@ -150,14 +163,14 @@ def main(cfg: Config):
         raise run.UserError(f"unknown env {cfg.env!r}; choose from {', '.join(sorted(PPO_STEPS))}")
     candidates = train(cfg)
     env, rng = make_env(cfg.env), np.random.default_rng(cfg.seed)
-    returns = [np.mean([rollout(env, Policy(w), 0.0, rng, 10_000 + i)["rewards"].sum() for i in range(cfg.eval_episodes)])
-               for w in tqdm(candidates, desc=f"evaluate {cfg.env}")]  # fmt: skip
+    returns = np.array([[rollout(env, Policy(w), 0.0, rng, 10_000 + i)["rewards"].sum() for i in range(cfg.eval_episodes)]
+                        for w in tqdm(candidates, desc=f"evaluate {cfg.env}")])  # fmt: skip
     keep = choose(returns, SNAPSHOTS)
     stacked = {k: np.ascontiguousarray(np.stack([candidates[i][k] for i in keep])) for k in candidates[0]}  # safetensors writes memory as it lies
-    stacked["returns"] = np.array([returns[i] for i in keep], np.float32)
+    stacked["returns"] = returns[keep].mean(1).astype(np.float32)
     HERE.mkdir(exist_ok=True)
     run.write(HERE / f"{cfg.env}.safetensors", safetensors.numpy.save(stacked))
-    print(f"{cfg.env}: kept {SNAPSHOTS} of {len(candidates)}, returns " + " ".join(f"{returns[i]:.0f}" for i in keep))
+    print(f"{cfg.env}: kept {SNAPSHOTS} of {len(candidates)}, returns " + " ".join(f"{r:.0f}" for r in stacked["returns"]))
 
 
 if __name__ == "__main__":

@@ -180,8 +180,7 @@ def main(cfg: Config):
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     student = dt.DecisionTransformer(dt.ModelConfig(
-        tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, cfg.n_head, cfg.n_embd, context,
-        max(t.cfg.max_timestep for t in teachers))).to(device)  # fmt: skip
+        tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, cfg.n_head, cfg.n_embd, context)).to(device)  # fmt: skip
     student.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(student)
     opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)

@@ -24,6 +24,7 @@ import run
 from kernels.attention import attention
 
 LOG_STD = (-4.0, 0.0)  # bounds of the head's log-std, in units of half the action range
+WAVES = 16  # frequencies that timesteps and returns-to-go are embedded by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,6 @@ class ModelConfig:
     n_head: int = 1
     n_embd: int = 128  # C
     context: int = 20  # K
-    max_timestep: int = 1000  # later timesteps share the last one's embedding
     dropout: float = 0.0
 
 
@@ -62,11 +62,18 @@ class Heads(nn.Module):
     def __init__(self, n_tasks, d_in, d_out, std):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_tasks, d_in, d_out) * std)
-        self.bias = nn.Parameter(torch.randn(n_tasks, d_out) * std)  # not zero: LayerNorm after embed_rtg would leave only the sign of rtg
+        self.bias = nn.Parameter(torch.randn(n_tasks, d_out) * std)
 
     def forward(self, x, task):  # task: an int, or one index per window (B,)
         w, b = self.weight[task], self.bias[task]
         return x @ w[: x.shape[-1]] + b if isinstance(task, int) else torch.baddbmm(b[:, None], x, w)
+
+
+def waves(x):
+    """(B, K) -> (B, K, 2 WAVES): sines and cosines of x, 1 to 1/1000 radian per unit (after Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
+    w = 1000.0 ** -torch.linspace(0, 1, WAVES, dtype=x.dtype, device=x.device)
+    x = x[..., None] * w
+    return torch.cat((x.sin(), x.cos()), dim=-1)
 
 
 class DecisionTransformer(nn.Module):
@@ -77,17 +84,18 @@ class DecisionTransformer(nn.Module):
         N, C, O, A = len(cfg.obs_dims), cfg.n_embd, max(cfg.obs_dims), max(cfg.act_dims)
         self.embed_state = Heads(N, O, C, O**-0.5)
         self.embed_action = Heads(N, A, C, A**-0.5)
-        self.embed_rtg = Heads(N, 1, C, 1.0)
-        self.embed_time = nn.Embedding(cfg.max_timestep, C)
+        self.embed_rtg = Heads(N, 2 * WAVES, C, WAVES**-0.5)
+        self.embed_time = nn.Linear(2 * WAVES, C)
+        self.embed_place = nn.Embedding(cfg.context, C)  # in the window, the newest timestep last
         self.ln_in, self.ln_out = nn.LayerNorm(C), nn.LayerNorm(C)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.head = Heads(N, C, 2 * A, 0.02)
-        for name, p in self.blocks.named_parameters():  # GPT-2's initialisation: the residual stream starts at unit scale
+        for name, p in self.blocks.named_parameters():  # unit scale through every product, and at the start of the residual stream
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 * ((2 * cfg.n_layer) ** -0.5 if "proj" in name or "out" in name else 1.0))
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 * ((2 * cfg.n_layer) ** -0.5 if "proj" in name or "out" in name else 1.0))
             elif "bias" in name:
                 nn.init.zeros_(p)
-        nn.init.normal_(self.embed_time.weight, std=0.02)
+        nn.init.normal_(self.embed_place.weight, std=0.2)
 
     def forward(self, task, states, actions, rtg, timesteps, mask):
         """The policy at every timestep, from what came before its action: mean, log_std, each (B, K, A).
@@ -100,8 +108,8 @@ class DecisionTransformer(nn.Module):
         states, actions = states.masked_fill(~m, 0.0), actions.masked_fill(~m, 0.0)
         rtg, timesteps = rtg.masked_fill(~mask, 0.0), timesteps.masked_fill(~mask, 0)
         B, K = mask.shape
-        t = self.embed_time(timesteps.clamp(max=self.cfg.max_timestep - 1))
-        r = self.embed_rtg(rtg[..., None], task) + t
+        t = self.embed_time(waves(timesteps.to(rtg.dtype) / 20)) + self.embed_place.weight[-K:]
+        r = self.embed_rtg(waves(10 * rtg), task) + t
         s = self.embed_state(states, task) + t
         a = self.embed_action(actions, task) + t
         x = torch.stack((r, s, a), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)

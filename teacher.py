@@ -72,8 +72,7 @@ def main(cfg: Config):
         held_out = data.Windows([ds.held_out], [task], cfg.context, device).spread(256)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    model = dt.DecisionTransformer(dt.ModelConfig((task.obs_dim,), (task.act_dim,), cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context,
-                                                  min(4096, max(task.max_steps, int(ds.lengths.max()))), cfg.dropout)).to(device)  # fmt: skip
+    model = dt.DecisionTransformer(dt.ModelConfig((task.obs_dim,), (task.act_dim,), cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context, cfg.dropout)).to(device)
     model.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(model)
     opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)

@@ -57,6 +57,7 @@ BUGS = [
     ("data.py", "if not isinstance(space, gym.spaces.Box):", "if False:", "test_data.py", "discrete"),
     ("data.py", "if env_id not in gym.registry:", "if False:", "test_data.py", "code_of_its_own"),
     ("behaviour.py", "x = np.tanh(x @ w[\"w1\"] + w[\"b1\"])", "x = np.tanh(x @ w[\"w1\"].T + w[\"b1\"])", "test_data.py", "do_what_their_file_says"),
+    ("behaviour.py", "if std[i] <= STEADY * max(mean)", "", "test_data.py", "steady_snapshot"),
     ("distill.py", "        new = windows.back <= (t[ends[part]] % H)[:, None]", "        new = windows.back < windows.K", "test_distill.py", "half_a_context"),
     ("distill.py", "w = (batch.task == i).nonzero().flatten()", "w = (batch.task == 0).nonzero().flatten()", "test_distill.py", "live_targets"),
     ("distill.py", "return torch.func.jvp(losses, (theta.detach(),), (u,))[1]", "return torch.func.jvp(losses, (theta.detach(),), (u * 1.001,))[1]", "test_distill.py", "forward_mode"),

@@ -192,10 +192,12 @@ def test_the_bundled_policies_make_a_minari_dataset_and_go_from_poor_to_good(env
     shutil.rmtree(get_dataset_path(name))
 
 
-def test_a_snapshot_is_kept_for_every_level_of_return():
-    returns = [0.0, 1, 2, 50, 51, 98, 99, 100]
-    kept = behaviour.choose(returns, 3)
-    assert [returns[i] for i in kept] == [0, 50, 100]
+def test_a_steady_snapshot_is_kept_for_every_level_of_return():
+    returns = np.array([0.0, 1, 2, 50, 51, 98, 99, 100])[:, None] + np.array([-1.0, 1.0])
+    assert behaviour.choose(returns, 3) == [0, 3, 7]
+    returns[3] = 0, 100  # falls every other time
+    returns[7] = 0, 300
+    assert behaviour.choose(returns, 3) == [0, 4, 6] and behaviour.choose(returns, 10) == [0, 1, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("env", "least"), [("hopper", 3000), ("halfcheetah", 5000), ("walker2d", 3000), ("ant", 3000)])

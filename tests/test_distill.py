@@ -19,7 +19,7 @@ ACT = torch.tensor([2, 3, 1])
 def problem(dtype=torch.float64, seed=0, B=12):
     """A small student of three tasks, a batch of windows of all three, and losses(theta) -> L (3,)."""
     torch.manual_seed(seed)
-    cfg = dt.ModelConfig((3, 5, 2), (2, 3, 1), n_layer=2, n_head=2, n_embd=8, context=4, max_timestep=20)
+    cfg = dt.ModelConfig((3, 5, 2), (2, 3, 1), n_layer=2, n_head=2, n_embd=8, context=4)
     student = dt.DecisionTransformer(cfg).to(dtype)
     theta = dt.flatten(student)
     task = torch.arange(B) % 3

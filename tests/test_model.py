@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import model as dt
 import run
 
-CFG = dt.ModelConfig(obs_dims=(3, 5, 4), act_dims=(2, 1, 4), n_layer=2, n_head=2, n_embd=16, context=6, max_timestep=50)
+CFG = dt.ModelConfig(obs_dims=(3, 5, 4), act_dims=(2, 1, 4), n_layer=2, n_head=2, n_embd=16, context=6)
 
 
 def make(cfg=CFG, seed=0):
