@@ -41,7 +41,7 @@ class Config:
     # the student
     n_layer: int = 2
     n_head: int = 1
-    n_embd: int = 48
+    n_embd: int = 64
     # the method
     curriculum: Literal["novelty", "fixed", "uniform", "all", "dro", "least"] = "novelty"
     novelty_power: float = 2.0  # shares ~ KL^power; inf: the farthest teacher alone; 0: all alike (also least's, inverted)

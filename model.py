@@ -24,7 +24,7 @@ import run
 from kernels.attention import attention
 
 LOG_STD = (-4.0, 0.0)  # bounds of the head's log-std, in units of half the action range
-WAVES = 16  # frequencies that timesteps and returns-to-go are embedded by
+WAVES = 16  # frequencies that timesteps are embedded by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +62,21 @@ class Heads(nn.Module):
     def __init__(self, n_tasks, d_in, d_out, std):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_tasks, d_in, d_out) * std)
-        self.bias = nn.Parameter(torch.randn(n_tasks, d_out) * std)
+        self.bias = nn.Parameter(torch.randn(n_tasks, d_out) * std)  # not zero: LayerNorm would leave only the sign of a return-to-go
 
     def forward(self, x, task):  # task: an int, or one index per window (B,)
         w, b = self.weight[task], self.bias[task]
         return x @ w[: x.shape[-1]] + b if isinstance(task, int) else torch.baddbmm(b[:, None], x, w)
 
 
-def waves(x):
-    """(B, K) -> (B, K, 2 WAVES): sines and cosines of x, 1 to 1/1000 radian per unit (after Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
-    w = 1000.0 ** -torch.linspace(0, 1, WAVES, dtype=x.dtype, device=x.device)
-    x = x[..., None] * w
+def waves(timesteps):
+    """(B, K) -> (B, K, 2 WAVES): sines and cosines of 1/20 to 1/20,000 radian per timestep (after Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+
+    Not a learnt row for each timestep, as the paper has it: of a thousand rows each sees little of a short training, and they would be half of
+    a small student. And no faster waves: with a clock that fine, the first steps of episodes that begin alike can be acted by heart.
+    """
+    w = 1000.0 ** -torch.linspace(0, 1, WAVES, dtype=timesteps.dtype, device=timesteps.device) / 20
+    x = timesteps[..., None] * w
     return torch.cat((x.sin(), x.cos()), dim=-1)
 
 
@@ -84,7 +88,7 @@ class DecisionTransformer(nn.Module):
         N, C, O, A = len(cfg.obs_dims), cfg.n_embd, max(cfg.obs_dims), max(cfg.act_dims)
         self.embed_state = Heads(N, O, C, O**-0.5)
         self.embed_action = Heads(N, A, C, A**-0.5)
-        self.embed_rtg = Heads(N, 2 * WAVES, C, WAVES**-0.5)
+        self.embed_rtg = Heads(N, 1, C, 1.0)
         self.embed_time = nn.Linear(2 * WAVES, C)
         self.embed_place = nn.Embedding(cfg.context, C)  # in the window, the newest timestep last
         self.ln_in, self.ln_out = nn.LayerNorm(C), nn.LayerNorm(C)
@@ -108,8 +112,8 @@ class DecisionTransformer(nn.Module):
         states, actions = states.masked_fill(~m, 0.0), actions.masked_fill(~m, 0.0)
         rtg, timesteps = rtg.masked_fill(~mask, 0.0), timesteps.masked_fill(~mask, 0)
         B, K = mask.shape
-        t = self.embed_time(waves(timesteps.to(rtg.dtype) / 20)) + self.embed_place.weight[-K:]
-        r = self.embed_rtg(waves(10 * rtg), task) + t
+        t = self.embed_time(waves(timesteps.to(rtg.dtype))) + self.embed_place.weight[-K:]
+        r = self.embed_rtg(rtg[..., None], task) + t
         s = self.embed_state(states, task) + t
         a = self.embed_action(actions, task) + t
         x = torch.stack((r, s, a), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)

@@ -90,7 +90,7 @@ _made = {}
 
 def teachers_of(sets, K=6):
     torch.manual_seed(5)
-    return [dt.DecisionTransformer(dt.ModelConfig((d.task.obs_dim,), (d.task.act_dim,), 1, 1, 16, K, 50)).eval() for d in sets]
+    return [dt.DecisionTransformer(dt.ModelConfig((d.task.obs_dim,), (d.task.act_dim,), 1, 1, 16, K)).eval() for d in sets]
 
 
 def test_cached_targets_are_the_teachers_outputs_with_at_least_half_a_context(two_tasks):

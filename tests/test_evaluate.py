@@ -35,7 +35,7 @@ TASK = data.Task("walk", "-", "tests/Walk-v0", {}, 10, 2, 1, [0.5, -0.5], [2.0, 
 
 def make():
     torch.manual_seed(0)
-    return dt.DecisionTransformer(dt.ModelConfig((2,), (1,), 1, 1, 16, 4, 20)).eval()
+    return dt.DecisionTransformer(dt.ModelConfig((2,), (1,), 1, 1, 16, 4)).eval()
 
 
 def test_what_the_model_sees_when_acting_is_what_it_sees_in_training():
