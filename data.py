@@ -94,6 +94,11 @@ def dataset_id(env: str) -> str:
     return f"manyteachers/{env}/replay-v0"
 
 
+def task_name(id_: str) -> str:
+    """A dataset's task: the key of ENVS where it is a built-in one, else its id."""
+    return next((k for k in ENVS if dataset_id(k) == id_), id_)
+
+
 def collect(env: str, steps: int = COLLECT_STEPS):
     """Roll the bundled behaviour policies out and write manyteachers/<env>/replay-v0, a Minari dataset like any other."""
     name, final = dataset_id(env), get_dataset_path(dataset_id(env))
@@ -131,11 +136,10 @@ def find(name: str) -> Path:
     except (ValueError, OSError) as e:
         raise run.UserError(f"dataset {name!r}: {str(e).splitlines()[0]}; an id looks like mujoco/hopper/medium-v0") from None
     if not path.exists():
-        for env in ENVS:
-            if name == dataset_id(env):
-                print(f"{name} is not there: collecting {COLLECT_STEPS:,} steps", flush=True)
-                collect(env)
-                return path
+        if task_name(name) in ENVS:
+            print(f"{name} is not there: collecting {COLLECT_STEPS:,} steps", flush=True)
+            collect(task_name(name))
+            return path
         print(f"{name} is not in {get_dataset_path()}: downloading", flush=True)
         try:
             minari.download_dataset(name)
@@ -284,7 +288,7 @@ def load(name: str, seed: int = 0) -> Dataset:
     reference, source = (ENVS[env][2], "D4RL constants") if env else ((float(returns.min()), float(returns.max())), "the dataset's lowest and highest return")
     saturation = about.pop("saturation")
     task = Task(
-        name=next((k for k in ENVS if dataset_id(k) == id_), id_), dataset=id_, obs_dim=len(mean), act_dim=len(about["act_low"]),
+        name=task_name(id_), dataset=id_, obs_dim=len(mean), act_dim=len(about["act_low"]),
         obs_mean=mean.tolist(), obs_std=std.tolist(), rtg_scale=rtg_scale,
         targets={"p95": float(np.quantile(returns[~held], 0.95)), "median": float(np.median(returns[~held]))},
         reference=reference, reference_source=source, split_seed=seed, **about)  # fmt: skip

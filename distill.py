@@ -77,9 +77,7 @@ class Config:
 
 def find_teachers(cfg: Config):
     """Load the teachers, training those missing: [(model, Task, metrics of its task)], in the order of the command line."""
-    names = [*cfg.envs, *cfg.datasets] or ([] if cfg.teachers else ["hopper", "halfcheetah", "walker2d"])
-    for e in cfg.envs:
-        data.dataset_id(e)  # a mistyped one is told before anything is trained
+    names = [*cfg.envs, *map(data.task_name, cfg.datasets)] or ([] if cfg.teachers else ["hopper", "halfcheetah", "walker2d"])
     if names and cfg.teachers and len(names) != len(cfg.teachers):
         raise run.UserError(f"{len(cfg.teachers)} --teachers for {len(names)} tasks; name one for each task, in the same order")
     dirs = [Path(d) for d in cfg.teachers] or [teacher.directory(n) for n in names]
@@ -158,6 +156,8 @@ def main(cfg: Config):
               teacher_steps=1, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1)  # fmt: skip
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
+    for e in cfg.envs:
+        data.dataset_id(e)  # a mistyped one is told before anything is done
     out = Path(cfg.out_dir)
     if not run.start(out, cfg):
         print(f"student is there: {out} (--overwrite to train it again)")

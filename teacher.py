@@ -55,7 +55,7 @@ def main(cfg: Config):
     run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, context=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0)
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
-    name = cfg.dataset or cfg.env
+    name = data.task_name(cfg.dataset) if cfg.dataset else cfg.env
     if not cfg.dataset:
         data.dataset_id(cfg.env)  # a mistyped env is told before anything is done
     out = Path(cfg.out_dir) if cfg.out_dir else directory(name)

@@ -90,10 +90,10 @@ def test_video_is_made_or_the_reason_is_said(main_job, home):
     assert (home / "out/teacher-hopper/hopper.gif").exists() or "no film of hopper: rendering does not work here" in out
 
 
-def test_any_minari_dataset_is_distilled_by_its_id(home):
+def test_any_minari_dataset_is_distilled_by_its_id(main_job, home):
     call(home, f"teacher.py --dataset {data.dataset_id('hopper')} --steps 5 {TINY} --out-dir out/by-id")
     out = call(home, f"distill.py --datasets {data.dataset_id('walker2d')} --teacher-steps 5 --steps 5 --out-dir out/by-id-student {TINY}")
-    assert "1 teachers" in out and run.read_json(home / "out/by-id-student/metrics.json")["tasks"]
+    assert "teacher of walker2d is there" in out and "1 teachers" in out and run.read_json(home / "out/by-id-student/metrics.json")["tasks"]
 
 
 def test_distilling_from_teachers_that_are_there(main_job, home):
@@ -121,7 +121,7 @@ BAD = [
     ("teacher.py --steps 0", "--steps 0: must be at least 1"),
     ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
     ("teacher.py --dataset nobody/nothing-v0", "nobody/nothing-v0 is not in"),
-    ("distill.py --teachers out/nothing", "no model in out/nothing; train one: python teacher.py --env hopper"),
+    ("distill.py --teachers out/nothing --out-dir out/bad", "no model in out/nothing; train one: python teacher.py --env hopper"),
     ("teacher.py --out-dir /proc/x", "can't write to /proc/x"),
     ("distill.py --out-dir /proc/x", "can't write to /proc/x"),
     ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
