@@ -170,7 +170,7 @@ def main(cfg: Config):
     stacked["returns"] = returns[keep].mean(1).astype(np.float32)
     HERE.mkdir(exist_ok=True)
     run.write(HERE / f"{cfg.env}.safetensors", safetensors.numpy.save(stacked))
-    print(f"{cfg.env}: kept {SNAPSHOTS} of {len(candidates)}, returns " + " ".join(f"{r:.0f}" for r in stacked["returns"]))
+    print(f"{cfg.env}: kept {len(keep)} of {len(candidates)}, returns " + " ".join(f"{r:.0f}" for r in stacked["returns"]))
 
 
 if __name__ == "__main__":
