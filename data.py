@@ -183,7 +183,7 @@ def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def read_minari(name, path):
-    """The dataset as it is: observations (S, O), actions (S, A), rewards (S,) float32, lengths (E,); and its description."""
+    """The dataset as it is: table (S, O + A + 2) float32, a row each: observation, action, reward, timestep; lengths (E,); and its description."""
     try:
         ds = minari.load_dataset(name)
         obs_space, act_space, n, total = ds.observation_space, ds.action_space, ds.total_episodes, ds.total_steps
@@ -194,34 +194,33 @@ def read_minari(name, path):
             raise run.UserError(f"dataset {name} has {type(space).__name__} {what}; only continuous (Box) observations and actions can be learnt from")
     if n == 0:
         raise run.UserError(f"dataset {name} has no episode; collect or download it again")
-    obs_dim, act_dim = int(np.prod(obs_space.shape)), int(np.prod(act_space.shape))
-    out = dict(observations=np.empty((total, obs_dim), np.float32), actions=np.empty((total, act_dim), np.float32), rewards=np.empty(total, np.float32))
-    lengths, at = np.zeros(n, np.int64), 0
+    O, A = int(np.prod(obs_space.shape)), int(np.prod(act_space.shape))
+    table, lengths, at = np.empty((total, O + A + 2), np.float32), np.zeros(n, np.int64), 0
     try:
         for i, ep in enumerate(ds.iterate_episodes()):
             L = lengths[i] = len(ep.rewards)
-            out["observations"][at : at + L] = np.reshape(ep.observations, (-1, obs_dim))[:L]  # the last one, after the last action, is of no use
-            out["actions"][at : at + L] = np.reshape(ep.actions, (-1, act_dim))
-            out["rewards"][at : at + L] = ep.rewards
+            rows = table[at : at + L]
+            rows[:, :O] = np.reshape(ep.observations, (-1, O))[:L]  # the last one, after the last action, is of no use
+            rows[:, O:-2] = np.reshape(ep.actions, (-1, A))
+            rows[:, -2], rows[:, -1] = ep.rewards, np.arange(L)
             at += L
     except Exception as e:
         raise run.UserError(f"dataset {name} can't be read past episode {i if at else 0} ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); "
                             f"delete {path.parent} to fetch it again") from None  # fmt: skip
     if at != total or not (lengths > 0).all():
         raise run.UserError(f"dataset {name} announces {total} steps and holds {at}, in {(lengths > 0).sum()} of {n} episodes; delete {path.parent} to fetch it again")
-    for field, x in out.items():
-        bad = ~np.isfinite(x).reshape(total, -1).all(1)
-        if bad.any():
-            ep = int(np.searchsorted(np.cumsum(lengths), np.argmax(bad), side="right"))
-            raise run.UserError(f"dataset {name}: NaN or infinite {field} in episode {ep}; remove that episode")
+    if not np.isfinite(table).all():
+        row, column = np.argwhere(~np.isfinite(table))[0]
+        field, ep = "observations" if column < O else "actions" if column < O + A else "rewards", np.searchsorted(np.cumsum(lengths), row, side="right")
+        raise run.UserError(f"dataset {name}: NaN or infinite {field} in episode {ep}; remove that episode")
     spec = ds._eval_env_spec or ds.env_spec
     low, high = (np.broadcast_to(b, act_space.shape).reshape(-1).astype(np.float32) for b in (act_space.low, act_space.high))
     bounded = np.isfinite(low) & np.isfinite(high)  # an unbounded dimension takes the data's own range
-    low, high = np.where(bounded, low, out["actions"].min(0)), np.where(bounded, high, out["actions"].max(0))
+    low, high = np.where(bounded, low, table[:, O:-2].min(0)), np.where(bounded, high, table[:, O:-2].max(0))
     high = np.where(high > low, high, low + 1)
     about = dict(env_id=spec.id if spec else None, env_kwargs=spec.kwargs if spec else {}, act_low=low.tolist(), act_high=high.tolist(),
                  max_steps=int((spec.max_episode_steps if spec else None) or lengths.max()))  # fmt: skip
-    return out | {"lengths": lengths}, about
+    return table, lengths, about
 
 
 # ---- from arrays to a table ------------------------------------------------------------------------------------------
@@ -234,21 +233,20 @@ def returns_to_go(rewards, lengths):
     return total[ends] - total[:-1]
 
 
-def tabulate(raw, about):
-    """What `read` returns, from what Minari holds: actions scaled to [-1, 1], returns-to-go, timesteps, sums per episode."""
-    obs, lengths = raw["observations"], raw["lengths"]
-    starts = np.cumsum(lengths) - lengths
+def tabulate(table, lengths, about):
+    """What `read` returns, from what `read_minari` does, in place: actions scaled to [-1, 1], returns-to-go, sums per episode."""
     low, high = (np.array(about[k], np.float32) for k in ("act_low", "act_high"))
-    O = obs.shape[1]
-    table = np.empty((len(obs), O + len(low) + 2), np.float32)
-    table[:, :O] = obs
-    table[:, O:-2] = (raw["actions"] - low) * (2 / (high - low)) - 1
-    rtg = returns_to_go(raw["rewards"], lengths)
+    ends, O = np.cumsum(lengths), table.shape[1] - len(low) - 2
+    actions = table[:, O:-2]
+    actions -= low
+    actions *= 2 / (high - low)
+    actions -= 1
+    rtg = returns_to_go(table[:, -2], lengths)
     table[:, -2] = rtg
-    table[:, -1] = np.arange(len(obs)) - np.repeat(starts, lengths)
-    saturation = float((np.abs(table[:, O:-2]) > 0.999).mean())
-    sums = [np.add.reduceat(x, starts, dtype=np.float64) for x in (obs, np.square(obs, dtype=np.float64))]
-    return {"table": table, "lengths": lengths, "returns": rtg[starts], "obs_sum": sums[0], "obs_square": sums[1]}, {**about, "saturation": saturation}
+    episodes = [table[end - L : end, :O].astype(np.float64) for L, end in zip(lengths, ends, strict=True)]
+    sums = {"obs_sum": np.stack([x.sum(0) for x in episodes]), "obs_square": np.stack([np.einsum("to,to->o", x, x) for x in episodes])}
+    saturation = float((np.abs(actions) > 0.999).mean())
+    return {"table": table, "lengths": lengths, "returns": rtg[ends - lengths], **sums}, {**about, "saturation": saturation}
 
 
 @dataclasses.dataclass

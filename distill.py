@@ -299,7 +299,8 @@ def main(cfg: Config):
                 m |= evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], cfg.eval_episodes, 1000)[0], t)
                 if teachers_metrics[t.name].get("normalized_score"):
                     m["retention"] = m["normalized_score"] / teachers_metrics[t.name]["normalized_score"]
-    run.write_json(out / "metrics.json", {"tasks": metrics, "compression": parameters / student.n_params, "parameters": student.n_params, "seconds": clock.seconds})
+    run.write_json(out / "metrics.json", {"tasks": metrics, "compression": parameters / student.n_params, "parameters": student.n_params,
+                                          "seconds": clock.seconds, "machine": run.machine(cfg)})  # fmt: skip
     report(out)
 
 

@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import json
 import os
+import platform
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,6 +56,19 @@ def bfloat16(cfg) -> bool:
             return any(flags.get(k) for k in ("amx_bf16", "avx512_bf16"))
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return cfg.dtype == "bfloat16"
+
+
+def machine(cfg) -> dict:
+    """What a run was made on, without which its figures say little: device, threads, precision, versions, commit ("+": with changes of one's own)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    name = torch.cuda.get_device_name() if device(cfg).startswith("cuda") else cpu[1] if cpu else platform.machine()
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": "bfloat16" if bfloat16(cfg) else "float32", "python": platform.python_version(),
+            "torch": torch.__version__, "commit": commit}  # fmt: skip
 
 
 # ---- files: whole or not at all --------------------------------------------------------------------------------------

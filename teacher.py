@@ -25,9 +25,9 @@ import run
 class Config:
     env: str = "hopper"  # a key of data.ENVS
     dataset: str = ""  # a Minari id, in place of --env
-    steps: int = 3000  # updates
+    steps: int = 4000  # updates
     batch_size: int = 32  # windows per update; 64 and half the updates learn less from as many windows
-    lr: float = 1e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
+    lr: float = 3e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4
     grad_clip: float = 0.25  # largest norm of an update's gradient
@@ -118,7 +118,8 @@ def main(cfg: Config):
                 metrics |= got if target == "p95" else {target: {"target": value, **got}}
                 print(f"{task.name}: target {value:.0f} ({target}) -> return {got['return_mean']:.0f} +- {got['return_std']:.0f}, "
                       f"score {got['normalized_score']:.1f} (mean and std of {cfg.eval_episodes} episodes)", flush=True)  # fmt: skip
-    run.write_json(out / "metrics.json", {"tasks": {task.name: metrics}, "compression": None, "parameters": model.n_params, "seconds": clock.seconds})
+    run.write_json(out / "metrics.json", {"tasks": {task.name: metrics}, "compression": None, "parameters": model.n_params,
+                                          "seconds": clock.seconds, "machine": run.machine(cfg)})  # fmt: skip
     return out
 
 

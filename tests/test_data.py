@@ -271,10 +271,9 @@ def test_a_dataset_can_not_have_code_of_its_own_imported():
 def test_a_cached_million_steps_are_ready_in_a_fifth_of_a_second(monkeypatch):
     rng, n = np.random.default_rng(0), 250_000
     make_dataset("tests/big-v0", [3, 4])
-    raw = {"observations": rng.random((n, 17), np.float32), "actions": rng.random((n, 6), np.float32), "rewards": rng.random(n, np.float32)}
-    raw["lengths"] = np.full(250, 1000)
+    table, lengths = rng.random((n, 17 + 6 + 2), np.float32), np.full(250, 1000)
     about = {"env_id": "Walker2d-v5", "env_kwargs": {}, "max_steps": 1000, "act_low": [0.0] * 6, "act_high": [1.0] * 6}
-    monkeypatch.setattr(data, "read_minari", lambda *a: (raw, about))
+    monkeypatch.setattr(data, "read_minari", lambda *a: (table, lengths, about))
     data.load("tests/big-v0")
     times = []
     for _ in range(5):

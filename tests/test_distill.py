@@ -228,7 +228,7 @@ def test_a_run_holds_what_it_promises_and_a_second_call_skips_it(teachers, tmp_p
     student(teachers, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "log.csv", "metrics.json", "model.safetensors", "model.json", "plots.png"}
     metrics = run.read_json(tmp_path / "metrics.json")
-    assert set(metrics) == {"tasks", "compression", "parameters", "seconds"} and set(metrics["tasks"]) == {"tests/a-v0", "tests/b-v0"}
+    assert set(metrics) == {"tasks", "compression", "parameters", "seconds", "machine"} and set(metrics["tasks"]) == {"tests/a-v0", "tests/b-v0"}
     assert set(metrics["tasks"]["tests/a-v0"]) == {"target", "return_mean", "return_std", "normalized_score", "retention", "heldout_kl"}
     model, meta = dt.load(tmp_path)
     assert metrics["parameters"] == model.n_params == sum(p.numel() for p in model.parameters())

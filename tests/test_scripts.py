@@ -151,3 +151,13 @@ def test_a_damaged_teacher_is_told_and_the_others_are_untouched(main_job, home):
 def test_every_command_of_the_readme_is_called_here():
     named = set(re.findall(r"python (\w+\.py)", (ROOT / "README.md").read_text()))
     assert named and named <= CALLED, f"in the README and not tested: {sorted(named - CALLED)}"
+
+
+def test_the_readmes_figures_come_from_the_runs_kept():
+    said = (ROOT / "README.md").read_text()
+    printed = call(ROOT, "results/tables.py")
+    for figure in re.findall(r"\d+ ± \d+", said):
+        assert figure in printed, figure
+    results = said.split("## Results")[1].split("\n## ")[0]
+    tables = [line for line in results.splitlines() if line.startswith("| ")]
+    assert tables and all(line in printed for line in tables)

@@ -1,0 +1,37 @@
+"""README's tables and figures, from the runs kept in this folder; a test holds README to them.
+
+    python results/tables.py
+"""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def student(run: str) -> str:
+    """A run of distill.py as a Markdown table, and the line below it."""
+    metrics, teachers = (json.loads((HERE / run / f).read_bytes()) for f in ("metrics.json", "model.json"))
+    out = ["| task | target return | teacher | student | retention | held-out KL |", "|---|---|---|---|---|---|"]
+    for name, m in metrics["tasks"].items():
+        t = teachers["teachers"][name]
+        out.append(f"| {name.split('/')[1] if '/' in name else name} | {m['target']:.0f} | {t['return_mean']:.0f} ± {t['return_std']:.0f} | "
+                   f"{m['return_mean']:.0f} ± {m['return_std']:.0f} | {m['retention']:.2f} | {m['heldout_kl']:.3f} |")  # fmt: skip
+    kept, s, at = [m["retention"] for m in metrics["tasks"].values()], metrics["seconds"], metrics["machine"]
+    out += [f"\nRetention {sum(kept) / len(kept):.3f} in the mean, {min(kept):.3f} at worst; {metrics['parameters']:,} parameters, {metrics['compression']:.1f} times fewer.",
+            f"Data and teachers {s['teachers']:.0f} s, their targets {s['targets']:.0f} s, student {s['train']:.0f} s, evaluation {s['evaluate']:.0f} s "
+            f"({at['device']}, {at['threads']} threads, {at['dtype']}, torch {at['torch']}, commit {at['commit']})."]  # fmt: skip
+    return "\n".join(out)
+
+
+def main():
+    for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
+        print(f"\n{run}\n\n{student(run)}")
+    print("\ntried: return, mean ± standard deviation over episodes, of the return asked for; held-out NLL")
+    for f in sorted(HERE.glob("tried/*.json")):
+        for name, m in json.loads(f.read_bytes())["tasks"].items():
+            print(f"{f.stem:16} {name:9} {m['return_mean']:.0f} ± {m['return_std']:.0f} of {m['target']:.0f}; {m['heldout_nll']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
