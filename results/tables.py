@@ -18,7 +18,8 @@ def student(run: str) -> str:
         out.append(f"| {name.split('/')[1] if '/' in name else name} | {m['target']:.0f} | {t['return_mean']:.0f} ± {t['return_std']:.0f} | "
                    f"{m['return_mean']:.0f} ± {m['return_std']:.0f} | {m['retention']:.2f} | {m['heldout_kl']:.3f} |")  # fmt: skip
     kept, s, at = [m["retention"] for m in metrics["tasks"].values()], metrics["seconds"], metrics["machine"]
-    out += [f"\nRetention {sum(kept) / len(kept):.3f} in the mean, {min(kept):.3f} at worst; {metrics['parameters']:,} parameters, {metrics['compression']:.1f} times fewer.",
+    mean, worst = sum(kept) / len(kept), min(kept)
+    out += [f"\nRetention {mean:.3f} on average, {worst:.3f} at worst; {metrics['parameters']:,} parameters, {metrics['compression']:.1f} times fewer.",
             f"Data and teachers {s['teachers']:.0f} s, their targets {s['targets']:.0f} s, student {s['train']:.0f} s, evaluation {s['evaluate']:.0f} s "
             f"({at['device']}, {at['threads']} threads, {at['dtype']}, torch {at['torch']}, commit {at['commit']})."]  # fmt: skip
     return "\n".join(out)
