@@ -184,5 +184,5 @@ def table(rows: list[dict]) -> str:
 def line(step, steps, start, text) -> str:
     """The one line of an interval: step, what is measured, rate and remaining time."""
     spent = time.perf_counter() - start
-    left = spent / step * (steps - step)
-    return f"step {step:>{len(str(steps))}}/{steps} | {text} | {step / spent:5.1f} it/s | {left / 60:.0f}:{left % 60:02.0f} left"
+    left = round(spent / step * (steps - step))
+    return f"step {step:>{len(str(steps))}}/{steps} | {text} | {step / spent:5.1f} it/s | {left // 60}:{left % 60:02} left"

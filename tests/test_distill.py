@@ -224,6 +224,12 @@ def test_without_surgery_the_loop_is_plain_adamw_on_the_mixed_loss(teachers, tmp
         assert torch.allclose(p, q, atol=1e-4), name
 
 
+@pytest.mark.parametrize(("spent", "left"), [(1.0, "0:03"), (20.0, "1:00"), (36.0, "1:48"), (39.9, "2:00")])
+def test_the_remaining_time_is_minutes_and_seconds(monkeypatch, spent, left):
+    monkeypatch.setattr(run.time, "perf_counter", lambda: spent)
+    assert run.line(100, 400, 0.0, "").endswith(f" {left} left")
+
+
 def test_a_run_holds_what_it_promises_and_a_second_call_skips_it(teachers, tmp_path, capsys):
     student(teachers, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "log.csv", "metrics.json", "model.safetensors", "model.json", "plots.png"}
