@@ -57,9 +57,9 @@ class Config:
     probe_windows: int = 16  # per teacher, where distances or alignments need windows of their own
     probe_interval: int = 10  # updates between probes
     # optimisation
-    steps: int = 3000  # updates
+    steps: int = 4000  # updates
     batch_size: int = 64  # windows per update, of all teachers together
-    lr: float = 4e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
+    lr: float = 8e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4
     grad_clip: float = 0.25  # largest norm of an update's gradient
