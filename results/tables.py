@@ -28,10 +28,11 @@ def student(run: str) -> str:
 def main():
     for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
         print(f"\n{run}\n\n{student(run)}")
-    print("\ntried: return, mean ± standard deviation over episodes, of the return asked for; held-out NLL")
+    print("\ntried: return, mean ± standard deviation over episodes, of the return asked for; held-out NLL of a teacher, KL and retention of a student")
     for f in sorted(HERE.glob("tried/*.json")):
         for name, m in json.loads(f.read_bytes())["tasks"].items():
-            print(f"{f.stem:16} {name:9} {m['return_mean']:.0f} ± {m['return_std']:.0f} of {m['target']:.0f}; {m['heldout_nll']:.3f}")
+            held = f"NLL {m['heldout_nll']:.3f}" if "heldout_nll" in m else f"KL {m['heldout_kl']:.3f}, retention {m['retention']:.2f}"
+            print(f"{f.stem:20} {name:11} {m['return_mean']:.0f} ± {m['return_std']:.0f} of {m['target']:.0f}; {held}")
 
 
 if __name__ == "__main__":
