@@ -279,14 +279,17 @@ def main(cfg: Config):
             last = step + 1 == cfg.steps
             held = [None] * N
             if step == 0 or (step + 1) % cfg.log_interval == 0 or last:
+                student.eval()  # in float32, as it will act
                 with torch.no_grad():
                     held = distances(held_out, held_out_targets, loss="kl")[0].tolist()
+                student.train()
             for i, t in enumerate(tasks):
                 row |= {f"share_{t.name}": part[i].item(), f"kl_{t.name}": d[i].item(), f"alignment_{t.name}": a[i].item(), f"heldout_kl_{t.name}": held[i]}
             log.row(**row)
             bar.update()
             if held[0] is not None:
                 bar.write(run.line(step + 1, cfg.steps, start, f"loss {row['loss']:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
+    student.eval()
     teachers_metrics = {t.name: m for _, t, m in found}
     dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks], "teachers": teachers_metrics})
 
@@ -357,7 +360,8 @@ def plot(out: Path, names, log, rows):
     at = np.arange(len(names))
     for j, (who, colour) in enumerate((("teacher", COLOURS[0]), ("student", COLOURS[1]))):
         returns.bar(at + 0.4 * j - 0.2, [r[f"{who} score"] or 0 for r in rows], 0.38, label=who, color=colour)
-    returns.set(xticks=at, xticklabels=names, ylabel="normalised score (100 = expert)", title="Return at the dataset's 95th percentile as target")
+    returns.set_xticks(at, [n.replace("/", "\n") for n in names])
+    returns.set(ylabel="normalised score (100 = expert)", title="Return at the dataset's 95th percentile as target")
     for ax in (kl, shares, conflict, returns):
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)

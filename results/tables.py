@@ -12,11 +12,12 @@ HERE = Path(__file__).parent
 def student(run: str) -> str:
     """A run of distill.py as a Markdown table, and the line below it."""
     metrics, teachers = (json.loads((HERE / run / f).read_bytes()) for f in ("metrics.json", "model.json"))
-    out = ["| task | target return | teacher | student | retention | held-out KL |", "|---|---|---|---|---|---|"]
+    out = ["| task | target return | teacher | student | retention | held-out KL | lower target | teacher |", "|---|---|---|---|---|---|---|---|"]
     for name, m in metrics["tasks"].items():
         t = teachers["teachers"][name]
         out.append(f"| {name.split('/')[1] if '/' in name else name} | {m['target']:.0f} | {t['return_mean']:.0f} ± {t['return_std']:.0f} | "
-                   f"{m['return_mean']:.0f} ± {m['return_std']:.0f} | {m['retention']:.2f} | {m['heldout_kl']:.3f} |")  # fmt: skip
+                   f"{m['return_mean']:.0f} ± {m['return_std']:.0f} | {m['retention']:.2f} | {m['heldout_kl']:.3f} | "
+                   f"{t['median']['target']:.0f} | {t['median']['return_mean']:.0f} ± {t['median']['return_std']:.0f} |")  # fmt: skip
     kept, s, at = [m["retention"] for m in metrics["tasks"].values()], metrics["seconds"], metrics["machine"]
     mean, worst = sum(kept) / len(kept), min(kept)
     out += [f"\nRetention {mean:.3f} on average, {worst:.3f} at worst; {metrics['parameters']:,} parameters, {metrics['compression']:.1f} times fewer.",
@@ -28,11 +29,13 @@ def student(run: str) -> str:
 def main():
     for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
         print(f"\n{run}\n\n{student(run)}")
-    print("\ntried: return, mean ± standard deviation over episodes, of the return asked for; held-out NLL of a teacher, KL and retention of a student")
+    print("\ntried: return, mean ± standard deviation over episodes, of the return asked for; NLL of a teacher, KL of a student")
     for f in sorted(HERE.glob("tried/*.json")):
         for name, m in json.loads(f.read_bytes())["tasks"].items():
-            held = f"NLL {m['heldout_nll']:.3f}" if "heldout_nll" in m else f"KL {m['heldout_kl']:.3f}, retention {m['retention']:.2f}"
-            print(f"{f.stem:20} {name:11} {m['return_mean']:.0f} ± {m['return_std']:.0f} of {m['target']:.0f}; {held}")
+            held = f"KL {m['heldout_kl']:.3f}" if "heldout_nll" not in m else f"NLL {m['heldout_nll']:.3f}"
+            got = "" if m["return_mean"] is None else f"{m['return_mean']:.0f} ± {m['return_std']:.0f} of {m['target']:.0f}; "
+            kept = "" if m["retention"] is None else f", retention {m['retention']:.2f}"
+            print(f"{f.stem:20} {name.removeprefix('thirdparty/'):11} {got}held-out {held}{kept}; training {json.loads(f.read_bytes())['seconds']['train']:.0f} s")
 
 
 if __name__ == "__main__":

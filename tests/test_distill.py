@@ -203,7 +203,7 @@ def test_a_teacher_of_the_same_seed_is_the_same_to_the_bit(two_tasks, tmp_path):
 
 def test_without_surgery_the_loop_is_plain_adamw_on_the_mixed_loss(teachers, tmp_path):
     """Ten steps of an independent, per-parameter loop give the same student."""
-    student(teachers, tmp_path, steps=10, surgery="none", curriculum="all", grad_clip=0.1, log_interval=100)
+    student(teachers, tmp_path, steps=10, surgery="none", curriculum="all", grad_clip=0.1, lr=4e-3, dtype="float32", log_interval=100)
     got, _ = dt.load(tmp_path)
     ts = [dt.load(t)[0] for t in teachers]
     sets = [data.load(n) for n in ("tests/a-v0", "tests/b-v0")]
