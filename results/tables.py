@@ -21,8 +21,8 @@ def student(run: str) -> str:
     kept, s, at = [m["retention"] for m in metrics["tasks"].values()], metrics["seconds"], metrics["machine"]
     mean, worst = sum(kept) / len(kept), min(kept)
     out += [f"\nRetention {mean:.3f} on average, {worst:.3f} at worst; {metrics['parameters']:,} parameters, {metrics['compression']:.1f} times fewer.",
-            f"Data and teachers {s['teachers']:.0f} s, their targets {s['targets']:.0f} s, student {s['train']:.0f} s, evaluation {s['evaluate']:.0f} s "
-            f"({at['device']}, {at['threads']} threads, {at['dtype']}, torch {at['torch']}, commit {at['commit']})."]  # fmt: skip
+            f"Seconds: teachers' targets {s['targets']:.0f}, student {s['train']:.0f}, evaluation {s['evaluate']:.0f} "
+            f"({at['device']}, threads: {at['threads']}, {at['dtype']}, torch {at['torch']}, commit {at['commit']})."]  # fmt: skip
     return "\n".join(out)
 
 
