@@ -7,6 +7,10 @@ Called by distill.py, where student and teacher are the two Gaussians and a batc
 
 import torch
 
+import kernels
+from kernels import tl, triton
+
+LOG_STD = (-4.0, 0.0)  # bounds of the head's log-std, in units of half the action range
 DIRECTIONS = ("reverse", "forward")  # reverse: KL(student || teacher), the proposal's; forward: KL(teacher || student), Rusu et al.'s
 
 
@@ -43,6 +47,190 @@ def gaussian_kl_ref(mean, log_std, t_mean, t_log_std, mask, task, act_dims, dire
     L_i = sums[i] / counts[i]. What is masked or beyond a teacher's action size changes nothing.
     """
     return per_teacher(divergence(mean, log_std, t_mean, t_log_std, direction, sigma_floor, temperature), mask, task, act_dims)
+
+
+def bounded(x):
+    """The head's log-std, from its linear layer: between LOG_STD's bounds."""
+    lo, hi = LOG_STD
+    return lo + (hi - lo) * torch.sigmoid(x)
+
+
+def head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0):
+    """gaussian_kl_ref of the student's head on hidden states: h (B, K, C), weight (N, C, 2A), bias (N, 2A); the rest as there."""
+    mean, log_std = torch.baddbmm(bias[task][:, None], h, weight[task]).chunk(2, dim=-1)  # (B, K, A) each
+    return gaussian_kl_ref(mean.tanh(), bounded(log_std), t_mean, t_log_std, mask, task, act_dims, direction, sigma_floor, temperature)
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(x, i, j, rows, columns, stride, DOT: tl.constexpr):
+    """Rows i and columns j of the matrix at x, zero beyond `rows` and `columns`."""
+    return tl.load(x + i[:, None] * stride + j[None, :], mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0).to(DOT)
+
+
+@triton.jit
+def _head_kl(
+    h,  # (B, K, C)
+    weight, bias,  # (N, C, 2A), (N, 2A)
+    t_mean, t_log_std,  # (B, K, A)
+    mask, task, act_dims,  # (B, K) bytes, (B,) and (N,) int64
+    sums, counts,  # (N,) float32, zeroed
+    gh, gweight, gbias,  # gradients of sums[task] with respect to h, weight, bias: (B, K, C) as h, the others float32, zeroed
+    th, tweight, tbias, along,  # tangents as h, weight, bias, and of sums (N,) zeroed; used where TANGENT
+    B, C, A, floor2, temperature2, each,
+    K: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BA: tl.constexpr, FORWARD: tl.constexpr, GRADIENT: tl.constexpr, TANGENT: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`each` windows in turn. The head's gradients over consecutive windows of one task are summed here and added to memory when the task changes."""
+    k, c, a = tl.arange(0, BK), tl.arange(0, D), tl.arange(0, BA)
+    first = tl.program_id(0).to(tl.int64) * each
+    now = tl.load(task + first)
+    gw_mean, gw_std = tl.zeros((D, BA), tl.float32), tl.zeros((D, BA), tl.float32)
+    gb_mean, gb_std = tl.zeros((BA,), tl.float32), tl.zeros((BA,), tl.float32)
+    at = c[:, None] * 2 * A + a[None, :]
+    there = (c < C)[:, None] & (a < A)[None, :]
+    for step in range(tl.minimum(each, B - first)):
+        i = first + step
+        n = tl.load(task + i)
+        if GRADIENT and n != now:
+            tl.atomic_add(gweight + now * C * 2 * A + at, gw_mean, mask=there)
+            tl.atomic_add(gweight + now * C * 2 * A + A + at, gw_std, mask=there)
+            tl.atomic_add(gbias + now * 2 * A + a, gb_mean, mask=a < A)
+            tl.atomic_add(gbias + now * 2 * A + A + a, gb_std, mask=a < A)
+            gw_mean, gw_std = tl.zeros((D, BA), tl.float32), tl.zeros((D, BA), tl.float32)
+            gb_mean, gb_std = tl.zeros((BA,), tl.float32), tl.zeros((BA,), tl.float32)
+            now = n
+        w, b, size = weight + n * C * 2 * A, bias + n * 2 * A, tl.load(act_dims + n)
+        x = _tile(h + i * K * C, k, c, K, C, C, DOT)
+        w_mean, w_std = _tile(w, c, a, C, A, 2 * A, DOT), _tile(w + A, c, a, C, A, 2 * A, DOT)
+        mean = tl.dot(x, w_mean, input_precision=PRECISION) + tl.load(b + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+        std = tl.dot(x, w_std, input_precision=PRECISION) + tl.load(b + A + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+
+        # the student's mean and variance; e = exp(-2 |x|), so that neither tanh nor its slope cancels
+        e = tl.exp(-2 * tl.abs(mean))
+        slope_mean = 4 * e / ((1 + e) * (1 + e))  # tanh'
+        mean = tl.where(mean < 0, -1.0, 1.0) * (1 - e) / (1 + e)
+        s = 1 / (1 + tl.exp(-std))
+        var = tl.exp(2 * (LO + (HI - LO) * s))
+        slope_std = (HI - LO) * s * (1 - s) * 2 * var  # of the variance
+        inside = (k < K)[:, None] & (a < A)[None, :]
+        m = tl.load(t_mean + i * K * A + k[:, None] * A + a[None, :], mask=inside, other=0.0).to(tl.float32)
+        l = tl.load(t_log_std + i * K * A + k[:, None] * A + a[None, :], mask=inside, other=0.0).to(tl.float32)
+        student, teacher = var + floor2, tl.exp(2 * l) * temperature2 + floor2
+        valid = tl.load(mask + i * K + k, mask=k < K, other=0) != 0
+        counted = valid[:, None] & (a < size)[None, :]
+        if FORWARD:
+            over, under = teacher, student
+        else:
+            over, under = student, teacher
+
+        # 0.5 (r - log(1 + r) + (difference of means)^2 / under), r = over / under - 1; near r = 0 by a series, for r - log(1 + r) cancels
+        gap, r = mean - m, (over - under) / under
+        q = r / (2 + r)  # log(1 + r) = 2 atanh(q)
+        q2 = q * q
+        series = r * q - 2 * q * q2 * (1 / 3 + q2 * (1 / 5 + q2 * (1 / 7 + q2 * (1 / 9 + q2 * (1 / 11 + q2 * (1 / 13 + q2 / 15))))))
+        kl = 0.5 * (tl.where(tl.abs(r) < 0.5, series, r - tl.log(1 + r)) + gap * gap / under)
+        tl.atomic_add(sums + n, tl.sum(tl.where(counted, kl, 0.0)) / size)
+        tl.atomic_add(counts + n, tl.sum(valid.to(tl.float32)))
+
+        # its gradient with respect to what the head's affine map returned
+        g_mean = tl.where(counted, gap / under * slope_mean / size, 0.0)
+        g_var = student - teacher - gap * gap if FORWARD else student - teacher
+        g_std = tl.where(counted, 0.5 * g_var / (student * under) * slope_std / size, 0.0)
+        if TANGENT:
+            tw, tb, tx = tweight + n * C * 2 * A, tbias + n * 2 * A, _tile(th + i * K * C, k, c, K, C, C, DOT)
+            t_m = tl.dot(tx, w_mean, input_precision=PRECISION) + tl.dot(x, _tile(tw, c, a, C, A, 2 * A, DOT), input_precision=PRECISION)
+            t_s = tl.dot(tx, w_std, input_precision=PRECISION) + tl.dot(x, _tile(tw + A, c, a, C, A, 2 * A, DOT), input_precision=PRECISION)
+            t_m += tl.load(tb + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+            t_s += tl.load(tb + A + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+            tl.atomic_add(along + n, tl.sum(g_mean * t_m + g_std * t_s))
+        if GRADIENT:
+            gb_mean += tl.sum(g_mean, 0)
+            gb_std += tl.sum(g_std, 0)
+            g_mean, g_std = g_mean.to(DOT), g_std.to(DOT)
+            gx = tl.dot(g_mean, tl.trans(w_mean), input_precision=PRECISION) + tl.dot(g_std, tl.trans(w_std), input_precision=PRECISION)
+            tl.store(gh + i * K * C + k[:, None] * C + c[None, :], gx.to(gh.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+            gw_mean += tl.dot(tl.trans(x), g_mean, input_precision=PRECISION)
+            gw_std += tl.dot(tl.trans(x), g_std, input_precision=PRECISION)
+    if GRADIENT:
+        tl.atomic_add(gweight + now * C * 2 * A + at, gw_mean, mask=there)
+        tl.atomic_add(gweight + now * C * 2 * A + A + at, gw_std, mask=there)
+        tl.atomic_add(gbias + now * 2 * A + a, gb_mean, mask=a < A)
+        tl.atomic_add(gbias + now * 2 * A + A + a, gb_std, mask=a < A)
+
+
+# ---- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def _launch(h, weight, bias, targets, options, gradient=False, tangents=None):
+    """Returns sums, counts, along (N,), and the gradients of sums (gh, gweight, gbias), empty where not asked for."""
+    (t_mean, t_log_std, mask, task, act_dims), (direction, floor, temperature) = targets, options
+    (B, K, C), (N, _, A2) = h.shape, weight.shape
+    A, dev = A2 // 2, h.device
+    sums, counts, along = torch.zeros(3, N, device=dev)
+    gh = torch.empty_like(h) if gradient else h.new_empty(0)
+    gweight, gbias = (torch.zeros(x.shape if gradient else 0, device=dev) for x in (weight, bias))
+    programs = 4 * torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == "cuda" else 4
+    each = triton.cdiv(B, min(B, programs))
+    dot = tl.bfloat16 if h.dtype == torch.bfloat16 and not kernels.INTERPRET else tl.float32
+    _head_kl[(triton.cdiv(B, each),)](
+        h, weight, bias, t_mean, t_log_std, mask, task, act_dims, sums, counts, gh, gweight, gbias, *(tangents or (h, weight, bias)), along,
+        B, C, A, floor**2, temperature**2, each,
+        K=K, BK=max(16, triton.next_power_of_2(K)), D=max(16, triton.next_power_of_2(C)), BA=max(16, triton.next_power_of_2(A)),
+        FORWARD=direction == "forward", GRADIENT=gradient, TANGENT=tangents is not None, LO=LOG_STD[0], HI=LOG_STD[1],
+        DOT=dot, PRECISION=kernels.precision(), num_warps=4)  # fmt: skip
+    return sums, counts, along, gh, gweight, gbias
+
+
+class _HeadKL(torch.autograd.Function):
+    @staticmethod
+    def forward(h, weight, bias, targets, options, gradient):
+        sums, counts, _, *grads = _launch(h, weight, bias, targets, options, gradient)
+        return sums, counts, *grads
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        h, weight, bias, ctx.targets, ctx.options, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[2:], ctx.targets[3])
+        ctx.save_for_forward(h, weight, bias)
+        ctx.dtypes = weight.dtype, bias.dtype
+
+    @staticmethod
+    def backward(ctx, dsums, *_):  # each window's part of sums has one upstream, its teacher's
+        gh, gweight, gbias, task = ctx.saved_tensors
+        dh = gh * dsums[task].to(gh.dtype)[:, None, None]
+        return dh, (gweight * dsums[:, None, None]).to(ctx.dtypes[0]), (gbias * dsums[:, None]).to(ctx.dtypes[1]), None, None, None
+
+    @staticmethod
+    def jvp(ctx, th, tweight, tbias, *_):
+        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(ctx.saved_tensors, (th, tweight, tbias), strict=True)]
+        return _Tangent.apply(*tangents, *ctx.saved_tensors, ctx.targets, ctx.options), None, None, None, None
+
+
+class _Tangent(torch.autograd.Function):
+    """The forward-mode rule; a Function of its own because torch.func calls jvp with wrapped tensors, which a kernel can't take."""
+
+    @staticmethod
+    def forward(th, tweight, tbias, h, weight, bias, targets, options):
+        return _launch(h, weight, bias, targets, options, tangents=tuple(t.contiguous() for t in (th, tweight, tbias)))[2]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass  # there is no derivative of the derivative
+
+
+def head_kl(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0):
+    """KL per teacher from the student's hidden states; arguments and results as in head_kl_ref. The kernel takes float32 and bfloat16, up to 128
+    channels, 64 actions and 128 timesteps on a GPU; anything else goes to the reference. Its sums are added atomically: they differ by rounding from run to run."""
+    args, options = (t_mean, t_log_std, mask, task, act_dims), (direction, sigma_floor, temperature)
+    if not kernels.available(h, weight, bias, t_mean, t_log_std) or h.shape[1] > 128 or h.shape[2] > 128 or weight.shape[2] > 128 or len(h) == 0:
+        return head_kl_ref(h, weight, bias, *args, *options)
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
+    args = (t_mean.contiguous(), t_log_std.contiguous(), mask.contiguous().view(torch.uint8), task, act_dims)
+    return _HeadKL.apply(h.contiguous(), weight.contiguous(), bias.contiguous(), args, options, gradient)[:2]
 
 
 def gaussian_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0):

@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 _tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
@@ -12,13 +14,14 @@ os.environ["MINARI_DATASETS_PATH"] = str(Path(_tmp.name) / "minari")  # before d
 os.environ["MANYTEACHERS_CACHE"] = str(Path(_tmp.name) / "cache")
 os.environ["MINARI_REMOTE"] = "hf://manyteachers-no-such-repository"
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is never asked
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels/ is imported
 
 import gymnasium as gym  # noqa: E402
 import hypothesis  # noqa: E402
 import minari  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from minari.data_collector import EpisodeBuffer  # noqa: E402
 
 hypothesis.settings.register_profile("default", deadline=None)

@@ -1,12 +1,19 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
+import kernels
+from conftest import ROOT
 from kernels.attention import attention, attention_ref
-from kernels.kl import DIRECTIONS, divergence, gaussian_kl, gaussian_kl_ref, per_teacher
+from kernels.kl import DIRECTIONS, bounded, divergence, gaussian_kl, gaussian_kl_ref, head_kl, head_kl_ref, per_teacher
+from kernels.project import project, project_adamw, project_adamw_ref, project_ref
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -116,3 +123,236 @@ def test_attention_dropout_drops_and_keeps_the_mean():
     qkv, mask = torch.randn(1, 12, 24), torch.ones(1, 12, dtype=torch.bool)
     many = torch.stack([attention(qkv, mask, 1, 0.3) for _ in range(4000)])
     assert not torch.equal(many[0], many[1]) and (many.mean(0) - attention(qkv, mask, 1)).abs().max() < 0.1
+
+
+# ---- the Triton kernels: compiled where there is a GPU, else in Triton's interpreter ------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRET else "cpu"
+DTYPES = (torch.float32, torch.bfloat16)
+few = settings(max_examples=int(os.environ.get("KERNEL_EXAMPLES", "25" if DEVICE == "cpu" else "200")), derandomize="KERNEL_EXAMPLES" not in os.environ)
+triton_needed = pytest.mark.skipif(kernels.triton.__version__ is None, reason="no Triton here")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Kernels take CPU tensors too, interpreted."""
+    monkeypatch.setattr(kernels, "on_cpu", True)
+
+
+def lengths(*blocks):
+    """1, primes, and sizes about a block's."""
+    return st.sampled_from(sorted({1, 2, 3, 5, 7, 11, 13, *(b + d for b in blocks for d in (-1, 0, 1))}))
+
+
+def normal(gen, *shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(shape, generator=gen) * scale).to(dtype).to(DEVICE)
+
+
+def assert_as_exact_as_pytorch(got, reference, exact, what, dtype, least=0.0):
+    """The kernel's error against float64 is at most twice that of plain PyTorch in the same precision, plus a tiny floor, relative to the
+    largest number of the result or to `least`, the size of what it is a difference of (the largest of two roundings' errors is luck)."""
+    for name, k, r, d in zip(what, got, reference, exact, strict=True):
+        size = max(d.abs().max().item(), least)
+        error, theirs = ((x.double() - d.double()).abs().max().item() for x in (k, r))
+        theirs = float("inf") if theirs != theirs else theirs  # bfloat16's plain KL can be NaN
+        assert error <= 2 * theirs + 8 * torch.finfo(dtype).eps * size + 1e-30, f"{name}: error {error:.3g}, plain PyTorch's {theirs:.3g}, size {size:.3g}"
+
+
+def derivatives(f, inputs, upstream, tangents, dtype):
+    """f's output, its gradients under `upstream`, and its forward-mode derivative along `tangents`, in dtype."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    y = f(*leaves)
+    y.backward(upstream.to(y.dtype))
+    along = torch.func.jvp(f, tuple(x.detach() for x in leaves), tuple(t.to(dtype) for t in tangents))[1]
+    return y.detach(), along, *(x.grad for x in leaves)
+
+
+@st.composite
+def attention_inputs(draw):
+    B, T, n_head, hs = draw(st.integers(1, 3)), draw(lengths(16, 60, 64, 128)), draw(st.integers(1, 3)), draw(st.sampled_from([16, 17, 24, 31, 32, 64, 65, 128]))
+    if DEVICE == "cpu" and T > 64:
+        B, n_head = 1, min(n_head, 2)
+    gen = torch.Generator().manual_seed(draw(seeds))
+    dtype, scale = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1e-3, 1.0, 1.0, 4.0]))  # 4: scores of about 100
+    C = n_head * hs
+    wide = normal(gen, B, T, 3 * C + 5, dtype=dtype, scale=scale)
+    qkv = wide[..., 2 : 3 * C + 2] if draw(st.booleans()) else wide[..., : 3 * C].contiguous()  # a slice of something wider, or packed
+    start = torch.randint(0, T + 1, (B, 1), generator=gen)  # T: a row without a valid token
+    mask = torch.arange(T) >= start if draw(st.booleans()) else torch.rand(B, T, generator=gen) < 0.7
+    return qkv, mask.to(DEVICE), n_head, normal(gen, B, T, C, dtype=dtype, scale=7.0), normal(gen, B, T, 3 * C, dtype=dtype, scale=scale)
+
+
+@triton_needed
+@few
+@given(attention_inputs())
+def test_the_attention_kernels_are_as_exact_as_plain_pytorch(inputs):
+    qkv, mask, n_head, upstream, tangent = inputs
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(kernels, "on_cpu", True)
+        got = derivatives(lambda x: attention(x, mask, n_head), [qkv], upstream, [tangent], qkv.dtype)
+    reference = derivatives(lambda x: attention_ref(x, mask, n_head), [qkv], upstream, [tangent], qkv.dtype)
+    exact = derivatives(lambda x: attention_ref(x, mask, n_head), [qkv], upstream, [tangent], torch.float64)
+    q, k = qkv.double().unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)[:2]
+    scores = (q @ k.transpose(-2, -1)).abs().max().item() * q.shape[-1] ** -0.5  # rounding one by eps changes its weight by as many eps
+    for name, *results in zip(("output", "forward mode", "gradient"), got, reference, exact, strict=True):
+        assert_as_exact_as_pytorch(*([x] for x in results), [name], qkv.dtype, least=results[-1].abs().max().item() * max(1.0, scores / 8))
+
+
+@triton_needed
+@pytest.mark.parametrize("T", [7, 60, 100])
+def test_the_attention_kernels_drop_the_same_weights_in_every_pass(kernel, T):
+    gen = torch.Generator().manual_seed(T)
+    qkv, mask, t = normal(gen, 2, T, 3 * 32), torch.ones(2, T, dtype=torch.bool, device=DEVICE), normal(gen, 2, T, 3 * 32)
+    up = normal(gen, 2, T, 32)
+
+    def f(x):
+        torch.manual_seed(5)
+        return attention(x, mask, 2, 0.3)
+
+    y, along, grad = derivatives(f, [qkv], up, [t], torch.float32)
+    assert not torch.allclose(y, attention(qkv, mask, 2)) and torch.equal(y, f(qkv))
+    h = 1e-2
+    slope = (f(qkv + h * t) - f(qkv - h * t)) / (2 * h)
+    assert torch.allclose(along, slope, atol=2e-3 * slope.abs().max().item())  # of the very same dropped weights
+    assert torch.allclose((grad * t).sum(), (up * along).sum(), rtol=1e-3)
+
+
+@triton_needed
+@pytest.mark.parametrize("T", [20, 70])
+def test_the_attention_kernels_dropout_keeps_the_mean_and_its_rate(kernel, T):
+    B = 300 if DEVICE == "cpu" else 3000
+    qkv = torch.zeros(1, T, 48, device=DEVICE).expand(B, T, 48).clone()  # equal scores
+    qkv[..., 32:] = 1.0  # and values: an output is the sum of the weights kept
+    y = attention(qkv, torch.ones(B, T, dtype=torch.bool, device=DEVICE), 1, 0.25)[:, -1, 0]  # (B,)
+    assert abs(y.mean() - 1) < 5 * (0.25 / 0.75 / T / B) ** 0.5 and y.std() == pytest.approx((0.25 / 0.75 / T) ** 0.5, rel=0.25)
+
+
+@st.composite
+def head_inputs(draw):
+    B, K, C = draw(lengths(16)), draw(lengths(16)), draw(st.sampled_from([1, 16, 17, 48, 64, 128]))
+    A, N = draw(st.sampled_from([1, 3, 6, 8, 17])), draw(st.integers(1, 4))
+    gen = torch.Generator().manual_seed(draw(seeds))
+    dtype, scale = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1e-2, 1.0, 4.0]))
+    h, weight, bias = normal(gen, B, K, C, dtype=dtype), normal(gen, N, C, 2 * A, dtype=dtype, scale=scale * C**-0.5), normal(gen, N, 2 * A, dtype=dtype)
+    tangents = [normal(gen, *x.shape, dtype=dtype) for x in (h, weight, bias)]
+    t_mean, t_log_std = (torch.rand(B, K, A, generator=gen) * 2 - 1).to(DEVICE), (torch.rand(B, K, A, generator=gen) * -4).to(DEVICE)
+    mask, task = torch.rand(B, K, generator=gen) < draw(st.sampled_from([0.0, 0.7, 1.0])), torch.randint(N, (B,), generator=gen)
+    rest = (mask.to(DEVICE), task.to(DEVICE), torch.randint(1, A + 1, (N,), generator=gen).to(DEVICE))
+    options = (draw(st.sampled_from(DIRECTIONS)), draw(st.sampled_from([0.05, 0.5])), draw(st.sampled_from([0.5, 1.0, 2.0])))
+    return (h, weight, bias), tangents, (t_mean, t_log_std), rest, options, torch.where(normal(gen, N) > 0, 5.0, -3.0)
+
+
+@triton_needed
+@few
+@given(head_inputs())
+def test_the_kl_kernel_is_as_exact_as_plain_pytorch(inputs):
+    leaves, tangents, targets, rest, options, upstream = inputs
+    dtype = leaves[0].dtype
+
+    def run(f, dtype):
+        return derivatives(lambda h, w, b: f(h, w, b, *(t.to(dtype) for t in targets), *rest, *options)[0], leaves, upstream, tangents, dtype)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(kernels, "on_cpu", True)
+        got = run(head_kl, dtype)
+        counts = head_kl(*leaves, *targets, *rest, *options)[1]
+    assert torch.equal(counts.long(), torch.zeros_like(counts).long().index_add(0, rest[1], rest[0].sum(1)))
+    exact = run(head_kl_ref, torch.float64)
+    terms = sum((g * t).abs().sum().item() for g, t in zip(exact[2:], tangents, strict=True)) / 3  # which the forward mode is a sum of, signs and all
+    for name, k, r, d, least in zip(("KL", "forward mode", "dh", "dW", "db"), got, run(head_kl_ref, dtype), exact, (0, terms, 0, 0, 0), strict=True):
+        assert_as_exact_as_pytorch([k], [r], [d], [name], dtype, least)
+
+
+def test_the_heads_kl_is_the_kl_of_its_outputs():
+    gen = torch.Generator().manual_seed(0)
+    h, weight, bias = torch.randn(4, 5, 8, generator=gen), torch.randn(2, 8, 6, generator=gen), torch.randn(2, 6, generator=gen)
+    t_mean, t_log_std, mask, task = torch.rand(4, 5, 3), -torch.rand(4, 5, 3), torch.ones(4, 5, dtype=torch.bool), torch.tensor([0, 1, 1, 0])
+    mean, log_std = torch.stack([h[b] @ weight[task[b]] + bias[task[b]] for b in range(4)]).chunk(2, -1)
+    want = gaussian_kl(mean.tanh(), bounded(log_std), t_mean, t_log_std, mask, task, torch.tensor([3, 2]))
+    got = head_kl(h, weight, bias, t_mean, t_log_std, mask, task, torch.tensor([3, 2]))
+    assert torch.allclose(got[0], want[0], rtol=1e-5) and torch.equal(got[1], want[1])
+
+
+SCALES = st.sampled_from([0.0, 1e-30, 1e-10, 1.0, 1e10])
+
+
+@triton_needed
+@few
+@given(seeds, lengths(16, 1024, 2048), SCALES, SCALES, st.booleans())
+def test_the_projection_kernels_are_as_exact_as_plain_pytorch(seed, P, scale_g, scale_u, conflict):
+    gen = torch.Generator().manual_seed(seed)
+    u = normal(gen, P, scale=scale_u)
+    g = normal(gen, P, scale=scale_g) + (-1.0 if conflict else 1.0) * (u / scale_u * scale_g if scale_u else 0.0)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(kernels, "on_cpu", True)
+        got = project(g, u)
+    assert_as_exact_as_pytorch([got], [project_ref(g, u)], [project_ref(g.double(), u.double())], ["g'"], torch.float32, least=g.abs().max().item())
+    if (g.double() @ u.double()) >= 0:
+        assert torch.equal(got, g)
+
+
+@triton_needed
+@few
+@given(seeds, lengths(16, 1024, 2048), st.sampled_from([1e-10, 1.0, 1e10]), st.integers(1, 1000), st.sampled_from([None, -0.4, 0.0]),
+       st.sampled_from([None, True, False]), st.sampled_from([0.0, 0.9]), st.booleans())  # fmt: skip
+def test_the_update_kernels_are_as_exact_as_plain_pytorch(seed, P, scale, t, kappa, on, beta, operated):
+    gen = torch.Generator().manual_seed(seed)
+    start = [normal(gen, P), normal(gen, P, scale=scale), normal(gen, P, scale=1e-3), normal(gen, P, scale=1e-3).square()]
+    g, schedule = normal(gen, P, scale=scale) - 0.5 * start[1], torch.tensor([1e-2, 1 - 0.9**t, 1 - 0.999**t], device=DEVICE)
+    options = dict(kappa=None if kappa is None else torch.tensor(kappa, device=DEVICE), on=None if on is None else torch.tensor(on, device=DEVICE))
+
+    def run(f, dtype):
+        theta, u, m, v = (x.to(dtype, copy=True) for x in start)
+        alive = torch.tensor(True, device=DEVICE)
+        stats = f(theta, g.to(dtype), u if operated else None, m, v, schedule, alive, beta=beta, weight_decay=0.1, **options)
+        assert alive
+        return [theta, m, v], [u, stats[3]], [*stats[:3], stats[4]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "on_cpu", True)
+        got = run(project_adamw, torch.float32)
+    names, size = (("theta", "m", "v"), ("u", "|g'|"), ("<g, u>", "<u, u>", "|g|", "kappa")), g.norm().item()
+    for k, r, d, what, least in zip(got, run(project_adamw_ref, torch.float32), run(project_adamw_ref, torch.float64), names, (0.0, size, 0.0), strict=True):
+        assert_as_exact_as_pytorch(k, r, d, what, torch.float32, least)
+
+
+@triton_needed
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("interpreted", [True, False], ids=["kernel", "reference"])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_does_after_it(bad, interpreted, monkeypatch):
+    monkeypatch.setattr(kernels, "on_cpu", interpreted)
+    f = project_adamw if interpreted else project_adamw_ref
+    state, alive = [torch.randn(1500, device=DEVICE).abs() for _ in range(4)], torch.tensor(True, device=DEVICE)
+    schedule = torch.tensor([1e-2, 0.1, 0.001], device=DEVICE)
+    before = [x.clone() for x in state]
+    theta, u, m, v = state
+    for g in (torch.full_like(u, bad), torch.ones_like(u)):
+        f(theta, g, u, m, v, schedule, alive)
+        assert not alive and all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+
+
+def test_the_update_is_projection_then_clipping_then_pytorchs_adamw():
+    torch.manual_seed(0)
+    theta, u = torch.randn(50), torch.zeros(50)
+    want = torch.nn.Parameter(theta.clone())
+    opt = torch.optim.AdamW([want], lr=1e-2, weight_decay=0.1)
+    m, v, last = torch.zeros(50), torch.zeros(50), torch.zeros(50)
+    for t in range(1, 6):
+        g = torch.randn(50) - 0.3 * last
+        project_adamw(theta, g, u, m, v, torch.tensor([1e-2, 1 - 0.9**t, 1 - 0.999**t]), torch.tensor(True), clip=2.0, weight_decay=0.1)
+        last = project_ref(g, last)
+        want.grad = last.clone()
+        torch.nn.utils.clip_grad_norm_([want], 2.0)
+        opt.step()
+        assert torch.allclose(u, last, atol=1e-6) and torch.allclose(theta, want, atol=1e-5)
+
+
+def test_without_triton_the_references_run():
+    code = """
+import sys; sys.modules["triton"] = None
+import torch, kernels
+from kernels.attention import attention; from kernels.kl import head_kl; from kernels.project import project
+assert kernels.path("cuda") == "plain PyTorch, no Triton" and kernels.path("cpu") == "plain PyTorch, no GPU"
+assert attention(torch.randn(1, 3, 12), torch.ones(1, 3, dtype=torch.bool), 1).shape == (1, 3, 4) and project(torch.ones(3), -torch.ones(3)).abs().max() == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
