@@ -2,7 +2,7 @@
 
     shares = METHODS[name](d, step, shares, generator)
 
-d (N,): how far the student is from each teacher (KL); step: int; shares (N,): what the last call returned (1/N each before
+d (N,): how far the student is from each teacher (KL); step: an integer, or a tensor of one; shares (N,): what the last call returned (1/N each before
 the first), the only state there is; generator: torch.Generator. Returns (N,), non-negative, summing to 1; one-hot for the orders
 that take one teacher at a time (ONE_AT_A_TIME, and novelty with power inf). Ties go to the lowest index. Raises ValueError where a distance is NaN.
 """
@@ -14,6 +14,8 @@ ONE_AT_A_TIME = ("fixed", "uniform")
 
 
 def checked(d):
+    if d.is_cuda:  # reading it would make the GPU wait; there the loop sees the loss that became NaN
+        return d
     bad = d.isnan().nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"distance of teacher {bad[0]} is NaN")
@@ -21,7 +23,7 @@ def checked(d):
 
 
 def one_hot(i, d):
-    return torch.nn.functional.one_hot(torch.as_tensor(i, device=d.device), len(d)).to(d.dtype)
+    return (torch.arange(len(d), device=d.device) == i).to(d.dtype)
 
 
 def proportional(w):
@@ -35,7 +37,7 @@ def novelty(d, step, shares, generator, power: float = 2.0):
     top = checked(d).max()
     if power == float("inf"):
         return one_hot((d == top).int().argmax(), d)
-    return proportional((d / top) ** power if top > 0 else torch.ones_like(d))  # d / top: the scale of d does not matter, nor overflow
+    return proportional(torch.where(top > 0, (d / top) ** power, 1.0))  # d / top: the scale of d does not matter, nor overflow
 
 
 def least(d, step, shares, generator, power: float = 2.0):
@@ -43,7 +45,7 @@ def least(d, step, shares, generator, power: float = 2.0):
     low = checked(d).min()
     if power == float("inf"):
         return one_hot((d == low).int().argmax(), d)
-    return proportional((low / d) ** power if low > 0 else (d == 0).to(d.dtype) if power > 0 else torch.ones_like(d))
+    return proportional(torch.where(low > 0, (low / d) ** power, 1.0 if power == 0 else (d == 0).to(d.dtype)))
 
 
 def fixed(d, step, shares, generator):

@@ -24,11 +24,13 @@ from tqdm import tqdm
 import curriculum
 import data
 import evaluate
+import kernels
 import model as dt
 import run
 import surgery
 import teacher
-from kernels.kl import gaussian_kl, per_teacher
+from kernels.kl import head_kl, per_teacher
+from kernels.project import project_adamw
 
 
 @dataclasses.dataclass
@@ -183,10 +185,9 @@ def main(cfg: Config):
         tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, cfg.n_head, cfg.n_embd, context)).to(device)  # fmt: skip
     student.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(student)
-    opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)
     parameters = sum(t.n_params for t in teachers)
     print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}, blocks in "
-          f"{'bfloat16' if student.bfloat16 else 'float32'}", flush=True)
+          f"{'bfloat16' if student.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)
     with clock("targets"):
         table = cache_targets(teachers, train) if cfg.targets == "cached" else None
         held_out_targets, probe_targets = live_targets(teachers, held_out), live_targets(teachers, probe)
@@ -195,11 +196,16 @@ def main(cfg: Config):
 
     def distances(batch, targets, vector=None, loss=cfg.loss):
         """L (N,): the student's distance from each teacher, over the batch's windows of that teacher (0 where it has none); counts (N,)."""
-        mean, log_std = student(*batch[:6]) if vector is None else torch.func.functional_call(student, dt.unflatten(student, vector), batch[:6])
+        if vector is None:
+            h, weight, bias = student(*batch[:6], hidden=True), student.head.weight, student.head.bias
+        else:
+            p = dt.unflatten(student, vector)
+            h, weight, bias = torch.func.functional_call(student, p, batch[:6], {"hidden": True}), p["head.weight"], p["head.bias"]
         if loss == "mse":
+            mean = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]).chunk(2, dim=-1)[0].tanh()
             sums, counts = per_teacher((mean - targets[0]).square(), batch.mask, batch.task, act_dims)
         else:
-            sums, counts = gaussian_kl(mean, log_std, *targets, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
+            sums, counts = head_kl(h, weight, bias, *targets, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
         return sums / counts.clamp_min(1), counts
 
     # ---- the method --------------------------------------------------------------------------------------------------
@@ -210,85 +216,110 @@ def main(cfg: Config):
     operate = functools.partial(surgery.pcgrad, generator=torch.Generator().manual_seed(cfg.seed)) if cfg.surgery == "pcgrad" else surgery.METHODS[cfg.surgery]
     by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", "pcgrad")
     estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
-    u = torch.zeros_like(theta.data)  # (P,) the previous update's gradient
-    with torch.no_grad():
-        d = d_probe = distances(probe, probe_targets)[0]  # (N,) how far from each teacher
-    c = torch.zeros(N, device=device)  # (N,) each teacher's <grad L_i, u>
-    shares, lead = torch.full((N,), 1 / N, device=device), None
-    log, start = run.Log(out / "log.csv"), time.perf_counter()
+    fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
 
-    with clock("train"), tqdm(total=cfg.steps, unit="step", desc="distil", disable=None) as bar:
-        for step in range(cfg.steps):
+    # all that an update changes lies in tensors on the device, so that it can be captured once and replayed
+    with torch.no_grad():
+        d = distances(probe, probe_targets)[0].clone()  # (N,) how far from each teacher
+    d_probe, c = d.clone(), torch.zeros_like(d)  # (N,) on the probe's windows; each teacher's <grad L_i, u>
+    shares, lead = torch.full_like(d, 1 / N), torch.full((), -1, device=device)
+    u, m, v = (torch.zeros_like(theta.data) for _ in range(3))  # (P,) the previous update's gradient; AdamW's moments
+    done, alive = torch.zeros(1, dtype=torch.long, device=device), torch.ones((), dtype=torch.bool, device=device)
+    record = torch.zeros(cfg.log_interval, 5 + 3 * N, device=device)  # a row per update
+    schedule, everyone = run.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device), torch.arange(N, device=device)
+
+    def update(probing):
+        """One update, in which nothing waits for the device."""
+        with torch.no_grad():
             # which teachers next: the least familiar, weighed by how much of the last update each would take part in
-            if step % cfg.probe_interval == 0 and one_at_a_time:  # their batches show one teacher; the mixed orders' show all, always
-                with torch.no_grad():
-                    d = distances(probe, probe_targets)[0]
+            if probing:
+                d.copy_(distances(probe, probe_targets)[0])
             if cfg.alignment_weight and not estimate:
-                c = exact_alignments(lambda v: distances(probe, probe_targets, v)[0], theta, u)
+                c.copy_(exact_alignments(lambda x: distances(probe, probe_targets, x)[0], theta, u))
             uu = u @ u
             a = torch.where(uu > 0, c / uu, 0.0).clamp(-1, 1)
-            shares = order(d * (1 + cfg.alignment_weight * a).clamp_min(0), step, shares, generator)
+            shares.copy_(order(d * (1 + cfg.alignment_weight * a).clamp_min(0), done, shares, generator))
             batch = train.sample(cfg.batch_size, shares, generator)
             targets = live_targets(teachers, batch) if table is None else table[:, batch.rows]
-            part = torch.bincount(batch.task, minlength=N) / cfg.batch_size  # (N,) the shares as drawn
+            part = (batch.task == everyone[:, None]).sum(1) / cfg.batch_size  # (N,) the shares as drawn
 
-            # how far from them, and which way to go
-            L, counts = distances(batch, targets)
-            loss = part @ L
-            if cfg.surgery == "pcgrad":
-                rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
-                g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
-                total = g.sum(0)
-            else:
-                theta.grad.zero_()
-                loss.backward()
-                g = total = theta.grad.clone()  # (P,)
-            L = L.detach()
-            norm = total.norm()
-            if not math.isfinite(loss.item() + norm.item()):  # this update is not applied: the parameters are still the last good ones
-                dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks]})
-                bad = next((t.name for t, x in zip(tasks, L, strict=True) if not x.isfinite()), tasks[int(part.argmax())].name)
-                raise run.UserError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} in step {step + 1} of the student, learning from teacher {bad}: stopped; "
-                                    f"the student before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+        # how far from them, and which way to go
+        L, counts = distances(batch, targets)
+        loss = part @ L
+        if cfg.surgery == "pcgrad":
+            rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
+            g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
+            total = g.sum(0)
+        else:
+            theta.grad.zero_()
+            loss.backward()
+            g = total = theta.grad  # (P,)
+        L, loss = L.detach(), loss.detach()
 
+        with torch.no_grad():
             # never against the last update
             kappa = None
             if by_teacher:
-                ci = c if estimate else exact_alignments(lambda v: distances(batch, targets, v)[0], theta, u)  # noqa: B023 - called at once
+                ci = c if estimate else exact_alignments(lambda x: distances(batch, targets, x)[0], theta, u)
                 kappa = surgery.per_teacher(ci, part, uu)
-            changed, lead = lead != int(shares.argmax()), int(shares.argmax())
-            cosine = (total @ u / (norm * uu.sqrt()).clamp_min(1e-30)).item()
-            g, u = operate(g, u, kappa, changed)
-            projected = not torch.equal(g, total)
+            changed = shares.argmax() != lead
+            lead.copy_(shares.argmax())
+            was = theta.detach().clone() if estimate else None
+            options = {"schedule": schedule[done][0], "alive": alive, "clip": cfg.grad_clip, "weight_decay": cfg.weight_decay}
+            if fused:
+                gu, uu, norm, after, took = project_adamw(theta, g, u, m, v, kappa=kappa, **options, **surgery.FUSED[cfg.surgery](changed))
+                projected = took != 0
+            else:
+                g, remembered = operate(g, u, kappa, changed)
+                projected, gu, norm, after = (g != total).any(), total @ u, total.norm(), g.norm()
+                project_adamw(theta, g, None, m, v, **options)
+                u.copy_(torch.where(alive, remembered, u))
+            cosine = gu / (norm * uu.sqrt()).clamp_min(1e-30)
 
-            # the update
-            theta.grad.copy_(g * (cfg.grad_clip / (g.norm() + 1e-6)).clamp_max(1))
-            opt.param_groups[0]["lr"] = lr = run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
-            was = (theta.detach().clone(), d_probe) if estimate else None
-            opt.step()
-            if not one_at_a_time:
-                d = torch.where(counts > 0, d + 0.1 * (L - d), d)  # a running mean of the windows' own distance costs nothing
+            # how far now
+            far = d if one_at_a_time else torch.where(counts > 0, d + 0.1 * (L - d), d)  # a running mean of the windows' own distance costs nothing
             if estimate:
-                with torch.no_grad():
-                    d_probe = distances(probe, probe_targets)[0]
-                c = estimated_alignments(was[1], d_probe, u, theta.detach() - was[0])
+                now = distances(probe, probe_targets)[0]
+                c.copy_(estimated_alignments(d_probe, now, u, theta.detach() - was))
+                d_probe.copy_(now)
+            record[done % cfg.log_interval] = torch.cat((torch.stack((loss, cosine, projected, norm, after)), part, far, a))
+            d.copy_(torch.where(alive, far, d))
+            done.add_(1)
 
-            # the record
-            row = {"step": step + 1, "loss": loss.item(), "lr": lr, "cosine": cosine, "projected": int(projected), "grad_norm": norm.item(),
-                   "surgered_norm": g.norm().item(), "seconds": time.perf_counter() - start}  # fmt: skip
-            last = step + 1 == cfg.steps
-            held = [None] * N
-            if step == 0 or (step + 1) % cfg.log_interval == 0 or last:
-                student.eval()  # in float32, as it will act
-                with torch.no_grad():
-                    held = distances(held_out, held_out_targets, loss="kl")[0].tolist()
-                student.train()
-            for i, t in enumerate(tasks):
-                row |= {f"share_{t.name}": part[i].item(), f"kl_{t.name}": d[i].item(), f"alignment_{t.name}": a[i].item(), f"heldout_kl_{t.name}": held[i]}
-            log.row(**row)
+    # one captured graph for updates with a probe, one for those without; targets on the fly and pcgrad read the device, so they can't be captured
+    updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
+    if kernels.compiled(device) and table is not None and cfg.surgery != "pcgrad":
+        state = [theta.data, u, m, v, d, d_probe, c, shares, lead, done, alive, record]
+        updates = {probing: run.captured(f, state, generator) for probing, f in updates.items() if one_at_a_time or not probing}
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+    log, start, written, elapsed = run.Log(out / "log.csv"), time.perf_counter(), 0, 0.0
+    with clock("train"), tqdm(total=cfg.steps, unit="step", desc="distil", disable=None) as bar:
+        for step in range(cfg.steps):
+            updates[one_at_a_time and step % cfg.probe_interval == 0]()  # mixed orders' batches show all teachers, always: they need no probe
             bar.update()
-            if held[0] is not None:
-                bar.write(run.line(step + 1, cfg.steps, start, f"loss {row['loss']:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
+            if not (step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
+                continue
+            student.eval()  # in float32, as it will act
+            with torch.no_grad():
+                held = distances(held_out, held_out_targets, loss="kl")[0].tolist()
+            student.train()
+            rows, before, elapsed = record[: step % cfg.log_interval + 1].tolist()[-(step + 1 - written) :], elapsed, time.perf_counter() - start
+            for i, row in enumerate(rows, written):
+                loss, cosine, projected, norm, after, *each = row
+                part, far, a = each[:N], each[N : 2 * N], each[2 * N :]
+                if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
+                    dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks]})
+                    bad = next((t.name for t, x in zip(tasks, far, strict=True) if not math.isfinite(x)), tasks[part.index(max(part))].name)
+                    raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of the student, learning from teacher {bad}: stopped; "
+                                        f"the student before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+                cells = {"step": i + 1, "loss": loss, "lr": run.learning_rate(i, cfg.steps, cfg.lr, cfg.warmup), "cosine": cosine, "projected": int(projected),
+                         "grad_norm": norm, "surgered_norm": after, "seconds": before + (elapsed - before) * (i + 1 - written) / len(rows)}  # fmt: skip
+                for j, t in enumerate(tasks):
+                    cells |= {f"share_{t.name}": part[j], f"kl_{t.name}": far[j], f"alignment_{t.name}": a[j], f"heldout_kl_{t.name}": held[j] if i == step else None}
+                log.row(**cells)
+            written = step + 1
+            bar.write(run.line(step + 1, cfg.steps, start, f"loss {loss:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
     student.eval()
     teachers_metrics = {t.name: m for _, t, m in found}
     dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks], "teachers": teachers_metrics})

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 import run
 from kernels.attention import attention
+from kernels.kl import bounded
 
-LOG_STD = (-4.0, 0.0)  # bounds of the head's log-std, in units of half the action range
 WAVES = 16  # frequencies that timesteps are embedded by
 
 
@@ -101,8 +101,8 @@ class DecisionTransformer(nn.Module):
                 nn.init.zeros_(p)
         nn.init.normal_(self.embed_place.weight, std=0.2)
 
-    def forward(self, task, states, actions, rtg, timesteps, mask):
-        """The policy at every timestep, from what came before its action: mean, log_std, each (B, K, A).
+    def forward(self, task, states, actions, rtg, timesteps, mask, hidden=False):
+        """The policy at every timestep, from what came before its action: mean, log_std, each (B, K, A); hidden: what its head reads, (B, K, C).
 
         task: an int, and states (B, K, O_task), actions (B, K, A_task); or one index per window (B,), and states and actions
         padded to the widest task's sizes, as then are the outputs. rtg (B, K), timesteps (B, K) integers, mask (B, K) bool.
@@ -123,11 +123,13 @@ class DecisionTransformer(nn.Module):
             for block in self.blocks[:-1]:
                 x = block(x, token_mask)
             x = self.blocks[-1](x, token_mask, slice(1, None, 3))  # (B, K, C): the state tokens, which have seen R_t and s_t but not a_t
-        mean, log_std = self.head(self.ln_out(x), task).chunk(2, dim=-1)
+        x = self.ln_out(x)
+        if hidden:
+            return x
+        mean, log_std = self.head(x, task).chunk(2, dim=-1)
         if isinstance(task, int):
             mean, log_std = mean[..., : self.cfg.act_dims[task]], log_std[..., : self.cfg.act_dims[task]]
-        lo, hi = LOG_STD
-        return mean.tanh(), lo + (hi - lo) * torch.sigmoid(log_std)
+        return mean.tanh(), bounded(log_std)
 
     @property
     def n_params(self):
@@ -156,7 +158,7 @@ def unflatten(model, theta):
 def gaussian_nll(mean, log_std, x, mask):
     """Negative log-likelihood per valid token and action dimension, in nats; mean, log_std, x (B, K, A), mask (B, K)."""
     nll = log_std + 0.5 * ((x - mean) * (-log_std).exp()).square() + 0.9189385332046727  # log(2 pi) / 2
-    return nll.mean(-1)[mask].mean()
+    return nll.mean(-1).where(mask, 0.0).sum() / mask.sum()
 
 
 def save(path, model, meta: dict):

@@ -170,6 +170,38 @@ def learning_rate(step, steps, peak, warmup):
     return peak * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
 
 
+def schedule(steps, peak, warmup, betas=(0.9, 0.999)):
+    """(steps, 3): every step's learning rate and AdamW's bias corrections, as kernels.project.project_adamw reads them on the device."""
+    return torch.tensor([[learning_rate(t, steps, peak, warmup), 1 - betas[0] ** (t + 1), 1 - betas[1] ** (t + 1)] for t in range(steps)])
+
+
+def captured(f, state, generator):
+    """f() as a CUDA graph, replayed by calling what is returned. f must not wait for the device, and may change nothing but `state`, tensors
+    that are put back after the calls that capturing needs (and the generator).
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
+    """
+    before, seed = [x.clone() for x in state], generator.get_state()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                f()
+        torch.cuda.current_stream().wait_stream(side)
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            f()
+        replay = graph.replay
+    except RuntimeError as e:
+        print(f"no CUDA graph here ({str(e).splitlines()[0]}): updates are launched one by one", flush=True)
+        replay = f
+    for x, y in zip(state, before, strict=True):
+        x.copy_(y)
+    generator.set_state(seed)
+    return replay
+
+
 def table(rows: list[dict]) -> str:
     """Rows of one set of columns as aligned text, numbers to the right."""
 

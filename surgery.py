@@ -39,7 +39,8 @@ def previous(g, u, kappa=None, changed=True):
 
 def switch(g, u, kappa=None, changed=True):
     """`previous`, only when the teacher changed: a repeat of the same teacher that conflicts corrects its own overshoot."""
-    return previous(g, u, kappa) if changed else (g, g)
+    g = torch.where(torch.as_tensor(changed, device=g.device), surgered(g, u, kappa), g)
+    return g, g
 
 
 def average(g, u, kappa=None, changed=True):
@@ -63,3 +64,11 @@ def pcgrad(g, u=None, kappa=None, changed=True, generator=None):
 
 
 METHODS = {"none": none, "previous": previous, "switch": switch, "average": average, "pcgrad": pcgrad}
+
+# The same in arguments of kernels.project.project_adamw, which does them on a GPU with clipping and AdamW; a test holds one to the other.
+FUSED = {
+    "none": lambda changed: {"on": torch.zeros_like(changed)},
+    "previous": lambda changed: {},
+    "switch": lambda changed: {"on": changed},
+    "average": lambda changed: {"beta": BETA},
+}

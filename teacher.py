@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import kernels
 import model as dt
 import run
+from kernels.project import project_adamw
 
 
 @dataclasses.dataclass
@@ -75,36 +77,50 @@ def main(cfg: Config):
     model = dt.DecisionTransformer(dt.ModelConfig((task.obs_dim,), (task.act_dim,), cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context, cfg.dropout)).to(device)
     model.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(model)
-    opt = torch.optim.AdamW([theta], lr=cfg.lr, weight_decay=cfg.weight_decay)
     print(f"{task.name}: {len(ds.lengths)} episodes, {ds.lengths.sum():,} steps; teacher of {model.n_params:,} parameters on {device}, "
-          f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}", flush=True)  # fmt: skip
+          f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)  # fmt: skip
 
     def nll(b):
         return dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask)
 
     # ---- training ----------------------------------------------------------------------------------------------------
-    log, start, share = run.Log(out / "log.csv"), time.perf_counter(), torch.ones(1, device=device)
+    share, schedule = torch.ones(1, device=device), run.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
+    m, v = torch.zeros_like(theta.data), torch.zeros_like(theta.data)  # AdamW's moments
+    done, alive = torch.zeros(1, dtype=torch.long, device=device), torch.ones((), dtype=torch.bool, device=device)
+    record = torch.zeros(cfg.log_interval, 2, device=device)  # loss and gradient norm of every update
+
+    def update():
+        """One update, in which nothing waits for the device."""
+        loss = nll(train.sample(cfg.batch_size, share, generator))
+        theta.grad.zero_()
+        loss.backward()
+        with torch.no_grad():
+            norm = project_adamw(theta, theta.grad, None, m, v, schedule[done][0], alive, clip=cfg.grad_clip, weight_decay=cfg.weight_decay)[2]
+            record[done % cfg.log_interval] = torch.stack((loss, norm))
+            done.add_(1)
+
+    if kernels.compiled(device):
+        update = run.captured(update, [theta.data, m, v, done, alive, record], generator)
+    log, start = run.Log(out / "log.csv"), time.perf_counter()
     with clock("train"), tqdm(total=cfg.steps, unit="step", desc=f"teacher {task.name}", disable=None) as bar:
         for step in range(cfg.steps):
-            model.train()
-            loss = nll(train.sample(cfg.batch_size, share, generator))
-            theta.grad.zero_()
-            loss.backward()
-            norm = theta.grad.norm()
-            if not math.isfinite(loss.item() + norm):  # this update is not applied: the parameters are still the last good ones
-                dt.save(out, model, {"tasks": [dataclasses.asdict(task)]})
-                raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {step + 1} of teacher {task.name}: stopped; "
-                                    f"the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
-            theta.grad *= (cfg.grad_clip / (norm + 1e-6)).clamp_max(1)
-            opt.param_groups[0]["lr"] = lr = run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
-            opt.step()
+            update()
             bar.update()
-            if (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps:
-                model.eval()
-                with torch.no_grad():
-                    held = nll(held_out).item()
-                log.row(step=step + 1, nll=loss.item(), heldout_nll=held, grad_norm=norm.item(), lr=lr, seconds=time.perf_counter() - start)
-                bar.write(run.line(step + 1, cfg.steps, start, f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"))
+            if (step + 1) % cfg.log_interval and step + 1 != cfg.steps:
+                continue
+            rows = record[: step % cfg.log_interval + 1].tolist()
+            for i, (loss, norm) in enumerate(rows, step + 1 - len(rows)):
+                if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
+                    dt.save(out, model, {"tasks": [dataclasses.asdict(task)]})
+                    raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of teacher {task.name}: stopped; "
+                                        f"the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+            model.eval()
+            with torch.no_grad():
+                held = nll(held_out).item()
+            model.train()
+            lr = run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+            log.row(step=step + 1, nll=loss, heldout_nll=held, grad_norm=norm, lr=lr, seconds=time.perf_counter() - start)
+            bar.write(run.line(step + 1, cfg.steps, start, f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"))
     model.eval()
     dt.save(out, model, {"tasks": [dataclasses.asdict(task)]})
 

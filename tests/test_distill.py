@@ -257,14 +257,14 @@ def test_a_finished_run_of_other_settings_is_not_overwritten_unasked(teachers, t
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_student(teachers, tmp_path, monkeypatch):
-    real, calls = distill.gaussian_kl, []
+    real, calls = distill.head_kl, []
 
     def breaks(*args):
         sums, counts = real(*args)
         calls.append(1)
         return (sums * float("nan") if len(calls) > 30 else sums), counts
 
-    monkeypatch.setattr(distill, "gaussian_kl", breaks)
+    monkeypatch.setattr(distill, "head_kl", breaks)
     with pytest.raises(run.UserError, match=r"loss nan.* in step \d+ .*teacher tests/[ab]-v0.*kept in"):
         student(teachers, tmp_path, log_interval=1000)
     assert all(p.isfinite().all() for p in dt.load(tmp_path)[0].parameters()) and not (tmp_path / "metrics.json").exists()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import model as dt
 import run
+from kernels import kl
 
 CFG = dt.ModelConfig(obs_dims=(3, 5, 4), act_dims=(2, 1, 4), n_layer=2, n_head=2, n_embd=16, context=6)
 
@@ -31,7 +32,7 @@ def windows(B, task=None, seed=0, cfg=CFG):
 def test_outputs_have_the_tasks_own_action_size_and_bounds(task):
     mean, log_std = make()(*windows(7, task))
     assert mean.shape == log_std.shape == (7, 6, CFG.act_dims[task])
-    assert (mean.abs() <= 1).all() and (log_std >= dt.LOG_STD[0]).all() and (log_std <= dt.LOG_STD[1]).all()
+    assert (mean.abs() <= 1).all() and (log_std >= kl.LOG_STD[0]).all() and (log_std <= kl.LOG_STD[1]).all()
 
 
 @given(st.integers(0, 1000), st.integers(0, 5), st.sampled_from([None, 0, 2]))

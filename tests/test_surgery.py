@@ -1,10 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import surgery
-from kernels.project import project, project_ref
+from kernels.project import project, project_adamw, project_ref
 
 
 @st.composite
@@ -116,6 +117,22 @@ def test_switch_operates_only_when_the_teacher_changed():
 def test_average_remembers_many_updates():
     g, u = surgery.METHODS["average"](G, U)
     assert torch.allclose(g, torch.tensor([0.5, 0.5])) and torch.allclose(u, surgery.BETA * U + (1 - surgery.BETA) * g)
+
+
+@pytest.mark.parametrize("name", sorted(surgery.FUSED))
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.parametrize("kappa", [None, -0.3])
+def test_the_fused_update_does_what_the_method_does(name, changed, kappa):
+    gen = torch.Generator().manual_seed(0)
+    u = torch.randn(40, generator=gen)
+    for g in (torch.randn(40, generator=gen) - u, torch.randn(40, generator=gen) + u):
+        kappa = None if kappa is None or name == "none" else torch.tensor(kappa)
+        want_g, want_u = surgery.METHODS[name](g, u, kappa, changed)
+        got_u, theta, zero = u.clone(), torch.zeros(40), torch.zeros(40)
+        stats = project_adamw(theta, g, got_u, zero.clone(), zero.clone(), torch.ones(3), torch.tensor(True), kappa, clip=1e9, betas=(0.0, 0.0), eps=1e9,
+                              **surgery.FUSED[name](torch.tensor(changed)))  # fmt: skip
+        assert torch.allclose(got_u, want_u, atol=1e-6) and torch.allclose(-theta * 1e9, want_g, rtol=1e-4, atol=1e-4)  # AdamW of so large an eps is plain descent
+        assert torch.allclose(stats[3], want_g.norm(), rtol=1e-5) and (stats[4] != 0) == (not torch.equal(want_g, g))
 
 
 @given(st.integers(0, 1000), st.integers(1, 5))
