@@ -1,5 +1,6 @@
 """Each README command, tiny, as a user would call it: in a process of its own, in an empty directory."""
 
+import csv
 import json
 import os
 import re
@@ -111,6 +112,14 @@ def test_training_behaviour_policies_without_its_library_says_what_to_install(ho
     (home / "stable_baselines3.py").write_text("raise ImportError('not installed')")
     assert "pip install stable-baselines3" in call(home, "behaviour.py --env hopper", code=2, PYTHONPATH=str(home))
     (home / "stable_baselines3.py").unlink()
+
+
+def test_bench_times_ours_and_says_where(home):
+    call(home, "bench.py --rounds 1 --seconds 0.01 --device cpu --out bench.csv")
+    with open(home / "bench.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {(r["what"], r["batch"], r["contender"]) for r in rows} == {("teacher", "64", "ours"), ("rollout", "1", "ours"), ("rollout", "64", "ours")}
+    assert all(float(r["ms"]) > 0 and r["torch"] and r["device"] for r in rows)
 
 
 BAD = [
