@@ -3,6 +3,7 @@
     python results/tables.py
 """
 
+import csv
 import json
 from pathlib import Path
 
@@ -26,9 +27,23 @@ def student(run: str) -> str:
     return "\n".join(out)
 
 
+def speed(device: str) -> str:
+    """bench_<device>.csv as a Markdown table, and the line below it."""
+    with open(HERE / f"bench_{device}.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    out = ["| what | batch | whose | precision | ms, median (lowest to highest) |", "|---|---|---|---|---|"]
+    for r in rows:
+        ms, low, high = (float(r[k]) for k in ("ms", "lowest", "highest"))
+        out.append(f"| {r['what']} | {r['batch']} | {r['contender']} | {r['dtype']} | {ms:.3g} ({low:.3g} to {high:.3g}) |")
+    at = rows[0]
+    return "\n".join([*out, f"\n{at['device']}, threads: {at['threads']}, torch {at['torch']}, commit {at['commit']}."])
+
+
 def main():
     for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
         print(f"\n{run}\n\n{student(run)}")
+    for f in sorted(HERE.glob("bench_*.csv")):
+        print(f"\n{f.stem}\n\n{speed(f.stem.removeprefix('bench_'))}")
     print("\ntried: return, mean ± standard deviation over episodes, of the return asked for; NLL of a teacher, KL of a student")
     for f in sorted(HERE.glob("tried/*.json")):
         for name, m in json.loads(f.read_bytes())["tasks"].items():
