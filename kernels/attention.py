@@ -41,6 +41,12 @@ def _rows(base, i, stride, T, hs, D: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
+def _heads(base, i, stride, T, hs, C, D: tl.constexpr, DOT: tl.constexpr):
+    """Rows i of q, k and v, which lie C apart in a packed row."""
+    return _rows(base, i, stride, T, hs, D, DOT), _rows(base + C, i, stride, T, hs, D, DOT), _rows(base + 2 * C, i, stride, T, hs, D, DOT)
+
+
+@triton.jit
 def _store(base, i, stride, T, hs, x, D: tl.constexpr):
     d = tl.arange(0, D)
     tl.store(base + i[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), mask=(i < T)[:, None] & (d < hs)[None, :])
@@ -86,9 +92,7 @@ def _tile_forward(
         pair = tl.program_id(0) * EACH + n
         if pair < pairs:
             b, h, C = (pair // nh).to(tl.int64), pair % nh, nh * hs
-            q = _rows(qkv + b * window + h * hs, i, row, T, hs, D, DOT)
-            k = _rows(qkv + b * window + C + h * hs, i, row, T, hs, D, DOT)
-            v = _rows(qkv + b * window + 2 * C + h * hs, i, row, T, hs, D, DOT)
+            q, k, v = _heads(qkv + b * window + h * hs, i, row, T, hs, C, D, DOT)
             valid = tl.load(mask + b * T + i, mask=i < T, other=0) != 0
             w = _softmax(q, k, i, valid, scale, PRECISION)
             if DROPOUT:
@@ -110,9 +114,7 @@ def _tile_backward(
         pair = tl.program_id(0) * EACH + n
         if pair < pairs:
             b, h, C = (pair // nh).to(tl.int64), pair % nh, nh * hs
-            q = _rows(qkv + b * window + h * hs, i, row, T, hs, D, DOT)
-            k = _rows(qkv + b * window + C + h * hs, i, row, T, hs, D, DOT)
-            v = _rows(qkv + b * window + 2 * C + h * hs, i, row, T, hs, D, DOT)
+            q, k, v = _heads(qkv + b * window + h * hs, i, row, T, hs, C, D, DOT)
             valid = tl.load(mask + b * T + i, mask=i < T, other=0) != 0
             dy = tl.where(valid[:, None], _rows(dout + b * T * C + h * hs, i, C, T, hs, D, DOT), 0.0).to(DOT)
             w = _softmax(q, k, i, valid, scale, PRECISION)
@@ -141,9 +143,8 @@ def _tile_tangent(
         if pair < pairs:
             b, h, C = (pair // nh).to(tl.int64), pair % nh, nh * hs
             base, tbase = qkv + b * window + h * hs, tqkv + b * T * 3 * C + h * hs
-            q, tq = _rows(base, i, row, T, hs, D, DOT), _rows(tbase, i, 3 * C, T, hs, D, DOT)
-            k, tk = _rows(base + C, i, row, T, hs, D, DOT), _rows(tbase + C, i, 3 * C, T, hs, D, DOT)
-            v, tv = _rows(base + 2 * C, i, row, T, hs, D, DOT), _rows(tbase + 2 * C, i, 3 * C, T, hs, D, DOT)
+            q, k, v = _heads(base, i, row, T, hs, C, D, DOT)
+            tq, tk, tv = _heads(tbase, i, 3 * C, T, hs, C, D, DOT)
             valid = tl.load(mask + b * T + i, mask=i < T, other=0) != 0
             w = _softmax(q, k, i, valid, scale, PRECISION)
             ts = (tl.dot(tq, tl.trans(k), input_precision=PRECISION) + tl.dot(q, tl.trans(tk), input_precision=PRECISION)) * scale
@@ -199,7 +200,7 @@ def _block_backward(
     base, ybase, to = qkv + b * window + h * hs, b * T * C + h * hs, dqkv + b * T * 3 * C + h * hs
     lse += pair.to(tl.int64) * T
     here = m * BM + tl.arange(0, BM)
-    q, k, v = _rows(base, here, row, T, hs, D, DOT), _rows(base + C, here, row, T, hs, D, DOT), _rows(base + 2 * C, here, row, T, hs, D, DOT)
+    q, k, v = _heads(base, here, row, T, hs, C, D, DOT)
     dy, y = _rows(dout + ybase, here, C, T, hs, D, DOT), _rows(out + ybase, here, C, T, hs, D, tl.float32)
     l, delta = tl.load(lse + here, mask=here < T, other=float("inf")), tl.sum(dy.to(tl.float32) * y, 1)
     valid = tl.load(mask + b * T + here, mask=here < T, other=0) != 0
