@@ -1,24 +1,33 @@
-"""Speed, side by side with what a user would pick instead -> results/bench_<device>.csv
+"""Speed, side by side with what a user would pick instead -> results/bench_<device>.csv and .png
 
     python bench.py                                   # ours alone
     python3 -m venv .venv-bench && .venv-bench/bin/pip install -r requirements-bench.txt
-    python bench.py --peers .venv-bench/bin/python    # HuggingFace's and d3rlpy's too, in that environment
+    python bench.py --peers .venv-bench/bin/python    # others too, in that environment
     python bench.py --what teacher                    # some rows
 
 Every contender is a process of its own that waits while the others run; they take turns, `rounds` times round, and a row is the median.
-teacher: a whole update with sampling, kzl's settings. rollout: an action, at a batch of 1 and of 64 environments, without the environments.
+
+teacher    batch        a whole update with sampling, kzl's settings
+rollout    batch        an action of so many environments, without the environments
+distil     teachers     an update of distill.py's loop, synthetic teachers, batch 64
+surgery    parameters   the projection of one flat gradient
+update     parameters   projection, clipping, AdamW, and the copy of g into u
+attention  batch heads  forward and backward, T 60, C 128
+kl         teachers     forward and backward from the hidden states, batch 256, C 64
+A "copy" moves the bytes that ours has to move at least, in one copy_: its time over ours is the share of the memory's bandwidth.
 """
 
 import csv
 import dataclasses
+import functools
 import io
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 import torch
 
@@ -28,16 +37,17 @@ STEPS = 100_000  # timesteps of the synthetic data
 
 @dataclasses.dataclass
 class Config:
-    what: tuple[Literal["teacher", "rollout"], ...] = ("teacher", "rollout")
-    peers: str = ""  # python of an environment with requirements-bench.txt; none: ours alone
+    what: tuple[str, ...] = ()  # rows, as listed above; none: all
+    peers: str = ""  # python of an environment with requirements-bench.txt; none: what needs no other package
     device: str = "auto"  # cpu, cuda, or auto
     threads: int = 1  # of torch, on a CPU
     rounds: int = 5
-    seconds: float = 1.0  # about how long a contender runs in a round
+    seconds: float = 0.5  # about how long a contender runs in a round
     out: str = ""  # default: results/bench_<device>.csv
 
 
-# ---- contenders: each returns a function that does one step ------------------------------------------------------------
+# ---- teacher, rollout --------------------------------------------------------------------------------------------------
+# a contender's function takes device, dtype, size (text), and returns a function that does one step
 
 
 def episodes(n=STEPS, obs=O, act=A):
@@ -59,7 +69,13 @@ def windows(device, batch):
     return sample
 
 
-def ours_teacher(device, dtype, batch):
+def task(i=0, obs=O, act=A):
+    import data
+
+    return data.Task(f"bench{i}", "bench", None, {}, 1000, obs, act, [], [], [], [], 1.0, {}, (0.0, 1.0), "", 0)
+
+
+def ours_teacher(device, dtype, size, compile=False):
     import data
     import kernels
     import model as dt
@@ -67,22 +83,23 @@ def ours_teacher(device, dtype, batch):
     from kernels.project import project_adamw
 
     s, a, rtg, t = episodes()
-    task = data.Task("bench", "bench", None, {}, 1000, O, A, [], [], [], [], 1.0, {}, (0.0, 1.0), "", 0)
-    train = data.Windows([torch.cat((s, a, rtg[:, None], t[:, None]), 1).numpy()], [task], K, device)
+    train = data.Windows([torch.cat((s, a, rtg[:, None], t[:, None]), 1).numpy()], [task()], K, device)
     model = dt.DecisionTransformer(dt.ModelConfig((O,), (A,), LAYERS, 1, C, K, 0.1)).to(device)
     model.bfloat16 = dtype == "bfloat16"
     theta, generator, share = dt.flatten(model), torch.Generator(device).manual_seed(0), torch.ones(1, device=device)
     m, v, alive = torch.zeros_like(theta.data), torch.zeros_like(theta.data), torch.ones((), dtype=torch.bool, device=device)
     schedule = run.schedule(10, 1e-4, 1)[5].to(device)
+    if compile:
+        model.compile()
 
     def step():
-        b = train.sample(batch, share, generator)
+        b = train.sample(int(size), share, generator)
         theta.grad.zero_()
         dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask).backward()
         with torch.no_grad():
             project_adamw(theta, theta.grad, None, m, v, schedule, alive, weight_decay=1e-4)
 
-    return run.captured(step, [theta.data, m, v, alive], generator) if kernels.compiled(device) else step
+    return run.captured(step, [theta.data, m, v, alive], generator) if kernels.compiled(device) and not compile else step
 
 
 def huggingface(dropout=0.1):
@@ -93,9 +110,9 @@ def huggingface(dropout=0.1):
         resid_pdrop=dropout, attn_pdrop=dropout, embd_pdrop=dropout))  # fmt: skip
 
 
-def huggingface_teacher(device, dtype, batch):
-    model, sample = huggingface().to(device).train(), windows(device, batch)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
+def huggingface_teacher(device, dtype, size):
+    model, sample = huggingface().to(device).train(), windows(device, int(size))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
 
     def step():
         s, a, rtg, t, mask = sample()
@@ -110,112 +127,405 @@ def huggingface_teacher(device, dtype, batch):
     return step
 
 
-def d3rlpy_teacher(device, dtype, batch):
+def d3rlpy_teacher(device, dtype, size, compile_graph=False):
     import d3rlpy
 
     s, a, rtg, t = (x.numpy() for x in episodes())
     data = d3rlpy.dataset.MDPDataset(s, a, rtg, (t == 999).astype("float32"))
     config = d3rlpy.algos.DecisionTransformerConfig(
-        batch_size=batch, learning_rate=1e-4, context_size=K, max_timestep=1000, num_heads=1, num_layers=LAYERS, attn_dropout=0.1, resid_dropout=0.1,
-        embed_dropout=0.1, activation_type="relu", encoder_factory=d3rlpy.models.VectorEncoderFactory([C]), compile_graph=device != "cpu")  # fmt: skip
+        batch_size=int(size), learning_rate=1e-4, context_size=K, max_timestep=1000, num_heads=1, num_layers=LAYERS, attn_dropout=0.1, resid_dropout=0.1,
+        embed_dropout=0.1, activation_type="relu", encoder_factory=d3rlpy.models.VectorEncoderFactory([C]), compile_graph=compile_graph)  # fmt: skip
     algo = config.create(device=device)
     algo.build_with_dataset(data)
-    return lambda: algo.update(data.sample_trajectory_batch(batch, length=K))
+    return lambda: algo.update(data.sample_trajectory_batch(int(size), length=K))
 
 
-def ours_rollout(device, dtype, batch):
+def ours_rollout(device, dtype, size):
     import model as dt
 
+    batch = int(size)
     model = dt.DecisionTransformer(dt.ModelConfig((O,), (A,), LAYERS, 1, C, K)).to(device).eval()
-    s, a, rtg, t, mask = windows(device, batch)()
+    s, a, rtg, *_ = windows(device, batch)()
+    actors = [dt.Actor(model, 0, batch, 1000)]
 
-    @torch.inference_mode()
     def step():
-        model(0, s, a, rtg, t, mask)[0][:, -1].cpu()
+        if actors[0].t == 1000:
+            actors[0] = dt.Actor(model, 0, batch, 1000)
+        actors[0].act(s[:, -1], rtg[:, -1], a[:, -1]).cpu()
 
     return step
 
 
-def huggingface_rollout(device, dtype, batch):
-    """get_action of HuggingFace's own example (examples/decision_transformer), batched."""
+def huggingface_rollout(device, dtype, size):
+    """The loop of HuggingFace's own example (examples/research_projects/decision_transformer), for a batch: episodes grow by concatenation,
+    the last 20 timesteps are cut out, padded (here they never need it), and sent through the model."""
+    batch = int(size)
     model = huggingface().to(device).eval()
-    s, a, rtg, t, mask = windows(device, batch)()
+    s, a, rtg, t, mask = (x.to(device) for x in windows(device, batch)())
+    mask = mask.long()
+    history = []
 
     @torch.inference_mode()
     def step():
-        model(states=s, actions=a, rewards=None, returns_to_go=rtg[..., None], timesteps=t, attention_mask=mask.long()).action_preds[:, -1].cpu()
+        if not history or history[0].shape[1] == 1000:
+            history[:] = s, a, rtg, t
+        states, actions, returns, steps = history
+        actions = torch.cat((actions, torch.zeros(batch, 1, A, device=device)), 1)
+        act = model(states=states[:, -K:], actions=actions[:, -K:], rewards=None, returns_to_go=returns[:, -K:, None], timesteps=steps[:, -K:],
+                    attention_mask=mask).action_preds[:, -1]  # fmt: skip
+        actions[:, -1] = act
+        act.cpu()
+        history[:] = torch.cat((states, s[:, -1:]), 1), actions, torch.cat((returns, rtg[:, -1:]), 1), torch.cat((steps, t[:, -1:]), 1)
 
     return step
 
 
-# what: {contender: its function}; the first is ours, the others live in the peers' environment
+# ---- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def ours_distil(device, dtype, size, **options):
+    import data
+    import distill
+    import model as dt
+    import run
+
+    N, dims = int(size), ((11, 3), (17, 6), (17, 6), (27, 8))
+    cfg = distill.Config(steps=20_000, **options)
+    tasks = [task(i, *dims[i % 4]) for i in range(N)]
+    tables = []
+    for t in tasks:
+        s, a, rtg, steps = episodes(2000, t.obs_dim, t.act_dim)
+        tables.append(torch.cat((s, a, rtg[:, None], steps[:, None]), 1).numpy())
+    train = data.Windows(tables, tasks, K, device)
+    targets = torch.rand(2, len(train.table), train.A, device=device) - 1
+    student = dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), 2, 1, 64, K)).to(device)
+    student.bfloat16 = run.bfloat16(cfg)
+    update = distill.learner(cfg, student, [], train, train.spread(cfg.probe_windows), targets, torch.Generator(device).manual_seed(0))[0]
+    steps = iter(range(cfg.steps))
+    return lambda: update(next(steps))
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------------
+
+
+def two_vectors(size, device):
+    g, u = (torch.randn(int(float(size)), device=device) for _ in range(2))
+    return g - 0.1 * u, u  # in conflict, as where it costs
+
+
+def copy(bytes_per_number):
+    """A copy_ that moves as many bytes, read and written, as ours does per number."""
+
+    def contender(device, dtype, size):
+        n = int(float(size)) * bytes_per_number // 8
+        x, y = torch.ones(n, device=device), torch.empty(n, device=device)
+        return lambda: y.copy_(x)
+
+    return contender
+
+
+def ours_surgery(device, dtype, size):
+    from kernels.project import project
+
+    g, u = two_vectors(size, device)
+    return lambda: project(g, u)
+
+
+def torch_surgery(device, dtype, size):
+    g, u = two_vectors(size, device)
+
+    def step():
+        dot, uu = g @ u, u @ u
+        torch.where(dot < 0, g - dot / uu * u, g)
+
+    return step
+
+
+def foreach_surgery(device, dtype, size):
+    """Over a list of 50 tensors, as a model's parameters are."""
+    gs, us = (x.chunk(50) for x in two_vectors(size, device))
+
+    def step():
+        dot, uu = (torch.stack([x.sum() for x in torch._foreach_mul(x, us)]).sum() for x in (gs, us))
+        torch._foreach_sub(gs, torch._foreach_mul(us, torch.where(dot < 0, dot / uu, 0.0)))
+
+    return step
+
+
+def torchjd_surgery(device, dtype, size):
+    from torchjd.aggregation import PCGrad
+
+    matrix, aggregate = torch.stack(two_vectors(size, device)), PCGrad()
+    return lambda: aggregate(matrix)
+
+
+def ours_update(device, dtype, size):
+    import run
+    from kernels.project import project_adamw
+
+    g, u = two_vectors(size, device)
+    theta, m, v = torch.randn_like(g), torch.zeros_like(g), torch.zeros_like(g)
+    schedule, alive = run.schedule(10, 1e-4, 1)[5].to(device), torch.ones((), dtype=torch.bool, device=device)
+    g0 = g.clone() if device == "cpu" else g
+
+    def step():
+        with torch.no_grad():
+            project_adamw(theta, g0, u, m, v, schedule, alive)
+
+    return step
+
+
+def torch_update(device, dtype, size):
+    g, u = two_vectors(size, device)
+    theta = torch.nn.Parameter(torch.randn_like(g))
+    opt = torch.optim.AdamW([theta], lr=1e-4, fused=True)
+
+    def step():
+        with torch.no_grad():
+            dot, uu = g @ u, u @ u
+            theta.grad = torch.where(dot < 0, g - dot / uu * u, g)
+            u.copy_(theta.grad)
+            torch.nn.utils.clip_grad_norm_([theta], 0.25)
+            opt.step()
+
+    return step
+
+
+def attention_step(f, device, dtype, size):
+    """f(qkv, mask, heads) forward and backward; some windows are padded on the left."""
+    B, heads = (int(x) for x in size.split("x"))
+    qkv = torch.randn(B, 3 * K, 3 * C, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    mask = torch.arange(3 * K, device=device) >= (torch.arange(B, device=device) % 64 == 0)[:, None] * 30
+    dout = torch.randn(B, 3 * K, C, device=device, dtype=qkv.dtype)
+    return lambda: torch.autograd.grad(f(qkv, mask, heads), qkv, dout)
+
+
+def heads_of(qkv, heads):
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def ours_attention(*args):
+    from kernels.attention import attention
+
+    return attention_step(attention, *args)
+
+
+def compiled_attention(*args):
+    from kernels.attention import attention_ref
+
+    return attention_step(torch.compile(attention_ref), *args)
+
+
+def sdpa_attention(device, dtype, size, padding=True):
+    """PyTorch's own choice of backend; without padding it may choose FlashAttention, which takes no mask."""
+    causal = torch.ones(3 * K, 3 * K, dtype=torch.bool, device=device).tril()
+
+    def f(qkv, mask, heads):
+        seen = (causal & mask[:, None, None]) | torch.eye(3 * K, dtype=torch.bool, device=device) if padding else None
+        y = torch.nn.functional.scaled_dot_product_attention(*heads_of(qkv, heads), seen, is_causal=not padding)
+        return y.transpose(1, 2).flatten(2)
+
+    return attention_step(f, device, dtype, size)
+
+
+def flex_attention(device, dtype, size):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    B, first = int(size.split("x")[0]), None
+    flex = torch.compile(flex_attention)
+    first = (torch.arange(B, device=device) % 64 == 0) * 30
+    blocks = create_block_mask(lambda b, h, i, j: (i >= j) & (j >= first[b]), B, None, 3 * K, 3 * K, device=device)
+    return attention_step(lambda qkv, mask, heads: flex(*heads_of(qkv, heads), block_mask=blocks).transpose(1, 2).flatten(2), device, dtype, size)
+
+
+def attention_bytes(device, dtype, size):
+    B, e = int(size.split("x")[0]), getattr(torch, dtype).itemsize
+    return copy(11 * e)(device, dtype, B * 3 * K * C)  # forward 3 in, 1 out; backward 4 in, 3 out: numbers for each channel of each token
+
+
+def ours_kl(device, dtype, size, which="head_kl", compile=False):
+    import kernels.kl
+
+    N, B, width, act = int(size), 256, 64, 8
+    f = getattr(kernels.kl, which)
+    f = torch.compile(f) if compile else f
+    h = torch.randn(B, K, width, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+    w, b = torch.randn(N, width, 2 * act, device=device, requires_grad=True), torch.zeros(N, 2 * act, device=device, requires_grad=True)
+    targets = torch.rand(2, B, K, act, device=device) - 1
+    mask, task = torch.ones(B, K, dtype=torch.bool, device=device), (torch.arange(B, device=device) * N // B)
+    act_dims, up = torch.tensor([3, 6, 6, 8], device=device).repeat(N)[:N], torch.ones(N, device=device)
+
+    def step():
+        sums = f(h, w, b, *targets, mask, task, act_dims, "forward", 0.05)[0]
+        torch.autograd.grad(sums, (h, w, b), up)
+
+    return step
+
+
+def kl_bytes(device, dtype, size):
+    N, B, width, act = int(size), 256, 64, 8
+    numbers = 2 * B * K * width + 2 * B * K * act + 3 * N * width * 2 * act  # h, dh, targets; the heads in, their gradients zeroed and added
+    return copy(4)(device, dtype, numbers)
+
+
+# what: sizes on a CPU, sizes on a GPU, and {contender: (its function, precisions, whether it lives in the peers' environment)}. Ratios are to the first.
+BOTH, SINGLE, PEER = ("float32", "bfloat16"), ("float32",), True
+TEN = ("1e5", "1e6", "1e7", "1e8")
+NOVELTY = {"curriculum": "novelty", "surgery": "previous"}
+POINTS = ("64x1", "64x8", "512x1", "512x8", "4096x1", "4096x8")
 ROWS = {
-    "teacher": {"ours": ours_teacher, "huggingface": huggingface_teacher, "d3rlpy": d3rlpy_teacher},
-    "rollout": {"ours": ours_rollout, "huggingface": huggingface_rollout},
-}
-BATCHES = {"teacher": (64,), "rollout": (1, 64)}
-DTYPES = {"ours": ("float32", "bfloat16"), "huggingface": ("float32", "bfloat16"), "d3rlpy": ("float32",)}
+    "teacher": (("64",), ("64", "4096"), {
+        "ours": (ours_teacher, BOTH), "ours, torch.compile": (functools.partial(ours_teacher, compile=True), BOTH),
+        "huggingface": (huggingface_teacher, BOTH, PEER), "d3rlpy": (d3rlpy_teacher, SINGLE, PEER),
+        "d3rlpy, compile_graph": (functools.partial(d3rlpy_teacher, compile_graph=True), SINGLE, PEER)}),
+    "rollout": (("1", "64"), ("1", "64"), {"ours": (ours_rollout, SINGLE), "huggingface": (huggingface_rollout, SINGLE, PEER)}),
+    "distil": (("3",), ("3",), {
+        "fixed, no surgery": (functools.partial(ours_distil, curriculum="fixed", surgery="none"), BOTH[:1]),
+        "novelty, previous": (functools.partial(ours_distil, **NOVELTY), SINGLE),
+        "novelty, previous, exact alignments": (functools.partial(ours_distil, **NOVELTY, alignment_weight=1.0), SINGLE),
+        "novelty, previous, estimated alignments": (functools.partial(ours_distil, **NOVELTY, alignment_weight=1.0, alignment="estimate"), SINGLE)}),
+    "teachers": (*2 * (("1", "3", "10", "30", "100", "300", "1000"),), {"novelty, previous": (functools.partial(ours_distil, **NOVELTY), SINGLE)}),
+    "surgery": (TEN, TEN, {"ours": (ours_surgery, SINGLE), "torch": (torch_surgery, SINGLE), "torch foreach": (foreach_surgery, SINGLE),
+                           "torchjd PCGrad": (torchjd_surgery, SINGLE, PEER), "copy": (copy(20), SINGLE)}),
+    "update": (TEN, TEN, {"ours": (ours_update, SINGLE), "torch": (torch_update, SINGLE), "copy": (copy(48), SINGLE)}),
+    "attention": (POINTS[:4], POINTS, {
+        "ours": (ours_attention, BOTH), "SDPA": (sdpa_attention, BOTH), "SDPA, no padding": (functools.partial(sdpa_attention, padding=False), BOTH),
+        "FlexAttention": (flex_attention, BOTH), "torch.compile": (compiled_attention, BOTH), "copy": (attention_bytes, BOTH)}),
+    "kl": (*2 * (("3", "10", "30", "100"),), {
+        "ours": (ours_kl, SINGLE), "plain": (functools.partial(ours_kl, which="head_kl_ref"), SINGLE),
+        "torch.compile": (functools.partial(ours_kl, which="head_kl_ref", compile=True), SINGLE), "copy": (kl_bytes, SINGLE)}),
+}  # fmt: skip
 
 
 # ---- taking turns ------------------------------------------------------------------------------------------------------
 
 
-def work(what, contender, dtype, batch, device, threads):
-    """A contender's process: for each number n on stdin, runs n steps and prints the seconds."""
+def work(what, contender, dtype, size, device, threads):
+    """A contender's process: for each number n on stdin, runs n steps and prints the seconds and the process's largest memory so far, in MiB."""
     torch.set_num_threads(int(threads))
-    step = ROWS[what][contender](device, dtype, int(batch))
+    if not ROWS[what][2][contender][2:]:
+        import run
+
+        run.keep_memory()  # as our scripts do
+    step = ROWS[what][2][contender][0](device, dtype, size)
+    cuda = device.startswith("cuda")
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
             step()
-        if device.startswith("cuda"):
+        if cuda:
             torch.cuda.synchronize()
-        print(f"seconds {time.perf_counter() - start}", flush=True)
+        seconds = time.perf_counter() - start
+        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        print(f"bench: {seconds} {memory}", flush=True)
 
 
 def turn(process, n):
-    """Seconds per step of n steps of a contender, while the others wait."""
-    process.stdin.write(f"{n}\n")
-    process.stdin.flush()
+    """Seconds per step of n steps of a contender, and its memory, while the others wait; None where it has ended."""
+    try:
+        process.stdin.write(f"{n}\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
     for line in process.stdout:  # libraries talk on stdout too
-        if line.startswith("seconds "):
-            return float(line.split()[1]) / n
-    raise RuntimeError(f"ended with code {process.wait()}; to see why: {' '.join(map(str, process.args))}")
+        if line.startswith("bench: "):
+            seconds, memory = map(float, line.split()[1:])
+            return seconds / n, memory
+    return None
+
+
+def race(what, size, device, cfg):
+    """The rows of one size: every contender's turns."""
+    runs = {}
+    for name, (_, dtypes, *peer) in ROWS[what][2].items():
+        for dtype in dtypes:
+            python = cfg.peers if peer else sys.executable
+            if python:
+                args = [python, __file__, "--work", what, name, dtype, size, device, str(cfg.threads)]
+                runs[name, dtype] = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    n = {}
+    for who, p in list(runs.items()):
+        for warm in (3, 3):  # the first builds and compiles
+            got = turn(p, warm)
+        if got is None:
+            print(f"{what} {size}: {' '.join(who)} does not run here; to see why: echo 1 | {' '.join(repr(a) if ' ' in a else a for a in runs.pop(who).args)}")
+        else:
+            n[who] = max(1, int(cfg.seconds / got[0]))
+    times, memory = {who: [] for who in runs}, {}
+    for _ in range(cfg.rounds):
+        for who, p in runs.items():
+            seconds, memory[who] = turn(p, n[who])
+            times[who].append(1e3 * seconds)
+    for p in runs.values():
+        p.stdin.close()
+        p.wait()
+    first = next(iter(times.values()))
+    for (name, dtype), t in times.items():
+        ratio = statistics.median(a / b for a, b in zip(t, first, strict=True))  # of neighbours in time
+        yield {"what": what, "size": size, "contender": name, "dtype": dtype, "ms": f"{statistics.median(t):.4g}", "lowest": f"{min(t):.4g}",
+               "highest": f"{max(t):.4g}", "ratio": f"{ratio:.3f}", "memory_mib": round(memory[name, dtype])}  # fmt: skip
 
 
 def main(cfg: Config):
     import run
 
-    device, rows = run.device(cfg), []
-    for what in cfg.what:
-        for batch in BATCHES[what]:
-            contenders = {}
-            for name in ROWS[what]:
-                for dtype in DTYPES[name][: 1 if what == "rollout" else None]:  # acting is in float32
-                    python = sys.executable if name == "ours" else cfg.peers
-                    if python:
-                        args = [python, __file__, "--work", what, name, dtype, str(batch), device, str(cfg.threads)]
-                        contenders[name, dtype] = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-            n = {who: max(1, int(cfg.seconds / turn(p, 3))) for who, p in contenders.items()}
-            times = {who: [] for who in contenders}
-            for _ in range(cfg.rounds):
-                for who, p in contenders.items():
-                    times[who].append(turn(p, n[who]))
-            for p in contenders.values():
-                p.stdin.close()
-            for (name, dtype), t in times.items():
-                ms = 1e3 * statistics.median(t)
-                rows.append({"what": what, "batch": batch, "contender": name, "dtype": dtype, "ms": round(ms, 4), "lowest": round(1e3 * min(t), 4),
-                             "highest": round(1e3 * max(t), 4), "times_ours_float32": round(ms / (1e3 * statistics.median(times["ours", "float32"])), 3)})  # fmt: skip
-                print(" ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    unknown = set(cfg.what) - set(ROWS)
+    if unknown:
+        raise run.UserError(f"--what {unknown.pop()}: choose from {', '.join(ROWS)}")
+    device = run.device(cfg)
+    path = Path(cfg.out or f"results/bench_{device.split(':')[0]}.csv")
     at = {**run.machine(SimpleNamespace(device=cfg.device, dtype="float32")), "threads": cfg.threads}
     del at["dtype"]  # each row has its own
+    rows = [r for r in read(path) if cfg.what and r["what"] not in cfg.what]  # those not measured again stay, with where they were measured
+    for what in cfg.what or ROWS:
+        for size in ROWS[what][0 if device == "cpu" else 1]:
+            for row in race(what, size, device, cfg):
+                rows.append({**row, **at})
+                print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+            write(path, rows)
+    plot(path.with_suffix(".png"), rows)
+
+
+def read(path):
+    if not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def write(path, rows):
+    import run
+
     text = io.StringIO()
-    out = csv.DictWriter(text, {**rows[0], **at})
+    out = csv.DictWriter(text, rows[0])
     out.writeheader()
-    out.writerows({**r, **at} for r in rows)
-    run.write(Path(cfg.out or f"results/bench_{device.split(':')[0]}.csv"), text.getvalue().encode())
+    out.writerows(sorted(rows, key=lambda r: list(ROWS).index(r["what"])))
+    run.write(path, text.getvalue().encode())
+
+
+def plot(path, rows):
+    """Time against size, both logarithmic, of every row that has several sizes."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    import distill
+
+    panels = {"teachers": "teachers N", "surgery": "parameters", "update": "parameters", "kl": "teachers N"}
+    panels = {w: label for w, label in panels.items() if any(r["what"] == w for r in rows)}
+    if not panels:
+        return
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for ax, (what, label) in zip(axes[0], panels.items(), strict=True):
+        for i, name in enumerate(ROWS[what][2]):
+            points = [(float(r["size"]), float(r["ms"])) for r in rows if r["what"] == what and r["contender"] == name]
+            if points:
+                ax.plot(*zip(*points, strict=True), "o-", markersize=3, color=distill.COLOURS[i], label=name)
+        ax.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=what)
+        ax.legend(frameon=False, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,123 @@ def estimated_alignments(before, after, u, delta):
     return torch.where(du != 0, (after - before) / du, 0.0) * (u @ u)
 
 
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+
+def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Batch, table, generator):
+    """All of the method. student: its parameters are moved into one flat buffer; teachers: their models, read where table is None; probe: windows of every
+    teacher; table (2, S, A): every row's targets; generator: of the windows' device.
+
+    Returns update(step), which makes one update and waits for nothing; distances(batch, targets) -> L (N,), counts (N,); and record (log_interval, 5 + 3N), where
+    row step % log_interval holds loss, cosine, projected, gradient norm before and after surgery, and the teachers' shares, distances and alignments.
+    """
+    device, act_dims = probe.task.device, torch.tensor(student.cfg.act_dims, device=probe.task.device)
+    N, theta = len(act_dims), dt.flatten(student)
+
+    def targets(batch):
+        return live_targets(teachers, batch) if table is None else table[:, batch.rows]
+
+    def distances(batch, wanted, vector=None, loss=cfg.loss):
+        """L (N,): the student's distance from each teacher, over the batch's windows of that teacher (0 where it has none); counts (N,)."""
+        if vector is None:
+            h, weight, bias = student(*batch[:6], hidden=True), student.head.weight, student.head.bias
+        else:
+            p = dt.unflatten(student, vector)
+            h, weight, bias = torch.func.functional_call(student, p, batch[:6], {"hidden": True}), p["head.weight"], p["head.bias"]
+        if loss == "mse":
+            mean = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]).chunk(2, dim=-1)[0].tanh()
+            sums, counts = per_teacher((mean - wanted[0]).square(), batch.mask, batch.task, act_dims)
+        else:
+            sums, counts = head_kl(h, weight, bias, *wanted, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
+        return sums / counts.clamp_min(1), counts
+
+    order = curriculum.METHODS[cfg.curriculum]
+    if cfg.curriculum in ("novelty", "least"):
+        order = functools.partial(order, power=cfg.novelty_power)
+    one_at_a_time = cfg.curriculum in curriculum.ONE_AT_A_TIME or (cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf)
+    operate = functools.partial(surgery.pcgrad, generator=torch.Generator().manual_seed(cfg.seed)) if cfg.surgery == "pcgrad" else surgery.METHODS[cfg.surgery]
+    by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", "pcgrad")
+    estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
+    fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
+
+    # all that an update changes lies in tensors on the device, so that it can be captured once and replayed
+    with torch.no_grad():
+        probe_targets = targets(probe)
+        d = distances(probe, probe_targets)[0].clone()  # (N,) how far from each teacher
+    d_probe, c = d.clone(), torch.zeros_like(d)  # (N,) on the probe's windows; each teacher's <grad L_i, u>
+    shares, lead = torch.full_like(d, 1 / N), torch.full((), -1, device=device)
+    u, m, v = (torch.zeros_like(theta.data) for _ in range(3))  # (P,) the previous update's gradient; AdamW's moments
+    done, alive = torch.zeros(1, dtype=torch.long, device=device), torch.ones((), dtype=torch.bool, device=device)
+    record = torch.zeros(cfg.log_interval, 5 + 3 * N, device=device)  # a row per update
+    schedule, everyone = run.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device), torch.arange(N, device=device)
+
+    def update(probing):
+        """One update, in which nothing waits for the device."""
+        with torch.no_grad():
+            # which teachers next: the least familiar, weighed by how much of the last update each would take part in
+            if probing:
+                d.copy_(distances(probe, probe_targets)[0])
+            if cfg.alignment_weight and not estimate:
+                c.copy_(exact_alignments(lambda x: distances(probe, probe_targets, x)[0], theta, u))
+            uu = u @ u
+            a = torch.where(uu > 0, c / uu, 0.0).clamp(-1, 1)
+            shares.copy_(order(d * (1 + cfg.alignment_weight * a).clamp_min(0), done, shares, generator))
+            batch = train.sample(cfg.batch_size, shares, generator)
+            wanted = targets(batch)
+            part = (batch.task == everyone[:, None]).sum(1) / cfg.batch_size  # (N,) the shares as drawn
+
+        # how far from them, and which way to go
+        L, counts = distances(batch, wanted)
+        loss = part @ L
+        if cfg.surgery == "pcgrad":
+            rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
+            g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
+            total = g.sum(0)
+        else:
+            theta.grad.zero_()
+            loss.backward()
+            g = total = theta.grad  # (P,)
+        L, loss = L.detach(), loss.detach()
+
+        with torch.no_grad():
+            # never against the last update
+            kappa = None
+            if by_teacher:
+                ci = c if estimate else exact_alignments(lambda x: distances(batch, wanted, x)[0], theta, u)
+                kappa = surgery.per_teacher(ci, part, uu)
+            changed = shares.argmax() != lead
+            lead.copy_(shares.argmax())
+            was = theta.detach().clone() if estimate else None
+            options = {"schedule": schedule[done][0], "alive": alive, "clip": cfg.grad_clip, "weight_decay": cfg.weight_decay}
+            if fused:
+                gu, uu, norm, after, took = project_adamw(theta, g, u, m, v, kappa=kappa, **options, **surgery.FUSED[cfg.surgery](changed))
+                projected = took != 0
+            else:
+                g, remembered = operate(g, u, kappa, changed)
+                projected, gu, norm, after = (g != total).any(), total @ u, total.norm(), g.norm()
+                project_adamw(theta, g, None, m, v, **options)
+                u.copy_(torch.where(alive, remembered, u))
+            cosine = gu / (norm * uu.sqrt()).clamp_min(1e-30)
+
+            # how far now
+            far = d if one_at_a_time else torch.where(counts > 0, d + 0.1 * (L - d), d)  # a running mean of the windows' own distance costs nothing
+            if estimate:
+                now = distances(probe, probe_targets)[0]
+                c.copy_(estimated_alignments(d_probe, now, u, theta.detach() - was))
+                d_probe.copy_(now)
+            record[done % cfg.log_interval] = torch.cat((torch.stack((loss, cosine, projected, norm, after)), part, far, a))
+            d.copy_(torch.where(alive, far, d))
+            done.add_(1)
+
+    # one captured graph for updates with a probe, one for those without; targets on the fly and pcgrad read the device, so they can't be captured
+    updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
+    if kernels.compiled(device) and table is not None and cfg.surgery != "pcgrad":
+        state = [theta.data, u, m, v, d, d_probe, c, shares, lead, done, alive, record]
+        updates = {probing: run.captured(f, state, generator) for probing, f in updates.items() if one_at_a_time or not probing}
+    # mixed orders' batches show all teachers, always: they need no probe
+    return lambda step: updates[one_at_a_time and step % cfg.probe_interval == 0](), distances, record
+
+
 # ---- distillation ----------------------------------------------------------------------------------------------------
 
 
@@ -184,119 +301,20 @@ def main(cfg: Config):
     student = dt.DecisionTransformer(dt.ModelConfig(
         tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, cfg.n_head, cfg.n_embd, context)).to(device)  # fmt: skip
     student.bfloat16 = run.bfloat16(cfg)
-    theta = dt.flatten(student)
     parameters = sum(t.n_params for t in teachers)
     print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}, blocks in "
           f"{'bfloat16' if student.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)
     with clock("targets"):
         table = cache_targets(teachers, train) if cfg.targets == "cached" else None
-        held_out_targets, probe_targets = live_targets(teachers, held_out), live_targets(teachers, probe)
+        held_out_targets = live_targets(teachers, held_out)
 
-    act_dims = torch.tensor([t.act_dim for t in tasks], device=device)
-
-    def distances(batch, targets, vector=None, loss=cfg.loss):
-        """L (N,): the student's distance from each teacher, over the batch's windows of that teacher (0 where it has none); counts (N,)."""
-        if vector is None:
-            h, weight, bias = student(*batch[:6], hidden=True), student.head.weight, student.head.bias
-        else:
-            p = dt.unflatten(student, vector)
-            h, weight, bias = torch.func.functional_call(student, p, batch[:6], {"hidden": True}), p["head.weight"], p["head.bias"]
-        if loss == "mse":
-            mean = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]).chunk(2, dim=-1)[0].tanh()
-            sums, counts = per_teacher((mean - targets[0]).square(), batch.mask, batch.task, act_dims)
-        else:
-            sums, counts = head_kl(h, weight, bias, *targets, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
-        return sums / counts.clamp_min(1), counts
-
-    # ---- the method --------------------------------------------------------------------------------------------------
-    order = curriculum.METHODS[cfg.curriculum]
-    if cfg.curriculum in ("novelty", "least"):
-        order = functools.partial(order, power=cfg.novelty_power)
-    one_at_a_time = cfg.curriculum in curriculum.ONE_AT_A_TIME or (cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf)
-    operate = functools.partial(surgery.pcgrad, generator=torch.Generator().manual_seed(cfg.seed)) if cfg.surgery == "pcgrad" else surgery.METHODS[cfg.surgery]
-    by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", "pcgrad")
-    estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
-    fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
-
-    # all that an update changes lies in tensors on the device, so that it can be captured once and replayed
-    with torch.no_grad():
-        d = distances(probe, probe_targets)[0].clone()  # (N,) how far from each teacher
-    d_probe, c = d.clone(), torch.zeros_like(d)  # (N,) on the probe's windows; each teacher's <grad L_i, u>
-    shares, lead = torch.full_like(d, 1 / N), torch.full((), -1, device=device)
-    u, m, v = (torch.zeros_like(theta.data) for _ in range(3))  # (P,) the previous update's gradient; AdamW's moments
-    done, alive = torch.zeros(1, dtype=torch.long, device=device), torch.ones((), dtype=torch.bool, device=device)
-    record = torch.zeros(cfg.log_interval, 5 + 3 * N, device=device)  # a row per update
-    schedule, everyone = run.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device), torch.arange(N, device=device)
-
-    def update(probing):
-        """One update, in which nothing waits for the device."""
-        with torch.no_grad():
-            # which teachers next: the least familiar, weighed by how much of the last update each would take part in
-            if probing:
-                d.copy_(distances(probe, probe_targets)[0])
-            if cfg.alignment_weight and not estimate:
-                c.copy_(exact_alignments(lambda x: distances(probe, probe_targets, x)[0], theta, u))
-            uu = u @ u
-            a = torch.where(uu > 0, c / uu, 0.0).clamp(-1, 1)
-            shares.copy_(order(d * (1 + cfg.alignment_weight * a).clamp_min(0), done, shares, generator))
-            batch = train.sample(cfg.batch_size, shares, generator)
-            targets = live_targets(teachers, batch) if table is None else table[:, batch.rows]
-            part = (batch.task == everyone[:, None]).sum(1) / cfg.batch_size  # (N,) the shares as drawn
-
-        # how far from them, and which way to go
-        L, counts = distances(batch, targets)
-        loss = part @ L
-        if cfg.surgery == "pcgrad":
-            rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
-            g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
-            total = g.sum(0)
-        else:
-            theta.grad.zero_()
-            loss.backward()
-            g = total = theta.grad  # (P,)
-        L, loss = L.detach(), loss.detach()
-
-        with torch.no_grad():
-            # never against the last update
-            kappa = None
-            if by_teacher:
-                ci = c if estimate else exact_alignments(lambda x: distances(batch, targets, x)[0], theta, u)
-                kappa = surgery.per_teacher(ci, part, uu)
-            changed = shares.argmax() != lead
-            lead.copy_(shares.argmax())
-            was = theta.detach().clone() if estimate else None
-            options = {"schedule": schedule[done][0], "alive": alive, "clip": cfg.grad_clip, "weight_decay": cfg.weight_decay}
-            if fused:
-                gu, uu, norm, after, took = project_adamw(theta, g, u, m, v, kappa=kappa, **options, **surgery.FUSED[cfg.surgery](changed))
-                projected = took != 0
-            else:
-                g, remembered = operate(g, u, kappa, changed)
-                projected, gu, norm, after = (g != total).any(), total @ u, total.norm(), g.norm()
-                project_adamw(theta, g, None, m, v, **options)
-                u.copy_(torch.where(alive, remembered, u))
-            cosine = gu / (norm * uu.sqrt()).clamp_min(1e-30)
-
-            # how far now
-            far = d if one_at_a_time else torch.where(counts > 0, d + 0.1 * (L - d), d)  # a running mean of the windows' own distance costs nothing
-            if estimate:
-                now = distances(probe, probe_targets)[0]
-                c.copy_(estimated_alignments(d_probe, now, u, theta.detach() - was))
-                d_probe.copy_(now)
-            record[done % cfg.log_interval] = torch.cat((torch.stack((loss, cosine, projected, norm, after)), part, far, a))
-            d.copy_(torch.where(alive, far, d))
-            done.add_(1)
-
-    # one captured graph for updates with a probe, one for those without; targets on the fly and pcgrad read the device, so they can't be captured
-    updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
-    if kernels.compiled(device) and table is not None and cfg.surgery != "pcgrad":
-        state = [theta.data, u, m, v, d, d_probe, c, shares, lead, done, alive, record]
-        updates = {probing: run.captured(f, state, generator) for probing, f in updates.items() if one_at_a_time or not probing}
+    update, distances, record = learner(cfg, student, teachers, train, probe, table, generator)
 
     # ---- training ----------------------------------------------------------------------------------------------------
     log, start, written, elapsed = run.Log(out / "log.csv"), time.perf_counter(), 0, 0.0
     with clock("train"), tqdm(total=cfg.steps, unit="step", desc="distil", disable=None) as bar:
         for step in range(cfg.steps):
-            updates[one_at_a_time and step % cfg.probe_interval == 0]()  # mixed orders' batches show all teachers, always: they need no probe
+            update(step)
             bar.update()
             if not (step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
                 continue

@@ -32,42 +32,33 @@ class Config:
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def rollout(model, task: data.Task, index: int, target: float, episodes: int, seed: int, film=False):
-    """Act by the mean, all episodes as one batch. index: the task's among the model's. Returns (E,) returns, and the first episode's frames.
-
-    A timestep t lies at column K - 1 + t of the history, so the window that ends with it is columns t .. t + K - 1, and what lies
-    before the episode is the mask's, as in data.Windows.
-    """
-    K, dev, limit = model.cfg.context, next(model.parameters()).device, task.max_steps
+    """Act by the mean, all episodes as one batch. index: the task's among the model's. Returns (E,) returns, and the first episode's frames."""
+    dev, limit = next(model.parameters()).device, task.max_steps
     envs = [data.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
             for i in range(episodes)]  # fmt: skip
     mean, std, low, high = (np.array(x) for x in (task.obs_mean, task.obs_std, task.act_low, task.act_high))
     shape = envs[0].action_space.shape
-    states = torch.zeros(episodes, K - 1 + limit, task.obs_dim, device=dev)
-    actions = torch.zeros(episodes, K - 1 + limit, task.act_dim, device=dev)
-    rtg = torch.zeros(episodes, K - 1 + limit, device=dev)
-    steps = (torch.arange(K - 1 + limit, device=dev) - (K - 1)).clamp_min(0).expand(episodes, -1)
-    mask = (torch.arange(K - 1 + limit, device=dev) >= K - 1).expand(episodes, -1)
+    actor, a = dt.Actor(model, index, episodes, limit), torch.zeros(episodes, task.act_dim, device=dev)
     obs = np.stack([np.reshape(e.reset(seed=seed + i)[0], -1) for i, e in enumerate(envs)])
     returns, alive, frames = np.zeros(episodes), np.arange(episodes), []
     bar = tqdm(range(limit), desc=f"evaluate {task.name} at {target:.0f}", unit="step", disable=None, leave=False)
-    for t in bar:
-        now, window = K - 1 + t, slice(t, t + K)
-        states[alive, now] = torch.as_tensor((obs[alive] - mean) / std, dtype=torch.float32, device=dev)
-        rtg[alive, now] = torch.as_tensor((target - returns[alive]) / task.rtg_scale, dtype=torch.float32, device=dev)
-        a = model(index, states[alive, window], actions[alive, window], rtg[alive, window], steps[alive, window], mask[alive, window])[0][:, -1]
-        actions[alive, now] = a
+    for _ in bar:
+        states = torch.as_tensor((obs[alive] - mean) / std, dtype=torch.float32, device=dev)
+        rtg = torch.as_tensor((target - returns[alive]) / task.rtg_scale, dtype=torch.float32, device=dev)
+        a = actor.act(states, rtg, a)
         act = np.clip((a.cpu().double().numpy() + 1) / 2 * (high - low) + low, low, high)
-        still = []
-        for i, x in zip(alive, act, strict=True):
+        going = np.ones(len(alive), bool)
+        for j, (i, x) in enumerate(zip(alive, act, strict=True)):
             o, reward, terminated, truncated, _ = envs[i].step(x.reshape(shape).astype(np.float32))
             obs[i], returns[i] = np.reshape(o, -1), returns[i] + reward
             if film and i == 0:
                 frames.append(envs[0].render())
-            if not (terminated or truncated):
-                still.append(i)
-        alive = np.array(still, dtype=int)
+            going[j] = not (terminated or truncated)
+        if not going.all():
+            alive, a = alive[going], a[torch.from_numpy(going)]
+            actor.keep(torch.from_numpy(going))
         if not len(alive):
             break
     for e in envs:

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import run
-from kernels.attention import attention
+from kernels.attention import attention, kept
 from kernels.kl import bounded
 
 WAVES = 16  # frequencies that timesteps are embedded by
@@ -38,22 +38,41 @@ class ModelConfig:
     dropout: float = 0.0
 
 
+def dropout(x, p):
+    """F.dropout in training, with a CPU's masks from cheaper random bits."""
+    return x if p == 0 else F.dropout(x, p) if x.is_cuda else x * kept(x.shape, p, x)
+
+
+class Linear(nn.Linear):
+    """In the precision of x, whatever the weights are kept in."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Likewise."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block (GPT-2's)."""
 
     def __init__(self, cfg):
         super().__init__()
         C = cfg.n_embd
-        self.n_head, self.dropout = cfg.n_head, cfg.dropout
-        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.fc, self.out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.dropout = cfg.dropout
+        self.ln1, self.ln2 = LayerNorm(C), LayerNorm(C)
+        self.qkv, self.proj = Linear(C, 3 * C), Linear(C, C)
+        self.fc, self.out = Linear(C, 4 * C), Linear(4 * C, C)
 
-    def forward(self, x, mask, keep=slice(None)):  # x (B, T, C), mask (B, T); keep: the tokens whose output somebody reads
+    def forward(self, x, attend, keep=...):
+        """x (B, T, C); attend: packed (B, T, 3C) -> (B', T', C), the outputs of the tokens x[keep], those that somebody reads."""
         p = self.dropout if self.training else 0.0
-        y = attention(self.qkv(self.ln1(x)), mask, self.n_head, p)[:, keep]
-        x = x[:, keep] + F.dropout(self.proj(y), p)
-        return x + F.dropout(self.out(F.gelu(self.fc(self.ln2(x)))), p)
+        x = x[keep] + dropout(self.proj(attend(self.qkv(self.ln1(x)))), p)
+        return x + dropout(self.out(F.relu(self.fc(self.ln2(x)))), p)
 
 
 class Heads(nn.Module):
@@ -90,7 +109,7 @@ class DecisionTransformer(nn.Module):
         self.embed_action = Heads(N, A, C, A**-0.5)
         self.embed_rtg = Heads(N, 1, C, 1.0)
         self.embed_time = nn.Linear(2 * WAVES, C)
-        self.embed_place = nn.Embedding(cfg.context, C)  # in the window, the newest timestep last
+        self.embed_place = nn.Embedding(cfg.context, C)  # in the window, its first valid timestep first
         self.ln_in, self.ln_out = nn.LayerNorm(C), nn.LayerNorm(C)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.head = Heads(N, C, 2 * A, 0.02)
@@ -112,20 +131,23 @@ class DecisionTransformer(nn.Module):
         states, actions = states.masked_fill(~m, 0.0), actions.masked_fill(~m, 0.0)
         rtg, timesteps = rtg.masked_fill(~mask, 0.0), timesteps.masked_fill(~mask, 0)
         B, K = mask.shape
-        t = self.embed_time(waves(timesteps.to(rtg.dtype))) + self.embed_place.weight[-K:]
+        t = self.embed_time(waves(timesteps.to(rtg.dtype))) + self.embed_place((mask.cumsum(1) - 1).clamp_min(0))
         r = self.embed_rtg(rtg[..., None], task) + t
         s = self.embed_state(states, task) + t
         a = self.embed_action(actions, task) + t
         x = torch.stack((r, s, a), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)
-        x = F.dropout(self.ln_in(x), self.cfg.dropout, self.training)
+        p, state = self.cfg.dropout if self.training else 0.0, slice(1, None, 3)
+        x = dropout(self.ln_in(x), p)
         token_mask = mask.repeat_interleave(3, dim=1)  # (B, 3K)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16 and self.training):
-            for block in self.blocks[:-1]:
-                x = block(x, token_mask)
-            x = self.blocks[-1](x, token_mask, slice(1, None, 3))  # (B, K, C): the state tokens, which have seen R_t and s_t but not a_t
-        x = self.ln_out(x)
-        if hidden:
-            return x
+        x = x.bfloat16() if self.bfloat16 and self.training else x
+        for block in self.blocks[:-1]:
+            x = block(x, lambda qkv: attention(qkv, token_mask, self.cfg.n_head, p))
+        x = self.blocks[-1](x, lambda qkv: attention(qkv, token_mask, self.cfg.n_head, p, state), (slice(None), state))  # (B, K, C): what has seen R_t and s_t but not a_t
+        x = self.ln_out(x.to(rtg.dtype))
+        return x if hidden else self.policy(x, task)
+
+    def policy(self, x, task):
+        """mean, log_std, each (B, K, A), of hidden states x (B, K, C)."""
         mean, log_std = self.head(x, task).chunk(2, dim=-1)
         if isinstance(task, int):
             mean, log_std = mean[..., : self.cfg.act_dims[task]], log_std[..., : self.cfg.act_dims[task]]
@@ -134,6 +156,73 @@ class DecisionTransformer(nn.Module):
     @property
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
+
+
+class Actor:
+    """A model acting in E episodes of one task that began together: act() once a timestep.
+
+    A step computes its three newest tokens alone, a_{t-1}, R_t and s_t, against kept keys and values of those before. What tokens turn into depends on where
+    their window begins, so keys can't slide with it: there are two windows, every H = K // 2 timesteps the older one begins anew, and the other acts, on the
+    last H + 1 to 2H timesteps (or all there are), as forward() does on a window that begins there. Both are one batch of six tokens, told apart by the mask.
+    At batch 1 all is overhead: so the weights are laid out once, LayerNorms' own multiplied into the products that read them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, task: int, episodes: int, max_steps: int):
+        self.cfg, self.t = model.cfg, 0
+        K, C, A, O, nh = self.cfg.context, self.cfg.n_embd, self.cfg.act_dims[task], self.cfg.obs_dims[task], self.cfg.n_head
+        dev, H = model.embed_place.weight.device, max(1, K // 2)
+
+        def folded(weight, bias, norm=None):  # (in, out), (out,)
+            return (weight.contiguous(), bias) if norm is None else (norm.weight[:, None] * weight, bias + norm.bias @ weight)
+
+        embed = model.embed_action, model.embed_rtg, model.embed_state
+        self.embed = torch.block_diag(*(e.weight[task, :d] for e, d in zip(embed, (A, 1, O), strict=True)))  # (A + 1 + O, 3C)
+        self.ln_in = model.ln_in.weight, model.ln_in.bias
+        self.blocks = [(*folded(b.qkv.weight.T, b.qkv.bias, b.ln1), *folded(b.proj.weight.T, b.proj.bias),
+                        *folded(b.fc.weight.T, b.fc.bias, b.ln2), *folded(b.out.weight.T, b.out.bias)) for b in model.blocks]  # fmt: skip
+        self.head = folded(model.head.weight[task, :, :A], model.head.bias[task, :A], model.ln_out)
+
+        # what depends on time alone: the steps' embeddings, and of every phase of the two windows (first H, then 2H that repeat) places, rows, masks
+        steps = (torch.arange(max(K, max_steps), device=dev)[:, None] - torch.tensor([1, 0, 0], device=dev)).clamp_min(0)  # of a_{t-1}, R_t, s_t
+        place = model.embed_place.weight[steps[:K]].flatten(1)  # (K, 3C)
+        self.time = (model.embed_time(waves(steps.to(place.dtype))) + torch.stack([e.bias[task] for e in embed])).flatten(1)  # (max_steps, 3C)
+        # a window's rows: 3p + 1 for R, 3p + 2 for s, 3p + 3 for a of its timestep p; row 0 for what would be the action before its first, seen by nothing else
+        n = 3 * K + 1
+        seen = torch.ones(n, n, dtype=torch.bool, device=dev).tril()
+        seen[1:, 0] = False
+        self.phases = []
+        for t in range(3 * H):
+            p = (t, t) if t < H else (t % (2 * H), (t - H) % (2 * H)) if K > 1 else (0, 0)
+            rows = torch.cat([i * n + 3 * q + torch.arange(3, device=dev) for i, q in enumerate(p)])
+            mask = place.new_full((6, 2 * n), -torch.inf)
+            for i, q in enumerate(p):
+                mask[3 * i : 3 * i + 3, i * n : i * n + n].masked_fill_(seen[3 * q : 3 * q + 3], 0.0)
+            self.phases.append((place[list(p)], rows, mask, 2 + 3 * (p[1] > p[0])))
+        self.caches = [place.new_zeros(2, episodes, nh, 2 * n, C // nh) for _ in self.blocks]  # keys and values
+
+    @torch.inference_mode()
+    def act(self, states, rtg, actions):
+        """This timestep's mean actions (E, A), from states (E, O), rtg (E,), and the actions (E, A) of the last one (any, before the first)."""
+        E, C, nh, H = len(states), self.cfg.n_embd, self.cfg.n_head, len(self.phases) // 3
+        place, rows, mask, newest = self.phases[self.t if self.t < H else H + (self.t - H) % (2 * H)]
+        x = torch.addmm(self.time[self.t], torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, 3C)
+        x = F.layer_norm((x[:, None] + place).view(6 * E, C), (C,), *self.ln_in)
+        for cache, (qkv_w, qkv_b, proj_w, proj_b, fc_w, fc_b, out_w, out_b) in zip(self.caches, self.blocks, strict=True):
+            q, *kv = torch.addmm(qkv_b, F.layer_norm(x, (C,)), qkv_w).view(E, 6, 3, nh, -1).permute(2, 0, 3, 1, 4)  # (E, nh, 6, hs) each
+            for old, new in zip(cache, kv, strict=True):
+                old.index_copy_(2, rows, new)
+            if cache is self.caches[-1]:  # only the acting window's state is read
+                x, q, mask = x.view(E, 6, C)[:, newest], q[:, :, newest, None], mask[newest, None]
+            y = F.scaled_dot_product_attention(q, *cache, mask[None, None]).transpose(1, 2).reshape(-1, C)
+            x = x + torch.addmm(proj_b, y, proj_w)
+            x = x + torch.addmm(out_b, torch.addmm(fc_b, F.layer_norm(x, (C,)), fc_w).relu_(), out_w)
+        self.t += 1
+        return torch.addmm(self.head[1], F.layer_norm(x, (C,)), self.head[0]).tanh()
+
+    def keep(self, rows):
+        """Go on with these episodes alone; rows: indices (E',) or bools (E,)."""
+        self.caches = [c[:, rows] for c in self.caches]
 
 
 def flatten(model):

@@ -10,6 +10,8 @@ window of 20 timesteps and its kin, a program holds a whole (batch, head) pair, 
 with a running softmax. Scores never reach memory; backward computes them again. Nothing is added atomically.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -17,16 +19,82 @@ import kernels
 from kernels import tl, triton
 
 
-def attention_ref(qkv, mask, n_head: int, dropout: float = 0.0):
-    """qkv (B, T, 3C) packed, mask (B, T) bool, True where valid -> (B, T, C). dropout: probability on the attention weights."""
+EVERY = slice(None)
+
+
+def attention_ref(qkv, mask, n_head: int, dropout: float = 0.0, keep: slice = EVERY):
+    """qkv (B, T, 3C) packed, mask (B, T) bool, True where valid -> (B, T, C). dropout: probability on the attention weights;
+    keep: the timesteps whose output somebody reads, all that come out."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
-    s = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, nh, T, T)
-    causal = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
+    s = q[:, :, keep] @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, nh, T, T)
+    causal = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()[keep]
     s = s.masked_fill(~(causal & mask[:, None, None, :]), torch.finfo(s.dtype).min)
     p = F.dropout(s.softmax(-1), dropout) if dropout > 0 else s.softmax(-1)
-    y = (p @ v).transpose(1, 2).reshape(B, T, C3 // 3)
-    return y.masked_fill(~mask[..., None], 0.0)
+    y = (p @ v).transpose(1, 2).flatten(2)
+    return y.masked_fill(~mask[:, keep, None], 0.0)
+
+
+# ---- on a CPU --------------------------------------------------------------------------------------------------------
+
+
+def kept(shape, p, like):
+    """Dropout's factors, 0 or 1 / (1 - p), of like's dtype and device: from 16 random bits each, a quarter of what bernoulli_ takes on a CPU."""
+    n = math.prod(shape)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None).view(torch.int16)[:n]
+    return (bits < round((1 - p) * 2**16) - 2**15).view(shape).to(like.dtype).mul_(1 / (1 - p))
+
+
+class _Eager(torch.autograd.Function):
+    """The reference with its derivatives by hand: q, k and v are not copied, and their gradients written where they belong."""
+
+    @staticmethod
+    def heads(x, n_head):  # (B, T, nh hs) -> (B nh, T, hs), a view where there is one head
+        return x.unflatten(-1, (n_head, -1)).transpose(1, 2).flatten(0, 1)
+
+    @staticmethod
+    def forward(qkv, mask, n_head, dropout, keep):
+        q, k, v = (_Eager.heads(x, n_head) for x in qkv.chunk(3, -1))
+        T, valid = qkv.shape[1], mask[:, keep, None]
+        unseen = ~(torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()[keep] & mask[:, None])
+        bias = torch.zeros(unseen.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(unseen, torch.finfo(qkv.dtype).min)
+        p = torch.baddbmm(bias.repeat_interleave(n_head, 0), q[:, keep], k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+        p.masked_fill_(~valid.repeat_interleave(n_head, 0), 0.0)
+        factors = kept(p.shape, dropout, p) if dropout > 0 else torch.ones((), dtype=p.dtype)
+        y = torch.bmm(p * factors if dropout > 0 else p, v)
+        return y.unflatten(0, (-1, n_head)).transpose(1, 2).flatten(2), p, factors
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        qkv, _, ctx.n_head, ctx.dropout, ctx.keep = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(qkv, *output[1:])
+        ctx.save_for_forward(qkv, *output[1:])
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        qkv, p, factors = ctx.saved_tensors
+        (q, k, v), dy = (_Eager.heads(x, ctx.n_head) for x in qkv.chunk(3, -1)), _Eager.heads(dy, ctx.n_head)
+        dp, used = torch.bmm(dy, v.transpose(1, 2)), p
+        if ctx.dropout > 0:
+            dp, used = dp * factors, p * factors
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
+        dqkv = torch.zeros_like(qkv) if ctx.keep != EVERY else torch.empty_like(qkv)
+        dq, dk, dv = (x.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2) for x in dqkv.chunk(3, -1))  # (B, nh, T, hs)
+        dq[:, :, ctx.keep] = torch.bmm(ds, k).unflatten(0, (-1, ctx.n_head))
+        dk.copy_(torch.bmm(ds.transpose(1, 2), q[:, ctx.keep]).unflatten(0, (-1, ctx.n_head)))
+        dv.copy_(torch.bmm(used.transpose(1, 2), dy).unflatten(0, (-1, ctx.n_head)))
+        return dqkv, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tqkv, *_):
+        qkv, p, factors = ctx.saved_tensors
+        (q, k, v), (tq, tk, tv) = ([_Eager.heads(y, ctx.n_head) for y in x.chunk(3, -1)] for x in (qkv, tqkv))
+        ts = (tq[:, ctx.keep] @ k.transpose(1, 2) + q[:, ctx.keep] @ tk.transpose(1, 2)) * q.shape[-1] ** -0.5
+        tp, used = p * (ts - (p * ts).sum(-1, keepdim=True)), p
+        if ctx.dropout > 0:
+            tp, used = tp * factors, p * factors
+        return (tp @ v + used @ tv).unflatten(0, (-1, ctx.n_head)).transpose(1, 2).flatten(2), None, None
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -324,13 +392,13 @@ class _Tangent(torch.autograd.Function):
         pass  # there is no derivative of the derivative
 
 
-def attention(qkv, mask, n_head: int, dropout: float = 0.0):
-    """Causal attention; shapes as in attention_ref. The kernels take float32 and bfloat16, T <= 1024 and head sizes up to 128
-    on a GPU; anything else goes to the reference. qkv may have any strides between windows and timesteps, not within a row."""
+def attention(qkv, mask, n_head: int, dropout: float = 0.0, keep: slice = EVERY):
+    """Causal attention; arguments and result as in attention_ref. The kernels take float32 and bfloat16, T <= 1024 and head sizes up to 128
+    on a GPU; anything else goes to plain PyTorch. qkv may have any strides between windows and timesteps, not within a row."""
     B, T, C3 = qkv.shape
     if not kernels.available(qkv) or T > 1024 or C3 // 3 // n_head > 128 or B == 0:
-        return attention_ref(qkv, mask, n_head, dropout)
+        return _Eager.apply(qkv, mask, n_head, dropout, keep)[0]
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     seed = torch.empty((), dtype=torch.int64, device=qkv.device)
     seed = seed.random_() if dropout > 0 else seed
-    return _Attention.apply(qkv, mask.contiguous().view(torch.uint8), seed, n_head, dropout)[0]
+    return _Attention.apply(qkv, mask.contiguous().view(torch.uint8), seed, n_head, dropout)[0][:, keep]

@@ -8,47 +8,56 @@ and nothing read back: the first takes <g, u>, <u, u> and <g, g> in one pass (8P
 Sums are taken in float64, so that scales whose squares leave float32's range need no care.
 """
 
+import math
+
 import torch
+from torch.optim.adamw import adamw
 
 import kernels
 from kernels import tl, triton
 
 
+def dot(x, y) -> float:
+    """<x, y>; again in float64 where it is so small or large that its terms may have left float32's range."""
+    d = torch.dot(x, y).item()
+    return d if 1e-20 < abs(d) < 1e30 else torch.dot(x.double(), y.double()).item()
+
+
+def without(g, u, k: float):
+    """g - k u, k in float64: with a tiny u it may leave float32's range where k u does not."""
+    return g if k == 0 else torch.sub(g, u, alpha=k) if abs(k) < 1e30 else (g.double() - k * u.double()).to(g.dtype)
+
+
 def project_ref(g, u):
-    """g, u (P,) of one dtype -> (P,). g itself, to the bit, where <g, u> >= 0 or u = 0. No host synchronisation."""
-    u = u / u.abs().max().clamp_min(torch.finfo(u.dtype).tiny)  # its length does not matter; this one can't under- or overflow when squared
-    dot, uu = g @ u, u @ u
-    return torch.where((dot < 0) & (uu > 0), g - dot / uu * u, g)
+    """g, u (P,) of one dtype -> (P,). g itself, to the bit, where <g, u> >= 0 or u = 0."""
+    gu, uu = dot(g, u), dot(u, u)
+    return without(g, u, gu / uu if gu < 0 < uu else 0.0)
 
 
 def project_adamw_ref(theta, g, u, m, v, schedule, alive, kappa=None, on=None, beta=0.0, clip=0.25, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
     """One update in place of theta, u, m, v (P,) from the gradient g (P,); returns (5,): <g, u>, <u, u>, |g|, |g'|, how much of u was taken away.
 
-    u: None for no surgery. schedule (3,): learning rate, 1 - betas[0]^t and 1 - betas[1]^t, t from 1; a tensor, so that a captured graph reads the step's own.
+    u: None for no surgery. schedule (4,): learning rate, 1 - betas[0]^t, 1 - betas[1]^t and t, from 1; a tensor, so that a captured graph reads the step's own.
     alive: () bool; made False by a gradient that is not finite, and from then on nothing is changed: theta stays the last good one.
     kappa: () how much of u to take away, for surgery per teacher; None: the gradient's own min(0, <g, u>) / <u, u>.
     on: () bool, False to leave g as it is. m, v: AdamW's moments, zeros at first.
     """
-    gg = torch.linalg.vector_norm(g, dtype=torch.float64).square()
-    gu = uu = k = torch.zeros_like(gg)
-    new = g
+    gg, gu, uu, k = dot(g, g), 0.0, 0.0, 0.0
     if u is not None:
-        wide = g.double(), u.double()
-        gu, uu = wide[0] @ wide[1], wide[1] @ wide[1]
-        k = torch.where((gu < 0) & (uu > 0), gu / uu, 0.0) if kappa is None else kappa.double()
-        k = k if on is None else torch.where(on, k, 0.0)
-        new = torch.where(k != 0, (wide[0] - k * wide[1]).to(g.dtype), g)
-    after = (gg - 2 * k * gu + k * k * uu).clamp_min(0).sqrt()
-    alive &= gg.isfinite()
-    if alive:  # reads the device, which the kernel does not
+        gu, uu = dot(g, u), dot(u, u)
+        k = (gu / uu if gu < 0 < uu else 0.0) if kappa is None else kappa.item()
+        k = k if on is None or on else 0.0
+    after = math.sqrt(max(gg - 2 * k * gu + k * k * uu, 0.0)) if math.isfinite(gg) else gg
+    alive &= math.isfinite(gg)
+    if alive:
+        new = without(g, u, k)
         if u is not None:
-            u.mul_(beta).add_(new, alpha=1 - beta)
-        lr, c1, c2 = schedule.tolist()
-        new = new * (clip / (after + 1e-6)).clamp_max(1).to(g.dtype)
-        m.lerp_(new, 1 - betas[0])
-        v.mul_(betas[1]).addcmul_(new, new, value=1 - betas[1])
-        theta.mul_(1 - lr * weight_decay).addcdiv_(m, (v / c2).sqrt_().add_(eps), value=-lr / c1)
-    return torch.stack((gu, uu, gg.sqrt(), after, k)).to(g.dtype)
+            u.lerp_(new, 1 - beta) if beta else u.copy_(new)
+        lr, *_, t = schedule.tolist()
+        new = new * min(clip / (after + 1e-6), 1.0)
+        adamw([theta], [new], [m], [v], [], [schedule.new_tensor(t - 1)], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
+              weight_decay=weight_decay, eps=eps, maximize=False)  # fmt: skip
+    return torch.tensor((gu, uu, math.sqrt(gg), after, k), dtype=g.dtype, device=g.device)
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -76,7 +85,7 @@ def _update(
     g, u,  # (P,); u where SURGERY
     out,  # (P,) the projected gradient, where not ADAMW
     theta, m, v,  # (P,) where ADAMW, as all below
-    schedule, alive, kappa, on, stats,  # (3,), () bytes, () float32, () bytes, (5,) float32
+    schedule, alive, kappa, on, stats,  # (4,), () bytes, () float32, () bytes, (5,) float32
     P, programs, beta, one_beta, clip, one_b1, b2, one_b2, eps, weight_decay,  # one_x: 1 - x, which float32 would round to five digits
     BLOCK: tl.constexpr, N: tl.constexpr, SURGERY: tl.constexpr, KAPPA: tl.constexpr, SWITCH: tl.constexpr, ADAMW: tl.constexpr,
 ):  # fmt: skip

@@ -39,7 +39,7 @@ def make():
 
 
 def test_what_the_model_sees_when_acting_is_what_it_sees_in_training():
-    """Played episodes, made into a table as training does, give in each window the very action that was played."""
+    """Played episodes, made into a table as training does, give the very action that was played in a window of as many timesteps as Actor shows."""
     m, Walk.played = make(), {}
     returns, _ = evaluate.rollout(m, TASK, 0, 8.0, 6, 100)
     for seed, episode in Walk.played.items():
@@ -49,8 +49,10 @@ def test_what_the_model_sees_when_acting_is_what_it_sees_in_training():
         table = np.concatenate([(obs - TASK.obs_mean) / TASK.obs_std, (act + 3) / 4 * 2 - 1, rtg[:, None], np.arange(len(rew))[:, None]], 1).astype(np.float32)
         w = data.Windows([table], [TASK], 4)
         b = w.gather(torch.zeros(len(rew), dtype=torch.long), torch.arange(len(rew)))
+        t = b.timesteps[:, -1:]
+        first = (t // 2 * 2 - 2).clamp_min(0)  # context 4: of two windows, begun every 2 timesteps in turn, the older one acts
         with torch.no_grad():
-            mean = m(0, *b[1:6])[0][:, -1]
+            mean = m(0, *b[1:5], b.mask & (b.timesteps >= first))[0][:, -1]
         assert torch.allclose(mean, b.actions[:, -1], atol=1e-4)
 
 

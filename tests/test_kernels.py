@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 import kernels
 from conftest import ROOT
-from kernels.attention import attention, attention_ref
+from kernels.attention import EVERY, attention, attention_ref, kept
 from kernels.kl import DIRECTIONS, bounded, divergence, gaussian_kl, gaussian_kl_ref, head_kl, head_kl_ref, per_teacher
 from kernels.project import project, project_adamw, project_adamw_ref, project_ref
 
@@ -133,12 +133,6 @@ few = settings(max_examples=int(os.environ.get("KERNEL_EXAMPLES", "25" if DEVICE
 triton_needed = pytest.mark.skipif(kernels.triton.__version__ is None, reason="no Triton here")
 
 
-@pytest.fixture
-def kernel(monkeypatch):
-    """Kernels take CPU tensors too, interpreted."""
-    monkeypatch.setattr(kernels, "on_cpu", True)
-
-
 def lengths(*blocks):
     """1, primes, and sizes about a block's."""
     return st.sampled_from(sorted({1, 2, 3, 5, 7, 11, 13, *(b + d for b in blocks for d in (-1, 0, 1))}))
@@ -182,16 +176,24 @@ def attention_inputs(draw):
     return qkv, mask.to(DEVICE), n_head, normal(gen, B, T, C, dtype=dtype, scale=7.0), normal(gen, B, T, 3 * C, dtype=dtype, scale=scale)
 
 
+EAGER = [False] if DEVICE == "cpu" else []  # what a CPU runs, besides the kernels
+
+
 @triton_needed
+@pytest.mark.parametrize("keep", [EVERY, slice(1, None, 3)], ids=["every token", "states"])
+@pytest.mark.parametrize("kernel", [True, *EAGER], ids=["kernels", "eager"][: 1 + len(EAGER)])
 @few
 @given(attention_inputs())
-def test_the_attention_kernels_are_as_exact_as_plain_pytorch(inputs):
+def test_attention_is_as_exact_as_plain_pytorch(kernel, keep, inputs):
     qkv, mask, n_head, upstream, tangent = inputs
+    upstream = upstream[:, keep]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(kernels, "on_cpu", True)
-        got = derivatives(lambda x: attention(x, mask, n_head), [qkv], upstream, [tangent], qkv.dtype)
-    reference = derivatives(lambda x: attention_ref(x, mask, n_head), [qkv], upstream, [tangent], qkv.dtype)
-    exact = derivatives(lambda x: attention_ref(x, mask, n_head), [qkv], upstream, [tangent], torch.float64)
+        m.setattr(kernels, "on_cpu", kernel)
+        got = derivatives(lambda x: attention(x, mask, n_head, 0.0, keep), [qkv], upstream, [tangent], qkv.dtype)
+    reference = derivatives(lambda x: attention_ref(x, mask, n_head, 0.0, keep), [qkv], upstream, [tangent], qkv.dtype)
+    exact = derivatives(lambda x: attention_ref(x, mask, n_head, 0.0, keep), [qkv], upstream, [tangent], torch.float64)
+    if not exact[0].numel():
+        return
     q, k = qkv.double().unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)[:2]
     scores = (q @ k.transpose(-2, -1)).abs().max().item() * q.shape[-1] ** -0.5  # rounding one by eps changes its weight by as many eps
     for name, *results in zip(("output", "forward mode", "gradient"), got, reference, exact, strict=True):
@@ -199,8 +201,10 @@ def test_the_attention_kernels_are_as_exact_as_plain_pytorch(inputs):
 
 
 @triton_needed
+@pytest.mark.parametrize("kernel", [True, *EAGER], ids=["kernels", "eager"][: 1 + len(EAGER)])
 @pytest.mark.parametrize("T", [7, 60, 100])
-def test_the_attention_kernels_drop_the_same_weights_in_every_pass(kernel, T):
+def test_attention_drops_the_same_weights_in_every_pass(kernel, T, monkeypatch):
+    monkeypatch.setattr(kernels, "on_cpu", kernel)
     gen = torch.Generator().manual_seed(T)
     qkv, mask, t = normal(gen, 2, T, 3 * 32), torch.ones(2, T, dtype=torch.bool, device=DEVICE), normal(gen, 2, T, 3 * 32)
     up = normal(gen, 2, T, 32)
@@ -218,13 +222,23 @@ def test_the_attention_kernels_drop_the_same_weights_in_every_pass(kernel, T):
 
 
 @triton_needed
+@pytest.mark.parametrize("kernel", [True, *EAGER], ids=["kernels", "eager"][: 1 + len(EAGER)])
 @pytest.mark.parametrize("T", [20, 70])
-def test_the_attention_kernels_dropout_keeps_the_mean_and_its_rate(kernel, T):
+def test_attention_dropout_keeps_the_mean_and_its_rate(kernel, T, monkeypatch):
+    monkeypatch.setattr(kernels, "on_cpu", kernel)
     B = 300 if DEVICE == "cpu" else 3000
     qkv = torch.zeros(1, T, 48, device=DEVICE).expand(B, T, 48).clone()  # equal scores
     qkv[..., 32:] = 1.0  # and values: an output is the sum of the weights kept
     y = attention(qkv, torch.ones(B, T, dtype=torch.bool, device=DEVICE), 1, 0.25)[:, -1, 0]  # (B,)
     assert abs(y.mean() - 1) < 5 * (0.25 / 0.75 / T / B) ** 0.5 and y.std() == pytest.approx((0.25 / 0.75 / T) ** 0.5, rel=0.25)
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.1, 0.25, 0.9]))
+def test_dropout_factors_are_drawn_at_the_rate(seed, p):
+    torch.manual_seed(seed)
+    x = kept((7, 4001), p, torch.zeros((), dtype=torch.float64))
+    assert x.shape == (7, 4001) and set(x.unique().tolist()) == {0.0, 1 / (1 - p)}
+    assert (x == 0).double().mean().item() == pytest.approx(p, abs=6 * (p * (1 - p) / x.numel()) ** 0.5)
 
 
 @st.composite
@@ -298,7 +312,7 @@ def test_the_projection_kernels_are_as_exact_as_plain_pytorch(seed, P, scale_g, 
 def test_the_update_kernels_are_as_exact_as_plain_pytorch(seed, P, scale, t, kappa, on, beta, operated):
     gen = torch.Generator().manual_seed(seed)
     start = [normal(gen, P), normal(gen, P, scale=scale), normal(gen, P, scale=1e-3), normal(gen, P, scale=1e-3).square()]
-    g, schedule = normal(gen, P, scale=scale) - 0.5 * start[1], torch.tensor([1e-2, 1 - 0.9**t, 1 - 0.999**t], device=DEVICE)
+    g, schedule = normal(gen, P, scale=scale) - 0.5 * start[1], torch.tensor([1e-2, 1 - 0.9**t, 1 - 0.999**t, t], device=DEVICE)
     options = dict(kappa=None if kappa is None else torch.tensor(kappa, device=DEVICE), on=None if on is None else torch.tensor(on, device=DEVICE))
 
     def run(f, dtype):
@@ -323,7 +337,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_does_after_it
     monkeypatch.setattr(kernels, "on_cpu", interpreted)
     f = project_adamw if interpreted else project_adamw_ref
     state, alive = [torch.randn(1500, device=DEVICE).abs() for _ in range(4)], torch.tensor(True, device=DEVICE)
-    schedule = torch.tensor([1e-2, 0.1, 0.001], device=DEVICE)
+    schedule = torch.tensor([1e-2, 0.1, 0.001, 1], device=DEVICE)
     before = [x.clone() for x in state]
     theta, u, m, v = state
     for g in (torch.full_like(u, bad), torch.ones_like(u)):
@@ -339,7 +353,7 @@ def test_the_update_is_projection_then_clipping_then_pytorchs_adamw():
     m, v, last = torch.zeros(50), torch.zeros(50), torch.zeros(50)
     for t in range(1, 6):
         g = torch.randn(50) - 0.3 * last
-        project_adamw(theta, g, u, m, v, torch.tensor([1e-2, 1 - 0.9**t, 1 - 0.999**t]), torch.tensor(True), clip=2.0, weight_decay=0.1)
+        project_adamw(theta, g, u, m, v, torch.tensor([1e-2, 1 - 0.9**t, 1 - 0.999**t, t]), torch.tensor(True), clip=2.0, weight_decay=0.1)
         last = project_ref(g, last)
         want.grad = last.clone()
         torch.nn.utils.clip_grad_norm_([want], 2.0)
