@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 from tqdm import tqdm
 
 import curriculum
@@ -56,7 +57,7 @@ class Config:
     sigma_floor: float = 0.05  # added to every variance, squared; in units of half the action range
     temperature: float = 1.0  # times the teacher's sigma
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
-    probe_windows: int = 16  # per teacher, where distances or alignments need windows of their own
+    probe_windows: int = 8  # per teacher, where distances or alignments need windows of their own
     probe_interval: int = 10  # updates between probes
     # optimisation
     steps: int = 4000  # updates
@@ -137,7 +138,8 @@ def cache_targets(teachers, windows: data.Windows):
 
 def exact_alignments(losses, theta, u):
     """losses(theta) -> L (N,): returns c (N,), c_i = <grad L_i, u>, in one forward-mode pass (no teacher's gradient is formed)."""
-    return torch.func.jvp(losses, (theta.detach(),), (u,))[1]
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(losses(forward_ad.make_dual(theta.detach(), u))).tangent
 
 
 def estimated_alignments(before, after, u, delta):

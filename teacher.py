@@ -27,7 +27,7 @@ from kernels.project import project_adamw
 class Config:
     env: str = "hopper"  # a key of data.ENVS
     dataset: str = ""  # a Minari id, in place of --env
-    steps: int = 4000  # updates
+    steps: int = 5000  # updates
     batch_size: int = 32  # windows per update; 64 and half the updates learn less from as many windows
     lr: float = 3e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates

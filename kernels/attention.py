@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import kernels
 from kernels import tl, triton
 
-
 EVERY = slice(None)
 
 

@@ -28,15 +28,23 @@ def student(run: str) -> str:
 
 
 def speed(device: str) -> str:
-    """bench_<device>.csv as a Markdown table, and the line below it."""
+    """bench_<device>.csv as Markdown tables, one for each kind of row: median milliseconds, a line for each contender, a column for each size."""
     with open(HERE / f"bench_{device}.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    out = ["| what | batch | whose | precision | ms, median (lowest to highest) |", "|---|---|---|---|---|"]
-    for r in rows:
-        ms, low, high = (float(r[k]) for k in ("ms", "lowest", "highest"))
-        out.append(f"| {r['what']} | {r['batch']} | {r['contender']} | {r['dtype']} | {ms:.3g} ({low:.3g} to {high:.3g}) |")
-    at = rows[0]
-    return "\n".join([*out, f"\n{at['device']}, threads: {at['threads']}, torch {at['torch']}, commit {at['commit']}."])
+    out = []
+    for what in dict.fromkeys(r["what"] for r in rows):
+        these = [r for r in rows if r["what"] == what]
+        cells = {(r["contender"], r["dtype"], r["size"]): r for r in these}
+        sizes, several = list(dict.fromkeys(r["size"] for r in these)), len({r["dtype"] for r in these}) > 1
+        out += [f"| {what}, ms | " + " | ".join(sizes) + " |", "|---|" + "---|" * len(sizes)]
+        for name, dtype in dict.fromkeys((r["contender"], r["dtype"]) for r in these):
+            line = [cells.get((name, dtype, s)) for s in sizes]
+            out.append(f"| {name}{f', {dtype}' if several else ''} | " + " | ".join(f"{float(r['ms']):.3g}" if r else "" for r in line) + " |")
+        if what == "teachers":
+            out.append("| MiB | " + " | ".join(cells[name, dtype, s]["memory_mib"] for s in sizes) + " |")
+        out.append("")
+    at = {(r["device"], r["threads"], r["torch"], r["commit"]) for r in rows}
+    return "\n".join([*out, *(f"{d}, threads: {t}, torch {v}, commit {c}." for d, t, v, c in sorted(at))])
 
 
 def main():

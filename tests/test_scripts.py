@@ -114,18 +114,21 @@ def test_training_behaviour_policies_without_its_library_says_what_to_install(ho
     (home / "stable_baselines3.py").unlink()
 
 
-def test_bench_times_ours_and_says_where(home):
-    call(home, "bench.py --rounds 1 --seconds 0.01 --device cpu --out bench.csv")
+def test_bench_times_ours_says_where_and_keeps_the_rows_not_asked_for(home):
+    call(home, "bench.py --what distil --rounds 1 --seconds 0.01 --device cpu --out bench.csv")
+    call(home, "bench.py --what rollout --rounds 2 --seconds 0.01 --device cpu --out bench.csv")
     with open(home / "bench.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert {(r["what"], r["batch"], r["contender"]) for r in rows} == {("teacher", "64", "ours"), ("rollout", "1", "ours"), ("rollout", "64", "ours")}
-    assert all(float(r["ms"]) > 0 and r["torch"] and r["device"] for r in rows)
+    assert [(r["what"], r["size"], r["contender"].split(",")[0]) for r in rows] == [
+        ("rollout", "1", "ours"), ("rollout", "64", "ours"), ("distil", "3", "fixed"), *3 * [("distil", "3", "novelty")]]  # fmt: skip
+    assert all(float(r["ms"]) > 0 and int(r["memory_mib"]) > 0 and r["torch"] and r["device"] for r in rows)
 
 
 BAD = [
     ("teacher.py --env hoper", "unknown env 'hoper'; choose from ant, halfcheetah, hopper, walker2d"),
     ("data.py --env hoper", "unknown env 'hoper'"),
     ("behaviour.py --env hoper", "unknown env 'hoper'"),
+    ("bench.py --what nothing", "--what nothing: choose from teacher, rollout"),
     ("distill.py --envs hopper hoper", "unknown env 'hoper'"),
     ("teacher.py --steps 0", "--steps 0: must be at least 1"),
     ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
