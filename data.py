@@ -11,6 +11,7 @@ episode does is padded on the left, as it is at evaluation.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -66,10 +67,24 @@ class Task:
 
 
 def tasks(meta: dict, path) -> list[Task]:
-    """The tasks of a saved model; path: its directory, for the error."""
+    """The tasks of a saved model; path: its directory, for the error. Raises run.UserError where a field can't be what `load` wrote."""
+
+    def numbers(x, n):
+        return isinstance(x, (list, tuple)) and len(x) == n and all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
+
     try:
-        return [Task(**t) for t in meta["tasks"]]
-    except (KeyError, TypeError) as e:
+        tasks = [Task(**t) for t in meta["tasks"]]
+        for t, O, A in zip(tasks, meta["config"]["obs_dims"], meta["config"]["act_dims"], strict=True):
+            fine = {"obs_dim": t.obs_dim == O, "act_dim": t.act_dim == A, "name": isinstance(t.name, str) and isinstance(t.dataset, str),
+                    "env_id": t.env_id is None or isinstance(t.env_id, str), "env_kwargs": isinstance(t.env_kwargs, dict),
+                    "max_steps": type(t.max_steps) is int and 0 < t.max_steps <= 10**6, "obs_mean": numbers(t.obs_mean, O), "obs_std": numbers(t.obs_std, O),
+                    "act_low": numbers(t.act_low, A), "act_high": numbers(t.act_high, A), "rtg_scale": numbers([t.rtg_scale], 1) and t.rtg_scale > 0,
+                    "targets": isinstance(t.targets, dict) and "p95" in t.targets and numbers([*t.targets.values()], len(t.targets)),
+                    "reference": numbers(t.reference, 2), "split_seed": type(t.split_seed) is int and t.split_seed >= 0}  # fmt: skip
+            if not all(fine.values()):
+                raise ValueError(f"{next(k for k, v in fine.items() if not v)} of {str(t.name)[:50]!r}")
+        return tasks
+    except (KeyError, TypeError, ValueError) as e:
         raise run.UserError(f"the model in {path} is damaged (tasks: {e}); train it again") from None
 
 

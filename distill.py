@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import math
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +72,8 @@ class Config:
     log_interval: int = 100  # updates between held-out KLs
     eval_episodes: int = 20  # per task; 0: none
     overwrite: bool = False  # replace a finished run of other settings
+    checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
+    resume: bool = False  # go on from the last checkpoint, a teacher's too, if there is one
 
 
 # ---- teachers and their targets --------------------------------------------------------------------------------------
@@ -91,7 +92,8 @@ def find_teachers(cfg: Config):
         if not cfg.teachers and not run.read_json(path / "metrics.json"):
             print(f"no teacher in {path}: training it", flush=True)
             which = {"env": names[i]} if names[i] in data.ENVS else {"dataset": names[i]}
-            teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, eval_episodes=cfg.eval_episodes))
+            teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, eval_episodes=cfg.eval_episodes,
+                                        checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume))  # fmt: skip
         elif not cfg.teachers:
             print(f"teacher of {names[i]} is there: {path}")
         model, meta = dt.load(path, run.device(cfg))
@@ -159,8 +161,9 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     """All of the method. student: its parameters are moved into one flat buffer; teachers: their models, read where table is None; probe: windows of every
     teacher; table (2, S, A): every row's targets; generator: of the windows' device.
 
-    Returns update(step), which makes one update and waits for nothing; distances(batch, targets) -> L (N,), counts (N,); and record (log_interval, 5 + 3N), where
-    row step % log_interval holds loss, cosine, projected, gradient norm before and after surgery, and the teachers' shares, distances and alignments.
+    Returns update(step), which makes one update and waits for nothing; distances(batch, targets) -> L (N,), counts (N,); and state, all tensors that an update
+    changes, by name. Among them record (log_interval, 5 + 3N): row step % log_interval holds loss, cosine, projected, gradient norm before and after surgery, and
+    the teachers' shares, distances and alignments.
     """
     device, act_dims = probe.task.device, torch.tensor(student.cfg.act_dims, device=probe.task.device)
     N, theta = len(act_dims), dt.flatten(student)
@@ -186,7 +189,6 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     if cfg.curriculum in ("novelty", "least"):
         order = functools.partial(order, power=cfg.novelty_power)
     one_at_a_time = cfg.curriculum in curriculum.ONE_AT_A_TIME or (cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf)
-    operate = functools.partial(surgery.pcgrad, generator=torch.Generator().manual_seed(cfg.seed)) if cfg.surgery == "pcgrad" else surgery.METHODS[cfg.surgery]
     by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", "pcgrad")
     estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
     fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
@@ -244,7 +246,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
                 gu, uu, norm, after, took = project_adamw(theta, g, u, m, v, kappa=kappa, **options, **surgery.FUSED[cfg.surgery](changed))
                 projected = took != 0
             else:
-                g, remembered = operate(g, u, kappa, changed)
+                g, remembered = surgery.METHODS[cfg.surgery](g, u, kappa, changed)
                 projected, gu, norm, after = (g != total).any(), total @ u, total.norm(), g.norm()
                 project_adamw(theta, g, None, m, v, **options)
                 u.copy_(torch.where(alive, remembered, u))
@@ -260,13 +262,14 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
             d.copy_(torch.where(alive, far, d))
             done.add_(1)
 
+    state = {"theta": theta.data, "u": u, "m": m, "v": v, "d": d, "d_probe": d_probe, "c": c, "shares": shares, "lead": lead, "done": done, "alive": alive,
+             "record": record}  # fmt: skip
     # one captured graph for updates with a probe, one for those without; targets on the fly and pcgrad read the device, so they can't be captured
     updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
     if kernels.compiled(device) and table is not None and cfg.surgery != "pcgrad":
-        state = [theta.data, u, m, v, d, d_probe, c, shares, lead, done, alive, record]
-        updates = {probing: run.captured(f, state, generator) for probing, f in updates.items() if one_at_a_time or not probing}
+        updates = {probing: run.captured(f, list(state.values()), generator) for probing, f in updates.items() if one_at_a_time or not probing}
     # mixed orders' batches show all teachers, always: they need no probe
-    return lambda step: updates[one_at_a_time and step % cfg.probe_interval == 0](), distances, record
+    return lambda step: updates[one_at_a_time and step % cfg.probe_interval == 0](), distances, state
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
 
 def main(cfg: Config):
     run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0,
-              teacher_steps=1, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1)  # fmt: skip
+              teacher_steps=1, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1, checkpoint_interval=1)  # fmt: skip
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
     for e in cfg.envs:
@@ -310,39 +313,48 @@ def main(cfg: Config):
         table = cache_targets(teachers, train) if cfg.targets == "cached" else None
         held_out_targets = live_targets(teachers, held_out)
 
-    update, distances, record = learner(cfg, student, teachers, train, probe, table, generator)
+    update, distances, state = learner(cfg, student, teachers, train, probe, table, generator)
+
+    def held_out_kl():
+        student.eval()  # in float32, as it will act
+        with torch.no_grad():
+            held = distances(held_out, held_out_targets, loss="kl")[0].tolist()
+        student.train()
+        return held
 
     # ---- training ----------------------------------------------------------------------------------------------------
-    log, start, written, elapsed = run.Log(out / "log.csv"), time.perf_counter(), 0, 0.0
-    with clock("train"), tqdm(total=cfg.steps, unit="step", desc="distil", disable=None) as bar:
-        for step in range(cfg.steps):
+    meta = {"tasks": [dataclasses.asdict(t) for t in tasks]}
+    saved = run.Checkpoint(out, cfg, state, {"windows": generator}, meta["tasks"])
+    first, log = saved.restore()
+    written, elapsed = max(first // cfg.log_interval * cfg.log_interval, min(first, 1)), saved.seconds  # rows logged before
+    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=None) as bar, saved:
+        for step in range(first, cfg.steps):
             update(step)
             bar.update()
-            if not (step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
-                continue
-            student.eval()  # in float32, as it will act
-            with torch.no_grad():
-                held = distances(held_out, held_out_targets, loss="kl")[0].tolist()
-            student.train()
-            rows, before, elapsed = record[: step % cfg.log_interval + 1].tolist()[-(step + 1 - written) :], elapsed, time.perf_counter() - start
-            for i, row in enumerate(rows, written):
-                loss, cosine, projected, norm, after, *each = row
-                part, far, a = each[:N], each[N : 2 * N], each[2 * N :]
-                if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
-                    dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks]})
-                    bad = next((t.name for t, x in zip(tasks, far, strict=True) if not math.isfinite(x)), tasks[part.index(max(part))].name)
-                    raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of the student, learning from teacher {bad}: stopped; "
-                                        f"the student before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
-                cells = {"step": i + 1, "loss": loss, "lr": run.learning_rate(i, cfg.steps, cfg.lr, cfg.warmup), "cosine": cosine, "projected": int(projected),
-                         "grad_norm": norm, "surgered_norm": after, "seconds": before + (elapsed - before) * (i + 1 - written) / len(rows)}  # fmt: skip
-                for j, t in enumerate(tasks):
-                    cells |= {f"share_{t.name}": part[j], f"kl_{t.name}": far[j], f"alignment_{t.name}": a[j], f"heldout_kl_{t.name}": held[j] if i == step else None}
-                log.row(**cells)
-            written = step + 1
-            bar.write(run.line(step + 1, cfg.steps, start, f"loss {loss:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
+            if step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps:
+                held = held_out_kl()
+                rows, before, elapsed = state["record"][: step % cfg.log_interval + 1].tolist()[-(step + 1 - written) :], elapsed, saved.seconds
+                for i, row in enumerate(rows, written):
+                    loss, cosine, projected, norm, after, *each = row
+                    part, far, a = each[:N], each[N : 2 * N], each[2 * N :]
+                    if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
+                        dt.save(out, student, meta)
+                        bad = next((t.name for t, x in zip(tasks, far, strict=True) if not math.isfinite(x)), tasks[part.index(max(part))].name)
+                        raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of the student, learning from teacher {bad}: stopped; "
+                                            f"the student before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+                    cells = {"step": i + 1, "loss": loss, "lr": run.learning_rate(i, cfg.steps, cfg.lr, cfg.warmup), "cosine": cosine, "projected": int(projected),
+                             "grad_norm": norm, "surgered_norm": after, "seconds": before + (elapsed - before) * (i + 1 - written) / len(rows)}  # fmt: skip
+                    for j, t in enumerate(tasks):
+                        cells |= {f"share_{t.name}": part[j], f"kl_{t.name}": far[j], f"alignment_{t.name}": a[j], f"heldout_kl_{t.name}": held[j] if i == step else None}
+                    log.row(**cells)
+                log.flush()
+                written = step + 1
+                bar.write(run.line(step + 1, cfg.steps, saved.seconds, f"loss {loss:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
+            saved.after(step + 1)
+    held, trained = held_out_kl(), saved.seconds
     student.eval()
     teachers_metrics = {t.name: m for _, t, m in found}
-    dt.save(out, student, {"tasks": [dataclasses.asdict(t) for t in tasks], "teachers": teachers_metrics})
+    dt.save(out, student, {**meta, "teachers": teachers_metrics})
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
     metrics = {}
@@ -354,7 +366,8 @@ def main(cfg: Config):
                 if teachers_metrics[t.name].get("normalized_score"):
                     m["retention"] = m["normalized_score"] / teachers_metrics[t.name]["normalized_score"]
     run.write_json(out / "metrics.json", {"tasks": metrics, "compression": parameters / student.n_params, "parameters": student.n_params,
-                                          "seconds": clock.seconds, "machine": run.machine(cfg)})  # fmt: skip
+                                          "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
+    saved.finish()
     report(out)
 
 

@@ -1,18 +1,25 @@
 """A run's directory and its command line: what teacher.py, distill.py, data.py and evaluate.py share and no method depends on."""
 
+import contextlib
 import csv
 import ctypes
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import platform
+import random
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 
 
@@ -25,13 +32,34 @@ def cli(main, config, doc):
     import tyro
 
     keep_memory()
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, _stop)
     try:
         main(tyro.cli(config, description=doc))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(128 + e.signum)
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT; exit code 143 or 130."""
+
+    def __init__(self, signum, text="stopped"):
+        super().__init__(f"{text} ({signal.Signals(signum).name})")
+        self.signum = signum
+
+
+_holding, _asked = False, None  # whether a signal must wait for the end of an update; the one that does
+
+
+def _stop(signum, _):
+    global _asked
+    if not _holding or _asked is not None:
+        raise Stopped(signum)
+    _asked = signum
 
 
 def keep_memory():
@@ -89,13 +117,20 @@ def write(path, blob: bytes):
     path = Path(path)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(tmp, "wb") as f:
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed in mid-run
+        tmp.unlink(missing_ok=True)
+        with open(tmp, "xb") as f:  # never through a link that somebody laid there
             f.write(blob)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+        if os.name == "posix":  # the new name too, should the power fail
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as e:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
         raise UserError(f"can't write {path}: {e.strerror}; choose another --out-dir or free the space") from None
 
 
@@ -112,40 +147,197 @@ def write_json(path, x):
     write(path, json.dumps(x, indent=1, default=float).encode())
 
 
+_locks = {}  # open files by path, whose locks the system gives back when the process ends, however it ends
+NOT_OF_A_RUN = ("overwrite", "resume", "checkpoint_interval")  # options that don't change what comes out
+
+
+def settings(cfg) -> dict:
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_OF_A_RUN}, default=str))
+
+
 def start(out_dir, cfg) -> bool:
     """Make out_dir ready for a run with these settings; False where that very run is there already, finished.
 
-    A run is finished once its metrics.json is there, which is written last. One with other settings is never overwritten.
+    A run is finished once its metrics.json is there, which is written last. One with other settings is never overwritten unasked, nor one that another process is at.
     """
-    out_dir, settings = Path(out_dir), dataclasses.asdict(cfg)
-    settings = json.loads(json.dumps({k: v for k, v in settings.items() if k != "overwrite"}, default=str))
-    if read_json(out_dir / "metrics.json") and not cfg.overwrite:
+    out_dir, new = Path(out_dir), settings(cfg)
+    finished = read_json(out_dir / "metrics.json") is not None
+    if (finished and not cfg.overwrite) or (cfg.resume and (out_dir / Checkpoint.NAME).exists()):
         old = read_json(out_dir / "config.json") or {}
-        changed = [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]
-        if not changed:
+        changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]
+        if not changed and finished:
             return False
-        raise UserError(f"{out_dir} holds a finished run with other settings ({', '.join(changed)}); choose another --out-dir or add --overwrite")
+        if changed:
+            raise UserError(f"{out_dir} holds {'a finished' if finished else 'an unfinished'} run with other settings ({', '.join(changed)}); "
+                            f"choose another --out-dir or add --overwrite")  # fmt: skip
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        lock(out_dir)
+        for f in out_dir.glob("*.tmp"):  # of a killed run
+            f.unlink()
         (out_dir / "metrics.json").unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"can't write to {out_dir}: {e.strerror}; choose another --out-dir") from None
-    write_json(out_dir / "config.json", settings)
+    if not cfg.resume and (out_dir / Checkpoint.NAME).exists():
+        print(f"{out_dir} holds an unfinished run, which begins anew (--resume would continue it)")
+        (out_dir / Checkpoint.NAME).unlink()
+    write_json(out_dir / "config.json", new)
     return True
 
 
-class Log:
-    """log.csv, a row at a time; the columns are those of the first row."""
+def lock(out_dir: Path):
+    """Hold RUN/lock until the process ends; UserError where another process does. Without fcntl (Windows) nobody is kept out."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    path = out_dir.resolve() / "lock"
+    if path in _locks and path.exists() and os.path.samestat(os.fstat(_locks[path].fileno()), path.stat()):
+        return
+    f = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # noqa: SIM115 - it lives as long as the process
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out_dir}: another run is at it (process {f.read().strip()}); wait for its end or choose another --out-dir") from None
+    f.truncate(0)
+    f.write(f"{os.getpid()} on {platform.node()}")
+    f.flush()
+    _locks[path] = f
 
-    def __init__(self, path):
-        self.file, self.writer = open(path, "w", newline=""), None  # noqa: SIM115 - it lives as long as the run
+
+class Log:
+    """log.csv, a row at a time; the columns are those of the first row. at: go on after so many bytes."""
+
+    def __init__(self, path, at=0):
+        self.path, self.at, self.waiting, self.full = Path(path), at, io.StringIO(newline=""), False
+        if self.path.is_symlink() or not at:
+            self.path.unlink(missing_ok=True)
+        elif not self.path.exists() or self.path.stat().st_size < at:
+            raise UserError(f"{path} is shorter than its checkpoint says; begin anew without --resume")
+        if at:
+            with open(path, newline="") as f:
+                self.writer = csv.DictWriter(self.waiting, next(csv.reader(f)))
+            os.truncate(path, at)
+        else:
+            self.writer = None
 
     def row(self, **values):
         if self.writer is None:
-            self.writer = csv.DictWriter(self.file, values)
+            self.writer = csv.DictWriter(self.waiting, values)
             self.writer.writeheader()
         self.writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in values.items()})
-        self.file.flush()
+
+    def flush(self):
+        """Put the waiting rows into the file: all, or, where the disk is full, none, which then wait for the next time."""
+        text = self.waiting.getvalue().encode()
+        try:
+            with open(self.path, "ab") as f:
+                f.truncate(self.at)
+                f.write(text)
+        except OSError as e:
+            if not self.full:
+                print(f"can't write {self.path}: {e.strerror}; the run goes on, its rows wait for room", file=sys.stderr, flush=True)
+            self.full = True
+            return
+        self.at, self.full = self.at + len(text), False
+        self.waiting.seek(0)
+        self.waiting.truncate()
+
+
+class Checkpoint:
+    """A training that can be stopped and resumed: all that it changes, in RUN/checkpoint.safetensors.
+
+        saved = Checkpoint(out, cfg, {"theta": theta, ...}, {"windows": generator}, about=...)
+        first, log = saved.restore()
+        with saved:
+            for step in range(first, steps):
+                ...
+                saved.after(step + 1)
+
+    state: tensors, restored in place; generators: torch.Generators, besides those of Python, numpy and torch itself; about: JSON that must not have changed
+    (the data's description, say). Inside `with`, SIGTERM and SIGINT wait for the end of an update, and then end the run with a checkpoint.
+    """
+
+    NAME = "checkpoint.safetensors"
+
+    def __init__(self, out, cfg, state, generators, about):
+        self.path, self.cfg, self.state, self.generators = Path(out) / self.NAME, cfg, state, generators
+        self.about = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.written, self.before, self.start = None, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self):
+        """Of training so far, those before a resume too."""
+        return self.before + time.perf_counter() - self.start
+
+    def restore(self):
+        """The step to go on from, 0 where nothing is resumed, and the log."""
+        log = self.path.with_name("log.csv")
+        if not (self.cfg.resume and self.path.exists()):
+            self.log = Log(log)
+            return 0, self.log
+        try:
+            with safetensors.safe_open(self.path, "pt") as f:
+                at, tensors = json.loads(f.metadata()["about"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            if at["about"] != self.about:
+                raise UserError(f"{self.path} was written for other data; begin anew without --resume")
+            for name, x in self.state.items():
+                x.copy_(tensors[name].view(x.shape))
+            for name, g in self.generators.items():
+                g.set_state(tensors[f"generator {name}"])
+            torch.set_rng_state(tensors["generator torch"])
+            if torch.cuda.is_available() and "generator cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["generator cuda"])
+            python, numpy = at["python"], at["numpy"]
+            random.setstate((python[0], tuple(python[1]), python[2]))
+            np.random.set_state((numpy[0], tensors["generator numpy"].numpy().view(np.uint32), *numpy[1:]))
+            self.before, step, bytes_ = float(at["seconds"]), int(at["step"]), int(at["log"])
+        except UserError:
+            raise
+        except Exception as e:  # a damaged file can fail in any of these steps, each with its own exception
+            raise UserError(f"{self.path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); begin anew without --resume") from None
+        self.log = Log(log, bytes_)
+        print(f"resumed from {self.path} after {step} updates", flush=True)
+        return step, self.log
+
+    def save(self, step):
+        self.log.flush()
+        numpy = np.random.get_state()
+        tensors = {k: x.detach().cpu().clone().contiguous() for k, x in self.state.items()}
+        tensors |= {f"generator {k}": g.get_state() for k, g in self.generators.items()}
+        tensors |= {"generator torch": torch.get_rng_state(), "generator numpy": torch.from_numpy(numpy[1].view(np.int32))}
+        if torch.cuda.is_available():
+            tensors["generator cuda"] = torch.cuda.get_rng_state()
+        about = {"step": step, "seconds": self.seconds, "log": self.log.at, "about": self.about, "python": random.getstate(), "numpy": [numpy[0], *numpy[2:]]}
+        write(self.path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
+        self.written = step
+
+    def after(self, step):
+        """After an update, `step` of them done: write a checkpoint if one is due; end the run if a signal asked for it."""
+        if _asked is None and step % self.cfg.checkpoint_interval:
+            return
+        try:
+            self.save(step)
+        except UserError as e:
+            print(f"{e}; the run goes on without this checkpoint", file=sys.stderr, flush=True)
+        if _asked is not None:
+            kept = "; the same command with --resume goes on from there" if self.written == step else ", not saved"
+            raise Stopped(_asked, f"stopped after {step} updates{kept}")
+
+    def __enter__(self):
+        global _holding
+        _holding, self.start = True, time.perf_counter()
+
+    def __exit__(self, *_):
+        global _holding, _asked
+        _holding = False
+        if _asked is not None and _[0] is None:  # asked for after the last update
+            raise Stopped(_asked)
+        _asked = None
+
+    def finish(self):
+        """The run is whole: its checkpoint has done its work."""
+        self.path.unlink(missing_ok=True)
 
 
 def read_csv(path) -> dict[str, np.ndarray]:
@@ -223,8 +415,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width, strict=True))) for r in cells)
 
 
-def line(step, steps, start, text) -> str:
+def line(step, steps, seconds, text) -> str:
     """The one line of an interval: step, what is measured, rate and remaining time."""
-    spent = time.perf_counter() - start
-    left = round(spent / step * (steps - step))
-    return f"step {step:>{len(str(steps))}}/{steps} | {text} | {step / spent:5.1f} it/s | {left // 60}:{left % 60:02} left"
+    left = round(seconds / step * (steps - step))
+    return f"step {step:>{len(str(steps))}}/{steps} | {text} | {step / seconds:5.1f} it/s | {left // 60}:{left % 60:02} left"

@@ -8,7 +8,6 @@ Out come config.json, log.csv, metrics.json, model.safetensors and model.json in
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +44,8 @@ class Config:
     log_interval: int = 100  # updates between rows of log.csv
     eval_episodes: int = 20  # per target return; 0: none
     overwrite: bool = False  # replace a finished run of other settings
+    checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
+    resume: bool = False  # go on from the last checkpoint, if there is one
 
 
 def directory(name: str) -> Path:
@@ -54,7 +55,8 @@ def directory(name: str) -> Path:
 
 def main(cfg: Config):
     """Train and evaluate; returns the run's directory. Skips a run that is there already."""
-    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, context=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0)
+    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, context=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0,
+              checkpoint_interval=1)  # fmt: skip
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
     name = data.task_name(cfg.dataset) if cfg.dataset else cfg.env
@@ -83,6 +85,13 @@ def main(cfg: Config):
     def nll(b):
         return dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask)
 
+    def held_out_nll():
+        model.eval()
+        with torch.no_grad():
+            held = nll(held_out).item()
+        model.train()
+        return held
+
     # ---- training ----------------------------------------------------------------------------------------------------
     share, schedule = torch.ones(1, device=device), run.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
     m, v = torch.zeros_like(theta.data), torch.zeros_like(theta.data)  # AdamW's moments
@@ -99,30 +108,31 @@ def main(cfg: Config):
             record[done % cfg.log_interval] = torch.stack((loss, norm))
             done.add_(1)
 
+    meta = {"tasks": [dataclasses.asdict(task)]}
+    state = {"theta": theta.data, "m": m, "v": v, "done": done, "alive": alive, "record": record}
     if kernels.compiled(device):
-        update = run.captured(update, [theta.data, m, v, done, alive, record], generator)
-    log, start = run.Log(out / "log.csv"), time.perf_counter()
-    with clock("train"), tqdm(total=cfg.steps, unit="step", desc=f"teacher {task.name}", disable=None) as bar:
-        for step in range(cfg.steps):
+        update = run.captured(update, list(state.values()), generator)
+    saved = run.Checkpoint(out, cfg, state, {"windows": generator}, dataclasses.asdict(task))
+    first, log = saved.restore()
+    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc=f"teacher {task.name}", disable=None) as bar, saved:
+        for step in range(first, cfg.steps):
             update()
             bar.update()
-            if (step + 1) % cfg.log_interval and step + 1 != cfg.steps:
-                continue
-            rows = record[: step % cfg.log_interval + 1].tolist()
-            for i, (loss, norm) in enumerate(rows, step + 1 - len(rows)):
-                if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
-                    dt.save(out, model, {"tasks": [dataclasses.asdict(task)]})
-                    raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of teacher {task.name}: stopped; "
-                                        f"the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
-            model.eval()
-            with torch.no_grad():
-                held = nll(held_out).item()
-            model.train()
-            lr = run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
-            log.row(step=step + 1, nll=loss, heldout_nll=held, grad_norm=norm, lr=lr, seconds=time.perf_counter() - start)
-            bar.write(run.line(step + 1, cfg.steps, start, f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"))
+            if (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps:
+                rows = record[: step % cfg.log_interval + 1].tolist()
+                for i, (loss, norm) in enumerate(rows, step + 1 - len(rows)):
+                    if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
+                        dt.save(out, model, meta)
+                        raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of teacher {task.name}: stopped; "
+                                            f"the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+                held, lr = held_out_nll(), run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+                log.row(step=step + 1, nll=loss, heldout_nll=held, grad_norm=norm, lr=lr, seconds=saved.seconds)
+                log.flush()
+                bar.write(run.line(step + 1, cfg.steps, saved.seconds, f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"))
+            saved.after(step + 1)
+    held, trained = held_out_nll(), saved.seconds
     model.eval()
-    dt.save(out, model, {"tasks": [dataclasses.asdict(task)]})
+    dt.save(out, model, meta)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
     metrics = {"target": task.targets["p95"], "return_mean": None, "return_std": None, "normalized_score": None, "retention": None,
@@ -135,7 +145,8 @@ def main(cfg: Config):
                 print(f"{task.name}: target {value:.0f} ({target}) -> return {got['return_mean']:.0f} +- {got['return_std']:.0f}, "
                       f"score {got['normalized_score']:.1f} (mean and std of {cfg.eval_episodes} episodes)", flush=True)  # fmt: skip
     run.write_json(out / "metrics.json", {"tasks": {task.name: metrics}, "compression": None, "parameters": model.n_params,
-                                          "seconds": clock.seconds, "machine": run.machine(cfg)})  # fmt: skip
+                                          "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
+    saved.finish()
     return out
 
 

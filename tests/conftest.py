@@ -9,9 +9,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-_tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
-os.environ["MINARI_DATASETS_PATH"] = str(Path(_tmp.name) / "minari")  # before data.py is imported
-os.environ["MANYTEACHERS_CACHE"] = str(Path(_tmp.name) / "cache")
+if "MANYTEACHERS_TESTS" not in os.environ:  # it is in processes that tests start
+    _tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
+    os.environ["MANYTEACHERS_TESTS"] = _tmp.name
+os.environ["MINARI_DATASETS_PATH"] = f"{os.environ['MANYTEACHERS_TESTS']}/minari"  # before data.py is imported
+os.environ["MANYTEACHERS_CACHE"] = f"{os.environ['MANYTEACHERS_TESTS']}/cache"
 os.environ["MINARI_REMOTE"] = "hf://manyteachers-no-such-repository"
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is never asked
 if not torch.cuda.is_available():

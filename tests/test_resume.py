@@ -1,0 +1,192 @@
+"""Nothing lost: what is killed goes on from its last checkpoint and ends as if nothing had been."""
+
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401 - once, before the fork
+import pytest
+import torch
+
+import distill
+import run
+import teacher
+from conftest import make_dataset
+
+DATASETS = ("tests/resume-a-v0", "tests/resume-b-v0")
+TINY = {"steps": 60, "batch_size": 4, "log_interval": 7, "checkpoint_interval": 9, "n_layer": 1, "n_embd": 8, "eval_episodes": 0, "device": "cpu"}
+
+# A clean process that has imported everything, from which every run is forked: a run then begins in milliseconds.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["test_resume"])
+
+
+SCRIPTS = {"teacher": teacher, "distill": distill}
+
+
+def child(printed, script, argv, inject):
+    out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    torch.set_num_threads(1)
+    if inject:
+        die_in_writing(*inject)
+    sys.argv = [script, *argv]
+    run.cli(SCRIPTS[script].main, SCRIPTS[script].Config, "")
+
+
+def die_in_writing(call, at):
+    """SIGKILL in the at-th call of os.`call` by run.write, before (even) or after (odd) it is done."""
+    real, n = getattr(os, call), [0]
+
+    def deadly(*args, **kwargs):
+        n[0] += 1
+        if n[0] == at // 2 and at % 2 == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if n[0] == at // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(os, call, deadly)
+
+
+def launch(script, out_dir, inject=None, **options):
+    argv = []
+    for k, v in {**options, "out_dir": out_dir}.items():
+        argv += [f"--{k.replace('_', '-')}", *(v if isinstance(v, tuple) else () if v is True else (str(v),))]
+    p = server.Process(target=child, args=(f"{out_dir}.txt", script, argv, inject))
+    p.start()
+    return p
+
+
+def ended(script, out_dir, code=0, **options):
+    """The run's output, once it has ended with this exit code."""
+    p = launch(script, out_dir, **options)
+    p.join(60)
+    printed = Path(f"{out_dir}.txt").read_text()
+    assert p.exitcode == code, printed[-2000:]
+    return printed
+
+
+def result(out_dir):
+    """What a run ends with: its weights' bytes, and its log without the column of seconds."""
+    rows = [line.split(",") for line in (out_dir / "log.csv").read_text().splitlines()]
+    seconds = rows[0].index("seconds")
+    return (out_dir / "model.safetensors").read_bytes(), [r[:seconds] + r[seconds + 1 :] for r in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{name: (script, options)}, each with an uninterrupted run beside it in the folder that is also returned."""
+    home = tmp_path_factory.mktemp("resume")
+    for i, name in enumerate(DATASETS):
+        make_dataset(name, [30, 25, 40, 20], obs_dim=3 + i, act_dim=1 + i, seed=i)
+        ended("teacher", home / f"teacher{i}", dataset=name, **TINY)
+    teachers = (str(home / "teacher0"), str(home / "teacher1"))
+    runs = {
+        "teacher": ("teacher", {"dataset": DATASETS[0], "dropout": 0.1, **TINY}),
+        "student": ("distill", {"teachers": teachers, **TINY}),
+        "pcgrad": ("distill", {"teachers": teachers, "surgery": "pcgrad", "curriculum": "uniform", **TINY}),
+        "estimate": ("distill", {"teachers": teachers, "alignment_weight": 1.0, "alignment": "estimate", "surgery": "average", **TINY}),
+    }
+    for name, (script, options) in runs.items():
+        ended(script, home / name, **options)
+    return home, runs
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "pcgrad", "estimate"])
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_and_resumed_equals_one_that_was_not_to_the_bit(runs, name, asked, tmp_path):
+    home, (script, options) = runs[0], runs[1][name]
+    out = tmp_path / "run"
+    p = launch(script, out, **options)
+    while not (out / "log.csv").exists():
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.2))
+    began = time.monotonic()
+    os.kill(p.pid, asked)
+    p.join(30)
+    printed = Path(f"{out}.txt").read_text()
+    assert time.monotonic() - began < 5 and p.exitcode in (128 + asked, 0), printed[-2000:]
+    if p.exitcode:
+        assert f"({asked.name})" in printed and ("--resume" in printed or not (out / run.Checkpoint.NAME).exists())
+    ended(script, out, resume=True, **options)
+    assert result(out) == result(home / name) and not (out / run.Checkpoint.NAME).exists()
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_killed_at_any_moment_a_run_resumes_and_ends_the_same(runs, name, tmp_path):
+    """25 SIGKILLs, at moments spread over a whole run, from before its first file to after its last."""
+    home, (script, options) = runs[0], runs[1][name]
+    began = time.monotonic()
+    ended(script, tmp_path / "whole", **options)
+    whole, killed, rng, outs = time.monotonic() - began, 0, random.Random(name), []
+    while killed < 25:
+        out = tmp_path / f"run{killed}"
+        outs.append(out)
+        while killed < 25:
+            p = launch(script, out, resume=True, **options)
+            p.join(rng.uniform(0, 1.1 * whole))
+            if p.exitcode is not None:
+                break
+            p.kill()
+            p.join()
+            killed += 1
+        ended(script, out, resume=True, **options)
+    assert all(result(out) == result(home / name) for out in outs)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("at", range(2, 12))
+def test_killed_at_any_stage_of_writing_a_file_a_run_resumes_and_ends_the_same(runs, call, at, tmp_path):
+    home, (script, options) = runs[0], runs[1]["teacher"]
+    p = launch(script, tmp_path / "run", inject=(call, at), **options)
+    p.join(30)
+    assert p.exitcode == -signal.SIGKILL
+    ended(script, tmp_path / "run", resume=True, **options)
+    assert result(tmp_path / "run") == result(home / "teacher")
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_resumed_run_says_so_and_one_begun_anew_too(runs, tmp_path):
+    script, options = runs[1]["teacher"]
+    p = launch(script, tmp_path / "run", inject=("replace", 6), **options)  # after the second checkpoint's flush
+    p.join(30)
+    assert "resumed from" in ended(script, tmp_path / "run", resume=True, **options)
+    assert "resumed from" not in ended(script, tmp_path / "other", resume=True, **options)  # nothing there to resume: from the beginning
+
+
+def test_a_checkpoint_of_other_settings_other_data_or_damaged_is_not_resumed(runs, tmp_path):
+    script, options = runs[1]["teacher"]
+    launch(script, tmp_path / "run", inject=("replace", 6), **options).join(30)
+    assert re.search(r"an unfinished run with other settings \(lr .*\)", ended(script, tmp_path / "run", code=2, resume=True, **{**options, "lr": 0.5}))
+    checkpoint = tmp_path / "run" / run.Checkpoint.NAME
+    blob = checkpoint.read_bytes()
+    checkpoint.write_bytes(blob[:-100])
+    assert "is damaged" in ended(script, tmp_path / "run", code=2, resume=True, **options)
+    checkpoint.write_bytes(blob)
+    (tmp_path / "run/log.csv").write_text("step\n")
+    assert "shorter than its checkpoint says" in ended(script, tmp_path / "run", code=2, resume=True, **options)
+    assert "begins anew" in ended(script, tmp_path / "run", **options)
+
+
+# ---- two runs in one directory ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_one_directory_says_so_and_a_dead_ones_lock_is_taken_over(runs, tmp_path):
+    script, options = runs[1]["teacher"]
+    p = launch(script, tmp_path / "run", **{**options, "steps": 100_000})
+    while not (tmp_path / "run/log.csv").exists():
+        time.sleep(0.01)
+    os.kill(p.pid, signal.SIGSTOP)
+    assert f"another run is at it (process {p.pid} on" in ended(script, tmp_path / "run", code=2, **options)
+    p.kill()
+    p.join()
+    ended(script, tmp_path / "run", **options)
+    assert result(tmp_path / "run") == result(runs[0] / "teacher")
