@@ -14,6 +14,7 @@ surgery    parameters   the projection of one flat gradient
 update     parameters   projection, clipping, AdamW, and the copy of g into u
 attention  batch heads  forward and backward, T 60, C 128
 kl         teachers     forward and backward from the hidden states, batch 256, C 64
+machine    m k n        one matrix product, and a copy_ of as many numbers as its factors and result hold: what the others are to be counted against
 A "copy" moves the bytes that ours has to move at least, in one copy_: its time over ours is the share of the memory's bandwidth.
 """
 
@@ -145,13 +146,13 @@ def ours_rollout(device, dtype, size):
 
     batch = int(size)
     model = dt.DecisionTransformer(dt.ModelConfig((O,), (A,), LAYERS, 1, C, K)).to(device).eval()
-    s, a, rtg, *_ = windows(device, batch)()
+    s, a, rtg = (x[:, -1].contiguous() for x in windows(device, batch)()[:3])  # as they come from an environment
     actors = [dt.Actor(model, 0, batch, 1000)]
 
     def step():
         if actors[0].t == 1000:
             actors[0] = dt.Actor(model, 0, batch, 1000)
-        actors[0].act(s[:, -1], rtg[:, -1], a[:, -1]).cpu()
+        actors[0].act(s, rtg, a).cpu()
 
     return step
 
@@ -368,12 +369,24 @@ def kl_bytes(device, dtype, size):
     return copy(4)(device, dtype, numbers)
 
 
+def product(device, dtype, size):
+    m, k, n = (int(x) for x in size.split("x"))
+    a, b = torch.randn(m, k, device=device, dtype=getattr(torch, dtype)), torch.randn(n, k, device=device, dtype=getattr(torch, dtype))
+    return lambda: torch.nn.functional.linear(a, b)
+
+
+def product_bytes(device, dtype, size):
+    m, k, n = (int(x) for x in size.split("x"))
+    return copy(getattr(torch, dtype).itemsize)(device, dtype, m * k + n * k + m * n)
+
+
 # what: sizes on a CPU, sizes on a GPU, and {contender: (its function, precisions, whether it lives in the peers' environment)}. Ratios are to the first.
 BOTH, SINGLE, PEER = ("float32", "bfloat16"), ("float32",), True
 TEN = ("1e5", "1e6", "1e7", "1e8")
 NOVELTY = {"curriculum": "novelty", "surgery": "previous"}
 POINTS = ("64x1", "64x8", "512x1", "512x8", "4096x1", "4096x8")
 ROWS = {
+    "machine": (("3840x128x512",), ("3840x128x512", "8192x8192x8192"), {"product": (product, BOTH), "copy": (product_bytes, BOTH)}),
     "teacher": (("64",), ("64", "4096"), {
         "ours": (ours_teacher, BOTH), "ours, torch.compile": (functools.partial(ours_teacher, compile=True), BOTH),
         "huggingface": (huggingface_teacher, BOTH, PEER), "d3rlpy": (d3rlpy_teacher, SINGLE, PEER),

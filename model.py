@@ -198,7 +198,7 @@ class Actor:
             mask = place.new_full((6, 2 * n), -torch.inf)
             for i, q in enumerate(p):
                 mask[3 * i : 3 * i + 3, i * n : i * n + n].masked_fill_(seen[3 * q : 3 * q + 3], 0.0)
-            self.phases.append((place[list(p)], rows, mask, 2 + 3 * (p[1] > p[0])))
+            self.phases.append((place[list(p)], rows, mask[None, None], 2 + 3 * (p[1] > p[0])))
         self.caches = [place.new_zeros(2, episodes, nh, 2 * n, C // nh) for _ in self.blocks]  # keys and values
 
     @torch.inference_mode()
@@ -207,18 +207,18 @@ class Actor:
         E, C, nh, H = len(states), self.cfg.n_embd, self.cfg.n_head, len(self.phases) // 3
         place, rows, mask, newest = self.phases[self.t if self.t < H else H + (self.t - H) % (2 * H)]
         x = torch.addmm(self.time[self.t], torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, 3C)
-        x = F.layer_norm((x[:, None] + place).view(6 * E, C), (C,), *self.ln_in)
+        x = torch.layer_norm((x[:, None] + place).view(6 * E, C), (C,), *self.ln_in)
         for cache, (qkv_w, qkv_b, proj_w, proj_b, fc_w, fc_b, out_w, out_b) in zip(self.caches, self.blocks, strict=True):
-            q, *kv = torch.addmm(qkv_b, F.layer_norm(x, (C,)), qkv_w).view(E, 6, 3, nh, -1).permute(2, 0, 3, 1, 4)  # (E, nh, 6, hs) each
-            for old, new in zip(cache, kv, strict=True):
-                old.index_copy_(2, rows, new)
+            qkv = torch.addmm(qkv_b, torch.layer_norm(x, (C,)), qkv_w).view(E, 6, 3, nh, -1).permute(2, 0, 3, 1, 4)  # (3, E, nh, 6, hs)
+            cache.index_copy_(3, rows, qkv[1:])
+            q, (k, v) = qkv[0], cache
             if cache is self.caches[-1]:  # only the acting window's state is read
-                x, q, mask = x.view(E, 6, C)[:, newest], q[:, :, newest, None], mask[newest, None]
-            y = F.scaled_dot_product_attention(q, *cache, mask[None, None]).transpose(1, 2).reshape(-1, C)
+                x, q, mask = x.view(E, 6, C)[:, newest], q[:, :, newest, None], mask[:, :, newest, None]
+            y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(-1, C)
             x = x + torch.addmm(proj_b, y, proj_w)
-            x = x + torch.addmm(out_b, torch.addmm(fc_b, F.layer_norm(x, (C,)), fc_w).relu_(), out_w)
+            x = x + torch.addmm(out_b, torch.addmm(fc_b, torch.layer_norm(x, (C,)), fc_w).relu_(), out_w)
         self.t += 1
-        return torch.addmm(self.head[1], F.layer_norm(x, (C,)), self.head[0]).tanh()
+        return torch.addmm(self.head[1], torch.layer_norm(x, (C,)), self.head[0]).tanh()
 
     def keep(self, rows):
         """Go on with these episodes alone; rows: indices (E',) or bools (E,)."""
