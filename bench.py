@@ -22,6 +22,7 @@ import csv
 import dataclasses
 import functools
 import io
+import math
 import resource
 import statistics
 import subprocess
@@ -536,6 +537,8 @@ def plot(path, rows):
             if points:
                 ax.plot(*zip(*points, strict=True), "o-", markersize=3, color=distill.COLOURS[i], label=name)
         ax.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=what)
+        low, high = ax.get_ylim()
+        ax.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))  # whole decades, lest a flat line look steep
         ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=120)
