@@ -301,7 +301,7 @@ def main(cfg: Config):
         train = data.Windows([s.train for s in sets], tasks, context, device)
         held_out = data.Windows([s.held_out for s in sets], tasks, context, device).spread(256)
         probe = train.spread(cfg.probe_windows)
-        del sets  # in the windows now
+        del sets, s  # in the windows now
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     student = dt.DecisionTransformer(dt.ModelConfig(
