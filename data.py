@@ -8,12 +8,16 @@ named by its last row, so sampling rows uniformly is sampling timesteps uniforml
 episode does is padded on the left, as it is at evaluation.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
+import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,6 +125,12 @@ def collect(env: str, steps: int = COLLECT_STEPS):
     world = make_env(env_id, kwargs)
     buffers = [EpisodeBuffer(id=i, **ep) for i, ep in enumerate(behaviour.collect(world, env, steps))]
     root = get_dataset_path()
+    for old in root.glob(".collect-*"):  # of a killed process, unless it is alive
+        with contextlib.suppress(PermissionError):
+            try:
+                os.kill(int(old.name.removeprefix(".collect-")), 0)
+            except ProcessLookupError:
+                shutil.rmtree(old, ignore_errors=True)
     tmp = root / f".collect-{os.getpid()}"  # a dataset killed half-way must not be taken for a whole one: written here, then renamed
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(tmp)
@@ -182,19 +192,98 @@ def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
     path = find(name)
     try:
         cached = CACHE / f"{name.replace('/', '--')}-{fingerprint(path)}.safetensors"
-        with safetensors.safe_open(cached, "numpy") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])  # noqa: SIM118
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
-        pass  # missing or damaged: read again
+    except OSError as e:
+        raise run.UserError(f"dataset {name} can't be read ({e.strerror}: {e.filename}); delete {path.parent} to fetch it again") from None
+    arrays = load_arrays(cached)
+    if arrays is None:
+        try:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            for old in CACHE.glob(f"{name.replace('/', '--')}-{'?' * 24}.safetensors"):
+                old.unlink()
+            isolated(build, name, path, cached)
+            arrays = load_arrays(cached)
+        except OSError as e:
+            print(f"no cache under {CACHE} ({e}): the dataset will be read from Minari's files each time")
+            with tempfile.TemporaryDirectory() as tmp:
+                isolated(build, name, path, Path(tmp) / "table")
+                arrays = load_arrays(Path(tmp) / "table")
+    return arrays
+
+
+def build(name, path, file):
+    """A dataset's arrays into `file`. Raises OSError where that can't be written."""
     arrays, about = tabulate(*read_minari(name, path))
+    blob = safetensors.numpy.save(arrays, {"about": json.dumps(about)})
     try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob(f"{name.replace('/', '--')}-{'?' * 24}.safetensors"):
-            old.unlink()
-        run.write(cached, safetensors.numpy.save(arrays, {"about": json.dumps(about)}))
-    except (OSError, run.UserError) as e:
-        print(f"no cache under {CACHE} ({e}): the dataset will be read from Minari's files each time")
-    return arrays, about
+        run.write(file, blob)
+    except run.UserError as e:
+        raise OSError(e) from None
+
+
+def load_arrays(file):
+    """What `build` wrote; None where it is not there, or not that."""
+    try:
+        with safetensors.safe_open(file, "numpy") as f:
+            arrays, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["about"])  # noqa: SIM118
+        table, lengths, returns, sums = arrays["table"], arrays["lengths"], arrays["returns"], (arrays["obs_sum"], arrays["obs_square"])
+        E, A = len(lengths), len(about["act_low"])
+        O = table.shape[1] - A - 2
+        fine = (
+            (table.dtype, lengths.dtype, returns.dtype, *(x.dtype for x in sums)) == (np.float32, np.int64, np.float64, np.float64, np.float64)
+            and min(O, A, E) > 0 and table.ndim == 2 and lengths.shape == returns.shape == (E,) and all(x.shape == (E, O) for x in sums)
+            and (lengths > 0).all() and lengths.sum() == len(table) and all(np.isfinite(x).all() for x in (table, returns, *sums))
+            and np.isfinite(np.array([about["act_low"], about["act_high"]], float)).all() and set(about) == ABOUT
+            and type(about["max_steps"]) is int and isinstance(about["env_id"], (str, type(None))) and isinstance(about["env_kwargs"], dict)
+        )  # fmt: skip
+        return (arrays, about) if fine else None
+    except Exception:  # a damaged file can fail in any of these steps, each with its own exception
+        return None
+
+
+ABOUT = {"env_id", "env_kwargs", "act_low", "act_high", "max_steps", "saturation"}
+
+
+def isolated(f, name, path, *args):
+    """f(name, path, *args) in a process forked for it, with memory and time in proportion to the files': HDF5's library can crash, hang or ask for any
+    memory on a damaged file, and then this process has an error to tell. Without fork (Windows) it is called here."""
+    if not hasattr(os, "fork"):
+        return f(name, path, *args)
+    size, (told, tell) = sum(x.stat().st_size for x in path.rglob("*")), os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python's, on forking where there are threads: this child starts none and takes no lock of theirs
+        pid = os.fork()
+    if pid == 0:
+        code, text = 1, ""
+        try:
+            import resource
+
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 2**36
+            resource.setrlimit(resource.RLIMIT_AS, (held + 2**29 + 50 * size,) * 2)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10 + size // 10**6)
+            f(name, path, *args)
+            code = 0
+        except run.UserError as e:
+            code, text = 2, str(e)
+        except OSError as e:
+            code, text = 3, str(e)
+        except BaseException as e:
+            text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+        finally:
+            os.write(tell, text.encode()[:60_000])
+            os._exit(code)
+    os.close(tell)
+    with open(told, "rb") as pipe:
+        text = pipe.read().decode(errors="replace")
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == 2:
+        raise run.UserError(text)
+    if code == 3:
+        raise OSError(text)
+    if code:
+        why = text or f"the library that reads it ended with {signal.Signals(-code).name}"
+        raise run.UserError(f"dataset {name} can't be read ({why}); delete {path.parent} to fetch it again")
 
 
 def read_minari(name, path):
@@ -210,8 +299,9 @@ def read_minari(name, path):
     if n == 0:
         raise run.UserError(f"dataset {name} has no episode; collect or download it again")
     O, A = int(np.prod(obs_space.shape)), int(np.prod(act_space.shape))
-    table, lengths, at = np.empty((total, O + A + 2), np.float32), np.zeros(n, np.int64), 0
+    at = 0
     try:
+        table, lengths = np.empty((total, O + A + 2), np.float32), np.zeros(n, np.int64)
         for i, ep in enumerate(ds.iterate_episodes()):
             L = lengths[i] = len(ep.rewards)
             rows = table[at : at + L]

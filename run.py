@@ -139,7 +139,7 @@ def read_json(path):
     try:
         x = json.loads(Path(path).read_bytes())
         return x if isinstance(x, dict) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -186,12 +186,12 @@ def start(out_dir, cfg) -> bool:
 
 
 def lock(out_dir: Path):
-    """Hold RUN/lock until the process ends; UserError where another process does. Without fcntl (Windows) nobody is kept out."""
+    """Hold RUN/.lock until the process ends; UserError where another process does. Without fcntl (Windows) nobody is kept out."""
     try:
         import fcntl
     except ImportError:
         return
-    path = out_dir.resolve() / "lock"
+    path = out_dir.resolve() / ".lock"
     if path in _locks and path.exists() and os.path.samestat(os.fstat(_locks[path].fileno()), path.stat()):
         return
     f = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # noqa: SIM115 - it lives as long as the process

@@ -128,7 +128,7 @@ BAD = [
     ("teacher.py --env hoper", "unknown env 'hoper'; choose from ant, halfcheetah, hopper, walker2d"),
     ("data.py --env hoper", "unknown env 'hoper'"),
     ("behaviour.py --env hoper", "unknown env 'hoper'"),
-    ("bench.py --what nothing", "--what nothing: choose from teacher, rollout"),
+    ("bench.py --what nothing", "--what nothing: choose from machine, teacher, rollout"),
     ("distill.py --envs hopper hoper", "unknown env 'hoper'"),
     ("teacher.py --steps 0", "--steps 0: must be at least 1"),
     ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
@@ -171,5 +171,6 @@ def test_the_readmes_figures_come_from_the_runs_kept():
     for figure in re.findall(r"\d+ ± \d+", said):
         assert figure in printed, figure
     results = said.split("## Results")[1].split("\n## ")[0]
-    tables = [line for line in results.splitlines() if line.startswith("| ")]
+    speed = said.split("## Speed")[1].split("What the figures say")[0]
+    tables = [line for line in (results + speed).splitlines() if line.startswith("| ")]
     assert tables and all(line in printed for line in tables)
