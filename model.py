@@ -13,6 +13,7 @@ A student is a model with several tasks: one trunk, and for each task its own in
 import dataclasses
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -253,13 +254,20 @@ def gaussian_nll(mean, log_std, x, mask):
 def save(path, model, meta: dict):
     """Write model.safetensors and model.json into directory `path`. meta: all that acting needs besides the weights.
 
+    Where that can't be written: into a new temporary directory, which the run.UserError names.
     JSON keys: config (ModelConfig), parameters, blake2b (of the weights file), and those of meta, {"tasks": [data.Task as a dict]}.
     """
-    path = Path(path)
     weights = safetensors.torch.save({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()})
     meta = {"config": dataclasses.asdict(model.cfg), "parameters": model.n_params, "blake2b": hashlib.blake2b(weights).hexdigest(), **meta}
-    run.write(path / "model.safetensors", weights)
-    run.write(path / "model.json", json.dumps(meta, indent=1).encode())
+    files = {"model.safetensors": weights, "model.json": json.dumps(meta, indent=1).encode()}
+    try:
+        for name, blob in files.items():
+            run.write(Path(path) / name, blob)
+    except run.UserError as e:  # hours of training are not thrown away for want of a place
+        elsewhere = Path(tempfile.mkdtemp(prefix="manyteachers-"))
+        for name, blob in files.items():
+            run.write(elsewhere / name, blob)
+        raise run.UserError(f"{e}; what could not be written there is in {elsewhere}") from None
 
 
 def load(path, device="cpu"):

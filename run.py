@@ -232,6 +232,8 @@ class Log:
         text = self.waiting.getvalue().encode()
         try:
             with open(self.path, "ab") as f:
+                if f.tell() < self.at:  # removed in mid-run, with the rows before
+                    self.at, text = 0, f"{','.join(self.writer.fieldnames)}\r\n".encode() + text
                 f.truncate(self.at)
                 f.write(text)
         except OSError as e:

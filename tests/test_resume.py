@@ -13,6 +13,7 @@ import matplotlib.pyplot  # noqa: F401 - once, before the fork
 import pytest
 import torch
 
+import data
 import distill
 import run
 import teacher
@@ -176,6 +177,38 @@ def test_a_checkpoint_of_other_settings_other_data_or_damaged_is_not_resumed(run
     assert "begins anew" in ended(script, tmp_path / "run", **options)
 
 
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def collector(home):
+    """Collects a small built-in dataset if it is not there, reads it, and says how many steps it holds."""
+    os.environ["MINARI_DATASETS_PATH"], data.CACHE = str(home / "minari"), home / "cache"
+    if not (home / "minari" / data.dataset_id("hopper")).exists():
+        data.collect("hopper", 2000)
+    arrays, _ = data.read(data.dataset_id("hopper"))
+    (home / "steps").write_text(str(arrays["lengths"].sum()))
+
+
+def test_a_killed_collector_leaves_nothing_that_is_taken_for_whole(tmp_path):
+    rng, whole, steps = random.Random(0), 1.0, set()
+    for i in range(6):
+        home = tmp_path / str(i)
+        home.mkdir()
+        p = server.Process(target=collector, args=(home,))
+        p.start()
+        p.join(rng.uniform(0, whole) if i else None)
+        p.kill()
+        p.join()
+        began = time.monotonic()
+        p = server.Process(target=collector, args=(home,))
+        p.start()
+        p.join()
+        whole = max(whole, time.monotonic() - began)
+        assert p.exitcode == 0 and not list((home / "minari").glob(".collect-*"))
+        steps.add((home / "steps").read_text())
+    assert len(steps) == 1 and int(*steps) >= 2000
+
+
 # ---- two runs in one directory ---------------------------------------------------------------------------------------
 
 
@@ -190,3 +223,79 @@ def test_a_second_run_in_one_directory_says_so_and_a_dead_ones_lock_is_taken_ove
     p.join()
     ended(script, tmp_path / "run", **options)
     assert result(tmp_path / "run") == result(runs[0] / "teacher")
+
+
+# ---- the disk --------------------------------------------------------------------------------------------------------
+
+
+def full(monkeypatch, after):
+    """From the after-th flush on, for three times, the disk is full."""
+    real, n = os.fsync, [0]
+
+    def fsync(fd):
+        n[0] += 1
+        if after <= n[0] < after + 3:
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def in_process(out, **options):
+    torch.set_num_threads(1)
+    return teacher.main(teacher.Config(out_dir=str(out), **options))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(runs, tmp_path, monkeypatch, capsys):
+    home, (_, options) = runs[0], runs[1]["teacher"]
+    full(monkeypatch, 3)
+    in_process(tmp_path / "run", **options)
+    said = capsys.readouterr().err
+    assert said.count("No space left on device; choose another --out-dir or free the space; the run goes on without this checkpoint") == 3
+    assert result(tmp_path / "run") == result(home / "teacher")
+
+
+def test_rows_that_find_no_room_wait_for_it(tmp_path, monkeypatch, capsys):
+    log, real = run.Log(tmp_path / "log.csv"), open
+    log.row(a=1)
+    log.flush()
+    monkeypatch.setattr("builtins.open", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for i in (2, 3):
+        log.row(a=i)
+        log.flush()
+    monkeypatch.setattr("builtins.open", real)
+    assert capsys.readouterr().err.count("its rows wait for room") == 1
+    log.row(a=4)
+    log.flush()
+    assert (tmp_path / "log.csv").read_text().split() == ["a", "1", "2", "3", "4"]
+
+
+def test_a_directory_lost_in_mid_run_is_made_again_with_the_checkpoint(runs, tmp_path, monkeypatch):
+    home, (_, options) = runs[0], runs[1]["teacher"]
+    real = run.Checkpoint.after
+
+    def after(self, step):
+        if step == 20:
+            os.rename(tmp_path / "run", tmp_path / "lost")
+        return real(self, step)
+
+    monkeypatch.setattr(run.Checkpoint, "after", after)
+    in_process(tmp_path / "run", **options)
+    assert result(tmp_path / "run")[0] == result(home / "teacher")[0]
+
+
+def test_a_directory_that_becomes_read_only_keeps_the_model_elsewhere(runs, tmp_path, monkeypatch, capsys):
+    """root can write anywhere: so the refusal is planted."""
+    options, real = runs[1]["teacher"][1], open
+    out = tmp_path / "run"
+
+    def refuse(path, mode="r", *args, **kwargs):
+        if str(path).startswith(str(out)) and mode != "r" and (out / run.Checkpoint.NAME).exists():
+            raise OSError(30, "Read-only file system")
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(run.UserError, match="Read-only file system.*what could not be written there is in "):
+        in_process(out, **options)
+    monkeypatch.setattr("builtins.open", real)
+    assert "the run goes on without this checkpoint" in capsys.readouterr().err and (out / run.Checkpoint.NAME).exists()
