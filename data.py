@@ -45,6 +45,7 @@ ENVS = {
 }
 COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
+MAX_STEPS = 100_000  # of an episode at evaluation
 CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
 
 
@@ -81,7 +82,7 @@ def tasks(meta: dict, path) -> list[Task]:
         for t, O, A in zip(tasks, meta["config"]["obs_dims"], meta["config"]["act_dims"], strict=True):
             fine = {"obs_dim": t.obs_dim == O, "act_dim": t.act_dim == A, "name": isinstance(t.name, str) and isinstance(t.dataset, str),
                     "env_id": t.env_id is None or isinstance(t.env_id, str), "env_kwargs": isinstance(t.env_kwargs, dict),
-                    "max_steps": type(t.max_steps) is int and 0 < t.max_steps <= 10**6, "obs_mean": numbers(t.obs_mean, O), "obs_std": numbers(t.obs_std, O),
+                    "max_steps": type(t.max_steps) is int and 0 < t.max_steps <= MAX_STEPS, "obs_mean": numbers(t.obs_mean, O), "obs_std": numbers(t.obs_std, O),
                     "act_low": numbers(t.act_low, A), "act_high": numbers(t.act_high, A), "rtg_scale": numbers([t.rtg_scale], 1) and t.rtg_scale > 0,
                     "targets": isinstance(t.targets, dict) and "p95" in t.targets and numbers([*t.targets.values()], len(t.targets)),
                     "reference": numbers(t.reference, 2), "split_seed": type(t.split_seed) is int and t.split_seed >= 0}  # fmt: skip
@@ -233,7 +234,8 @@ def load_arrays(file):
             and min(O, A, E) > 0 and table.ndim == 2 and lengths.shape == returns.shape == (E,) and all(x.shape == (E, O) for x in sums)
             and (lengths > 0).all() and lengths.sum() == len(table) and all(np.isfinite(x).all() for x in (table, returns, *sums))
             and np.isfinite(np.array([about["act_low"], about["act_high"]], float)).all() and set(about) == ABOUT
-            and type(about["max_steps"]) is int and isinstance(about["env_id"], (str, type(None))) and isinstance(about["env_kwargs"], dict)
+            and type(about["max_steps"]) is int and 0 < about["max_steps"] <= MAX_STEPS
+            and isinstance(about["env_id"], (str, type(None))) and isinstance(about["env_kwargs"], dict)
         )  # fmt: skip
         return (arrays, about) if fine else None
     except Exception:  # a damaged file can fail in any of these steps, each with its own exception
@@ -324,7 +326,7 @@ def read_minari(name, path):
     low, high = np.where(bounded, low, table[:, O:-2].min(0)), np.where(bounded, high, table[:, O:-2].max(0))
     high = np.where(high > low, high, low + 1)
     about = dict(env_id=spec.id if spec else None, env_kwargs=spec.kwargs if spec else {}, act_low=low.tolist(), act_high=high.tolist(),
-                 max_steps=int((spec.max_episode_steps if spec else None) or lengths.max()))  # fmt: skip
+                 max_steps=min(MAX_STEPS, int((spec.max_episode_steps if spec else None) or lengths.max())))  # fmt: skip
     return table, lengths, about
 
 

@@ -58,6 +58,9 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+MAX_CONTEXT = 1024  # timesteps; what acting keeps grows with the square
+
+
 class Block(nn.Module):
     """Pre-norm transformer block (GPT-2's)."""
 
@@ -289,7 +292,8 @@ def load(path, device="cpu"):
         weights = safetensors.torch.load(weights)
         cfg = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
         sizes = (*cfg.obs_dims, *cfg.act_dims, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context)
-        if not all(type(n) is int and n > 0 for n in sizes) or cfg.n_embd % cfg.n_head or cfg.n_layer > len(weights) or not 0 <= cfg.dropout < 1:
+        if (not all(type(n) is int and n > 0 for n in sizes) or cfg.n_embd % cfg.n_head or cfg.n_layer > len(weights)
+                or cfg.context > MAX_CONTEXT or not 0 <= cfg.dropout < 1):  # fmt: skip
             raise ValueError(f"sizes that no model has: {meta['config']}")
         N, C = len(cfg.obs_dims), cfg.n_embd
         large = {"embed_state.weight": (N, max(cfg.obs_dims), C), "embed_action.weight": (N, max(cfg.act_dims), C), "embed_place.weight": (cfg.context, C),

@@ -59,6 +59,8 @@ def main(cfg: Config):
               checkpoint_interval=1)  # fmt: skip
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
+    if cfg.context > dt.MAX_CONTEXT:
+        raise run.UserError(f"--context {cfg.context}: must be at most {dt.MAX_CONTEXT}")
     name = data.task_name(cfg.dataset) if cfg.dataset else cfg.env
     if not cfg.dataset:
         data.dataset_id(cfg.env)  # a mistyped env is told before anything is done

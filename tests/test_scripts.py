@@ -131,6 +131,7 @@ BAD = [
     ("bench.py --what nothing", "--what nothing: choose from machine, teacher, rollout"),
     ("distill.py --envs hopper hoper", "unknown env 'hoper'"),
     ("teacher.py --steps 0", "--steps 0: must be at least 1"),
+    ("teacher.py --context 2000", "--context 2000: must be at most 1024"),
     ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
     ("teacher.py --dataset nobody/nothing-v0", "nobody/nothing-v0 is not in"),
     ("distill.py --teachers out/nothing --out-dir out/bad", "no model in out/nothing; train one: python teacher.py --env hopper"),
