@@ -57,7 +57,7 @@ class Config:
     temperature: float = 1.0  # times the teacher's sigma
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
     probe_windows: int = 8  # per teacher, where distances or alignments need windows of their own
-    probe_interval: int = 10  # updates between probes
+    probe_interval: int = 1  # updates between probes, where the farthest teacher alone is taken: an old distance takes it too often
     # optimisation
     steps: int = 4000  # updates
     batch_size: int = 64  # windows per update, of all teachers together
@@ -188,7 +188,8 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     order = curriculum.METHODS[cfg.curriculum]
     if cfg.curriculum in ("novelty", "least"):
         order = functools.partial(order, power=cfg.novelty_power)
-    one_at_a_time = cfg.curriculum in curriculum.ONE_AT_A_TIME or (cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf)
+    farthest = cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf
+    one_at_a_time, probe_interval = farthest or cfg.curriculum in curriculum.ONE_AT_A_TIME, cfg.probe_interval if farthest else cfg.log_interval
     by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", "pcgrad")
     estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
     fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
@@ -268,8 +269,8 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
     if kernels.compiled(device) and table is not None and cfg.surgery != "pcgrad":
         updates = {probing: run.captured(f, list(state.values()), generator) for probing, f in updates.items() if one_at_a_time or not probing}
-    # mixed orders' batches show all teachers, always: they need no probe
-    return lambda step: updates[one_at_a_time and step % cfg.probe_interval == 0](), distances, state
+    # mixed orders' batches show all teachers, always: they need no probe; fixed and uniform ones need it for the log alone
+    return lambda step: updates[one_at_a_time and step % probe_interval == 0](), distances, state
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------

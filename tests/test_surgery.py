@@ -126,7 +126,7 @@ def test_the_fused_update_does_what_the_method_does(name, changed, kappa):
     gen = torch.Generator().manual_seed(0)
     u = torch.randn(40, generator=gen)
     for g in (torch.randn(40, generator=gen) - u, torch.randn(40, generator=gen) + u):
-        kappa = None if kappa is None or name == "none" else torch.tensor(kappa)
+        kappa = None if kappa is None or name == "none" else torch.as_tensor(kappa)
         want_g, want_u = surgery.METHODS[name](g, u, kappa, changed)
         got_u, theta, zero = u.clone(), torch.zeros(40), torch.zeros(40)
         stats = project_adamw(theta, g, got_u, zero.clone(), zero.clone(), torch.ones(3), torch.tensor(True), kappa, clip=1e9, betas=(0.0, 0.0), eps=1e9,
