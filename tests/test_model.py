@@ -128,6 +128,8 @@ def test_dropout_acts_in_training_only():
 def test_an_actor_acts_as_forward_does_on_the_window_that_it_shows(f64, K, n_head):
     E, T, task, H = 4, 23, 1, max(1, K // 2)
     m = make(dt.ModelConfig((3, 5), (2, 1), 2, n_head, 16, K))
+    for p in m.parameters():  # LayerNorms', too, which begin at one and zero
+        p.data += 0.1 * torch.randn_like(p)
     states, rtg, actions = torch.randn(E, T, 5), torch.rand(E, T), torch.rand(E, T, 1) * 2 - 1
     actor, going = dt.Actor(m, task, E, T), torch.arange(E)
     for t in range(T):

@@ -25,6 +25,14 @@ def tolerance(g, u):
     return 200 * torch.finfo(g.dtype).eps * g.double().norm() * u.double().norm()
 
 
+def test_a_coefficient_that_leaves_float32s_range_is_no_harm():
+    torch.manual_seed(0)
+    u = torch.randn(50)
+    g = torch.randn(50) - u
+    want = project(g, u)
+    assert torch.allclose(project(g * 1e10, u * 1e-30) / 1e10, want, atol=1e-5) and want.abs().max() > 0.1
+
+
 @given(two_gradients())
 def test_projected_gradient_never_opposes_the_previous_one(pair):
     g, u = pair
