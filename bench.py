@@ -268,11 +268,10 @@ def ours_update(device, dtype, size):
     g, u = two_vectors(size, device)
     theta, m, v = torch.randn_like(g), torch.zeros_like(g), torch.zeros_like(g)
     schedule, alive = run.schedule(10, 1e-4, 1)[5].to(device), torch.ones((), dtype=torch.bool, device=device)
-    g0 = g.clone() if device == "cpu" else g
 
     def step():
         with torch.no_grad():
-            project_adamw(theta, g0, u, m, v, schedule, alive)
+            project_adamw(theta, g, u, m, v, schedule, alive)
 
     return step
 
@@ -333,8 +332,7 @@ def sdpa_attention(device, dtype, size, padding=True):
 def flex_attention(device, dtype, size):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    B, first = int(size.split("x")[0]), None
-    flex = torch.compile(flex_attention)
+    B, flex = int(size.split("x")[0]), torch.compile(flex_attention)
     first = (torch.arange(B, device=device) % 64 == 0) * 30
     blocks = create_block_mask(lambda b, h, i, j: (i >= j) & (j >= first[b]), B, None, 3 * K, 3 * K, device=device)
     return attention_step(lambda qkv, mask, heads: flex(*heads_of(qkv, heads), block_mask=blocks).transpose(1, 2).flatten(2), device, dtype, size)

@@ -330,10 +330,10 @@ class Checkpoint:
         global _holding
         _holding, self.start = True, time.perf_counter()
 
-    def __exit__(self, *_):
+    def __exit__(self, exception, *_):
         global _holding, _asked
         _holding = False
-        if _asked is not None and _[0] is None:  # asked for after the last update
+        if _asked is not None and exception is None:  # asked for after the last update
             raise Stopped(_asked)
         _asked = None
 
