@@ -14,6 +14,7 @@ surgery    parameters   the projection of one flat gradient
 update     parameters   projection, clipping, AdamW, and the copy of g into u
 attention  batch heads  forward and backward, T 60, C 128
 kl         teachers     forward and backward from the hidden states, batch 256, C 64
+processes  processes    an update of teacher and of student, each process with as many windows: all of them at the same speed is the best there can be
 machine    m k n        one matrix product, and a copy_ of as many numbers as its factors and result hold: what the others are to be counted against
 A "copy" moves the bytes that ours has to move at least, in one copy_: its time over ours is the share of the memory's bandwidth.
 """
@@ -23,7 +24,9 @@ import dataclasses
 import functools
 import io
 import math
+import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -96,12 +99,15 @@ def ours_teacher(device, dtype, size, compile=False):
 
     def step():
         b = train.sample(int(size), share, generator)
+        loss, tokens = dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask), b.mask.sum()
+        all_tokens = run.summed(tokens)[0]
         theta.grad.zero_()
-        dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask).backward()
+        (loss * (tokens / all_tokens)).backward()
+        run.add_up(theta.grad)
         with torch.no_grad():
             project_adamw(theta, theta.grad, None, m, v, schedule, alive, weight_decay=1e-4)
 
-    return run.captured(step, [theta.data, m, v, alive], generator) if kernels.compiled(device) and not compile else step
+    return run.captured(step, [theta.data, m, v, alive], generator) if kernels.compiled(device) and not compile and run.world() == 1 else step
 
 
 def huggingface(dropout=0.1):
@@ -198,13 +204,37 @@ def ours_distil(device, dtype, size, **options):
     for t in tasks:
         s, a, rtg, steps = episodes(2000, t.obs_dim, t.act_dim)
         tables.append(torch.cat((s, a, rtg[:, None], steps[:, None]), 1).numpy())
-    train = data.Windows(tables, tasks, K, device)
-    targets = torch.rand(2, len(train.table), train.A, device=device) - 1
+    train = data.Windows(tables, tasks, K, device, targets=True)
+    train.table[:, -2 * train.A :].uniform_(-1, 0)
     student = dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), 2, 1, 64, K)).to(device)
     student.bfloat16 = run.bfloat16(cfg)
-    update = distill.learner(cfg, student, [], train, train.spread(cfg.probe_windows), targets, torch.Generator(device).manual_seed(0))[0]
+    update = distill.learner(cfg, student, [], train, train.spread(cfg.probe_windows), torch.Generator(device).manual_seed(0))[0]
     steps = iter(range(cfg.steps))
     return lambda: update(next(steps))
+
+
+def job(contender, device, dtype, size):
+    """contender in `size` processes, of which this one starts the others and has them step with it."""
+    import run
+
+    others = []
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        for r in range(1, int(size)):
+            others.append(subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                           env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r)}))  # fmt: skip
+    run.join(SimpleNamespace(device=device))
+    step = contender(device, dtype)
+
+    def all_step():
+        for p in others:
+            p.stdin.write(b"1\n")
+            p.stdin.flush()
+        step()
+
+    return all_step
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
@@ -406,6 +436,9 @@ ROWS = {
     "kl": (*2 * (("3", "10", "30", "100"),), {
         "ours": (ours_kl, SINGLE), "plain": (functools.partial(ours_kl, which="head_kl_ref"), SINGLE),
         "torch.compile": (functools.partial(ours_kl, which="head_kl_ref", compile=True), SINGLE), "copy": (kl_bytes, SINGLE)}),
+    "processes": (("1", "2"), ("1", "2", "4", "8"), {
+        "teacher": (functools.partial(job, functools.partial(ours_teacher, size="64")), SINGLE),
+        "student": (functools.partial(job, functools.partial(ours_distil, size="3", **NOVELTY)), SINGLE)}),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ named by its last row, so sampling rows uniformly is sampling timesteps uniforml
 episode does is padded on the left, as it is at evaluation.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -410,45 +411,105 @@ class Batch(NamedTuple):
     timesteps: torch.Tensor  # (B, K)
     mask: torch.Tensor  # (B, K)
     rows: torch.Tensor  # (B, K) of Windows.table
+    targets: torch.Tensor  # (2, B, K, A) a teacher's mean and log_std; (2, B, K, 0) where the table has none
 
 
 class Windows:
-    """The tables of N tasks as one, on the training device; sampling is one gather."""
+    """The tables of N tasks as one; sampling is one gather.
 
-    def __init__(self, tables, tasks, context, device="cpu"):
+    where: "device": the table lies on the training device; "host": in a file mapped into memory, whose windows are read by a thread while the device is at the
+    update before, and copied from pinned memory; "auto": on the host if it would fill more than half of the device's memory.
+    targets: whether a row has 2A columns more, for a teacher's outputs (`distill.cache_targets`).
+    """
+
+    def __init__(self, tables, tasks, context, device="cpu", where="auto", targets=False):
         self.K, self.O, self.A = context, max(t.obs_dim for t in tasks), max(t.act_dim for t in tasks)
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
         self.offset = self.size.cumsum(0) - self.size
-        if len(tables) == 1:
+        shape = int(self.size.sum()), self.O + self.A + 2 + 2 * self.A * targets
+        self.host = where == "host" or (where == "auto" and 4 * math.prod(shape) > room(device) / 2)
+        self.table = mapped(shape) if self.host else None if shape[1] == tables[0].shape[1] and len(tables) == 1 else torch.zeros(shape, device=device)
+        if self.table is None:
             self.table = torch.from_numpy(tables[0]).to(device)
         else:
-            self.table = torch.zeros(int(self.size.sum()), self.O + self.A + 2, device=device)
             for table, task, at in zip(tables, tasks, self.offset.tolist(), strict=True):
                 x, rows = torch.from_numpy(table), slice(at, at + len(table))
-                self.table[rows, : task.obs_dim] = x[:, : task.obs_dim].to(device)
-                self.table[rows, self.O : self.O + task.act_dim] = x[:, task.obs_dim : -2].to(device)
-                self.table[rows, -2:] = x[:, -2:].to(device)
+                self.table[rows, : task.obs_dim] = x[:, : task.obs_dim].to(self.table.device)
+                self.table[rows, self.O : self.O + task.act_dim] = x[:, task.obs_dim : -2].to(self.table.device)
+                self.table[rows, self.O + self.A : self.O + self.A + 2] = x[:, -2:].to(self.table.device)
         self.back = torch.arange(context - 1, -1, -1, device=device)  # (K,) how far before the window's last row
+        self.reader, self.ahead = concurrent.futures.ThreadPoolExecutor(1) if self.host else None, None
 
     def gather(self, task, end):
         """The windows of tasks (B,) whose last rows are `end` (B,)."""
         rows = (end[:, None] - self.back).clamp_min(0)
-        x = self.table[rows]  # (B, K, O + A + 2)
-        O, A, t = self.O, self.A, x[..., -1].long()
-        return Batch(task, x[..., :O], x[..., O : O + A], x[..., -2], t, self.back <= t[:, -1:], rows)
+        x = self.fetch(rows) if self.host else self.table[rows]  # (B, K, O + A + 2, or 2A more)
+        O, A, t = self.O, self.A, x[..., self.O + self.A + 1].long()
+        targets = torch.stack(x[..., O + A + 2 :].chunk(2, dim=-1)) if x.shape[-1] > O + A + 2 else x.new_empty(2, *x.shape[:2], 0)
+        return Batch(task, x[..., :O], x[..., O : O + A], x[..., O + A], t, self.back <= t[:, -1:], rows, targets)
+
+    def draw(self, B, shares, generator):
+        """Task and last row, (B,) each, of this process's B windows: its part of those that all of a job's processes draw alike."""
+        dev, n = self.size.device, B * run.world()
+        mine = torch.arange(B, device=dev) + B * run.rank()
+        u = torch.rand(n + 1, generator=generator, device=dev, dtype=torch.float64)
+        task = torch.searchsorted(shares.double().cumsum(0), (mine + u[n]) / n, right=True).clamp_max(len(shares) - 1)
+        return task, self.offset[task] + (u[mine] * self.size[task]).long()
 
     def sample(self, B, shares, generator):
         """B windows; teacher i's part of them is shares[i] of B, rounded up or down at random with the right mean (systematic sampling)."""
-        dev = self.table.device
-        u = torch.rand(B + 1, generator=generator, device=dev, dtype=torch.float64)
-        task = torch.searchsorted(shares.double().cumsum(0), (torch.arange(B, device=dev) + u[B]) / B, right=True).clamp_max(len(shares) - 1)
-        return self.gather(task, self.offset[task] + (u[:B] * self.size[task]).long())
+        batch = self.gather(*self.draw(B, shares, generator))
+        if self.host:  # the next are probably those that these shares would give: only where they are not has anybody to wait
+            now = generator.get_state()
+            end = self.draw(B, shares, generator)[1]
+            generator.set_state(now)
+            self.ahead = self.reader.submit(self.read, (end[:, None] - self.back).clamp_min(0).cpu())
+        return batch
+
+    def read(self, rows):
+        x = self.table[rows]
+        return rows, x.pin_memory() if self.size.is_cuda else x
+
+    def fetch(self, rows):
+        """Rows (B, K) of a table on the host, to the device."""
+        rows, ahead, self.ahead = rows.cpu(), self.ahead, None
+        guess, x = ahead.result() if ahead else (None, None)
+        if guess is None or guess.shape != rows.shape:
+            guess, x = self.read(rows)
+        wrong = (guess != rows).any(1)
+        if wrong.any():
+            x[wrong] = self.table[rows[wrong]]
+        return x.to(self.size.device, non_blocking=True)
 
     def spread(self, n):
         """n windows of each task, evenly spaced over its table: the same ones every time."""
-        task = torch.arange(len(self.size), device=self.table.device).repeat_interleave(n)
-        i = torch.arange(n, device=self.table.device).repeat(len(self.size))
+        task = torch.arange(len(self.size), device=self.size.device).repeat_interleave(n)
+        i = torch.arange(n, device=self.size.device).repeat(len(self.size))
         return self.gather(task, self.offset[task] + ((i + 0.5) / n * self.size[task]).long())
+
+
+def room(device) -> float:
+    """Bytes of memory: a GPU's that are free, or this machine's, divided among the processes of a job."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+
+
+def mapped(shape):
+    """Zeros (float32) in a file that has no name and is gone with the process."""
+    size = 4 * math.prod(shape)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=CACHE) as f:
+            if hasattr(os, "posix_fallocate"):  # a full disk is told now: in mid-run it would be a SIGBUS
+                os.posix_fallocate(f.fileno(), 0, size)
+            return torch.from_numpy(np.memmap(f, np.float32, "r+" if hasattr(os, "posix_fallocate") else "w+", shape=shape))
+    except OSError as e:
+        raise run.UserError(f"no room for {size / 1e9:.1f} GB in {CACHE} ({e.strerror}); set MANYTEACHERS_CACHE to a folder on a larger disk, "
+                            f"or use --data-device device") from None  # fmt: skip
 
 
 # ---- python data.py --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python distill.py --envs hopper ant                        # other built-in tasks
     python distill.py --datasets mujoco/hopper/medium-v0 mujoco/ant/medium-v0
     python distill.py --teachers out/teacher-hopper out/teacher-ant
+    torchrun --nproc_per_node=8 distill.py                     # on many GPUs, or CPUs
 
 The loop, below, is the method: which teacher next (curriculum.py), how far from it (kernels/kl.py), what to do where its gradient
 conflicts with the last update (surgery.py). Out come config.json, log.csv (a row per update), metrics.json, the model, plots.png.
@@ -60,7 +61,7 @@ class Config:
     probe_interval: int = 1  # updates between probes, where the farthest teacher alone is taken: an old distance takes it too often
     # optimisation
     steps: int = 4000  # updates
-    batch_size: int = 64  # windows per update, of all teachers together
+    batch_size: int = 64  # windows per update, of all teachers together, of each process
     lr: float = 8e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4
@@ -74,6 +75,7 @@ class Config:
     overwrite: bool = False  # replace a finished run of other settings
     checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
     resume: bool = False  # go on from the last checkpoint, a teacher's too, if there is one
+    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
 
 
 # ---- teachers and their targets --------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def find_teachers(cfg: Config):
             print(f"no teacher in {path}: training it", flush=True)
             which = {"env": names[i]} if names[i] in data.ENVS else {"dataset": names[i]}
             teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, eval_episodes=cfg.eval_episodes,
-                                        checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume))  # fmt: skip
+                                        checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume, data_device=cfg.data_device))  # fmt: skip
         elif not cfg.teachers:
             print(f"teacher of {names[i]} is there: {path}")
         model, meta = dt.load(path, run.device(cfg))
@@ -121,18 +123,25 @@ def live_targets(teachers, batch):
     return out
 
 
+@torch.no_grad()
 def cache_targets(teachers, windows: data.Windows):
-    """Every row's target (2, S, A), from a window that shows its teacher at least half a context of what came before (or all there is)."""
-    H, t = max(1, windows.K // 2), windows.table[:, -1].long()
+    """Fill the last 2A columns of windows.table: every row's target, from a window that shows its teacher at least half a context of what came before (or all
+    there is). Of a job's processes each computes its part."""
+    table, A = windows.table, windows.A
+    H, t = max(1, windows.K // 2), table[:, -2 * A - 1].to(windows.size.device).long()
     last = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])  # of an episode
     ends = ((t % H == H - 1) | last).nonzero().flatten()  # a window for every H timesteps, whose newest ones it fills
     task = torch.searchsorted(windows.offset, ends, right=True) - 1
-    out = torch.zeros(2, len(t), windows.A, device=t.device)
-    for part in tqdm(torch.arange(len(ends), device=t.device).split(256), desc="teachers' targets", unit="batch", disable=None):
+    parts = torch.arange(len(ends), device=t.device).split(256)[run.rank() :: run.world()]
+    for part in tqdm(parts, desc="teachers' targets", unit="batch", disable=True if run.rank() else None):
         batch = windows.gather(task[part], ends[part])
         new = windows.back <= (t[ends[part]] % H)[:, None]
-        out[:, batch.rows[new]] = live_targets(teachers, batch)[:, new]
-    return out
+        table[batch.rows[new].to(table.device), -2 * A :] = torch.cat(tuple(live_targets(teachers, batch)), dim=-1)[new].to(table.device)
+    if run.world() > 1:
+        for rows in table.split(2**20):
+            x = rows[:, -2 * A :].contiguous()
+            run.add_up(x)
+            rows[:, -2 * A :] = x
 
 
 # ---- alignments ------------------------------------------------------------------------------------------------------
@@ -157,11 +166,11 @@ def estimated_alignments(before, after, u, delta):
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
-def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Batch, table, generator):
-    """All of the method. student: its parameters are moved into one flat buffer; teachers: their models, read where table is None; probe: windows of every
-    teacher; table (2, S, A): every row's targets; generator: of the windows' device.
+def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Batch, generator):
+    """All of the method. student: its parameters are moved into one flat buffer; teachers: their models, read where targets are live; probe: windows of every
+    teacher; generator: of the windows' device.
 
-    Returns update(step), which makes one update and waits for nothing; distances(batch, targets) -> L (N,), counts (N,); and state, all tensors that an update
+    Returns update(step), which makes one update and waits for nothing; distances(batch, targets) -> L (N,); and state, all tensors that an update
     changes, by name. Among them record (log_interval, 5 + 3N): row step % log_interval holds loss, cosine, projected, gradient norm before and after surgery, and
     the teachers' shares, distances and alignments.
     """
@@ -169,10 +178,10 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     N, theta = len(act_dims), dt.flatten(student)
 
     def targets(batch):
-        return live_targets(teachers, batch) if table is None else table[:, batch.rows]
+        return live_targets(teachers, batch) if cfg.targets == "live" else batch.targets
 
-    def distances(batch, wanted, vector=None, loss=cfg.loss):
-        """L (N,): the student's distance from each teacher, over the batch's windows of that teacher (0 where it has none); counts (N,)."""
+    def sums_and_counts(batch, wanted, vector=None, loss=cfg.loss):
+        """sums (N,): the student's distance from each teacher, summed over the batch's timesteps of that teacher; counts (N,): how many there are."""
         if vector is None:
             h, weight, bias = student(*batch[:6], hidden=True), student.head.weight, student.head.bias
         else:
@@ -180,10 +189,13 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
             h, weight, bias = torch.func.functional_call(student, p, batch[:6], {"hidden": True}), p["head.weight"], p["head.bias"]
         if loss == "mse":
             mean = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]).chunk(2, dim=-1)[0].tanh()
-            sums, counts = per_teacher((mean - wanted[0]).square(), batch.mask, batch.task, act_dims)
-        else:
-            sums, counts = head_kl(h, weight, bias, *wanted, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
-        return sums / counts.clamp_min(1), counts
+            return per_teacher((mean - wanted[0]).square(), batch.mask, batch.task, act_dims)
+        return head_kl(h, weight, bias, *wanted, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
+
+    def distances(batch, wanted, vector=None, loss=cfg.loss):
+        """L (N,): the student's mean distance from each teacher, 0 where the batch has no window of it."""
+        sums, counts = sums_and_counts(batch, wanted, vector, loss)
+        return sums / counts.clamp_min(1)
 
     order = curriculum.METHODS[cfg.curriculum]
     if cfg.curriculum in ("novelty", "least"):
@@ -197,7 +209,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     # all that an update changes lies in tensors on the device, so that it can be captured once and replayed
     with torch.no_grad():
         probe_targets = targets(probe)
-        d = distances(probe, probe_targets)[0].clone()  # (N,) how far from each teacher
+        d = distances(probe, probe_targets).clone()  # (N,) how far from each teacher
     d_probe, c = d.clone(), torch.zeros_like(d)  # (N,) on the probe's windows; each teacher's <grad L_i, u>
     shares, lead = torch.full_like(d, 1 / N), torch.full((), -1, device=device)
     u, m, v = (torch.zeros_like(theta.data) for _ in range(3))  # (P,) the previous update's gradient; AdamW's moments
@@ -210,35 +222,43 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
         with torch.no_grad():
             # which teachers next: the least familiar, weighed by how much of the last update each would take part in
             if probing:
-                d.copy_(distances(probe, probe_targets)[0])
+                d.copy_(run.averaged(distances(probe, probe_targets)))
             if cfg.alignment_weight and not estimate:
-                c.copy_(exact_alignments(lambda x: distances(probe, probe_targets, x)[0], theta, u))
+                c.copy_(run.averaged(exact_alignments(lambda x: distances(probe, probe_targets, x), theta, u)))
             uu = u @ u
             a = torch.where(uu > 0, c / uu, 0.0).clamp(-1, 1)
             shares.copy_(order(d * (1 + cfg.alignment_weight * a).clamp_min(0), done, shares, generator))
             batch = train.sample(cfg.batch_size, shares, generator)
             wanted = targets(batch)
-            part = (batch.task == everyone[:, None]).sum(1) / cfg.batch_size  # (N,) the shares as drawn
+            drawn = (batch.task == everyone[:, None]).sum(1)  # (N,)
+            along = torch.zeros_like(d)  # each teacher's own <grad sums_i, u>
+            if by_teacher and not estimate:
+                along = exact_alignments(lambda x: sums_and_counts(batch, wanted, x)[0], theta, u)
 
         # how far from them, and which way to go
-        L, counts = distances(batch, wanted)
+        sums, counts = sums_and_counts(batch, wanted)
+        total_sums, counts, drawn, along = run.summed(sums.detach(), counts, drawn, along)  # over the job's processes
+        part = drawn / (cfg.batch_size * run.world())  # (N,) the shares as drawn
+        L = sums / counts.clamp_min(1)
         loss = part @ L
         if cfg.surgery == "pcgrad":
             rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
             g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
+            run.add_up(g)
             total = g.sum(0)
         else:
             theta.grad.zero_()
             loss.backward()
             g = total = theta.grad  # (P,)
-        L, loss = L.detach(), loss.detach()
+            run.add_up(g)
 
         with torch.no_grad():
+            L = total_sums / counts.clamp_min(1)
+            loss = part @ L
             # never against the last update
             kappa = None
             if by_teacher:
-                ci = c if estimate else exact_alignments(lambda x: distances(batch, wanted, x)[0], theta, u)
-                kappa = surgery.per_teacher(ci, part, uu)
+                kappa = surgery.per_teacher(c if estimate else along / counts.clamp_min(1), part, uu)
             changed = shares.argmax() != lead
             lead.copy_(shares.argmax())
             was = theta.detach().clone() if estimate else None
@@ -256,7 +276,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
             # how far now
             far = d if one_at_a_time else torch.where(counts > 0, d + 0.1 * (L - d), d)  # a running mean of the windows' own distance costs nothing
             if estimate:
-                now = distances(probe, probe_targets)[0]
+                now = run.averaged(distances(probe, probe_targets))
                 c.copy_(estimated_alignments(d_probe, now, u, theta.detach() - was))
                 d_probe.copy_(now)
             record[done % cfg.log_interval] = torch.cat((torch.stack((loss, cosine, projected, norm, after)), part, far, a))
@@ -265,12 +285,15 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
 
     state = {"theta": theta.data, "u": u, "m": m, "v": v, "d": d, "d_probe": d_probe, "c": c, "shares": shares, "lead": lead, "done": done, "alive": alive,
              "record": record}  # fmt: skip
-    # one captured graph for updates with a probe, one for those without; targets on the fly and pcgrad read the device, so they can't be captured
+    # one captured graph for updates with a probe, one for those without; what reads the device in mid-update can't be captured
     updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
-    if kernels.compiled(device) and table is not None and cfg.surgery != "pcgrad":
+    if kernels.compiled(device) and cfg.targets == "cached" and cfg.surgery != "pcgrad" and not train.host and run.world() == 1:
         updates = {probing: run.captured(f, list(state.values()), generator) for probing, f in updates.items() if one_at_a_time or not probing}
     # mixed orders' batches show all teachers, always: they need no probe; fixed and uniform ones need it for the log alone
     return lambda step: updates[one_at_a_time and step % probe_interval == 0](), distances, state
+
+
+LOG_ROWS = 10_000  # a training of more updates logs every second, third, ... of them
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------
@@ -286,7 +309,7 @@ def main(cfg: Config):
     out = Path(cfg.out_dir)
     if not run.start(out, cfg):
         print(f"student is there: {out} (--overwrite to train it again)")
-        return report(out)
+        return None if run.rank() else report(out)
 
     # ---- teachers, data, student -------------------------------------------------------------------------------------
     clock, device = run.Clock(), run.device(cfg)
@@ -294,14 +317,14 @@ def main(cfg: Config):
         found = find_teachers(cfg)
     teachers, tasks, N = [m for m, _, _ in found], [t for _, t, _ in found], len(found)
     with clock("data"):
-        sets = [data.load(t.dataset, t.split_seed) for t in tasks]
+        with run.first():
+            sets = [data.load(t.dataset, t.split_seed) for t in tasks]
         for t, s in zip(tasks, sets, strict=True):
             if json.dumps(dataclasses.asdict(t)) != json.dumps(dataclasses.asdict(s.task)):
                 raise run.UserError(f"dataset {t.dataset} is not what the teacher of {t.name} was trained on any more; train the teacher again with --overwrite")
         context = teachers[0].cfg.context
-        train = data.Windows([s.train for s in sets], tasks, context, device)
-        held_out = data.Windows([s.held_out for s in sets], tasks, context, device).spread(256)
-        probe = train.spread(cfg.probe_windows)
+        train = data.Windows([s.train for s in sets], tasks, context, device, cfg.data_device, targets=cfg.targets == "cached")
+        held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device).spread(256)
         del sets, s  # in the windows now
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
@@ -312,15 +335,16 @@ def main(cfg: Config):
     print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}, blocks in "
           f"{'bfloat16' if student.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)
     with clock("targets"):
-        table = cache_targets(teachers, train) if cfg.targets == "cached" else None
+        if cfg.targets == "cached":
+            cache_targets(teachers, train)
         held_out_targets = live_targets(teachers, held_out)
 
-    update, distances, state = learner(cfg, student, teachers, train, probe, table, generator)
+    update, distances, state = learner(cfg, student, teachers, train, train.spread(cfg.probe_windows), generator)
 
     def held_out_kl():
         student.eval()  # in float32, as it will act
         with torch.no_grad():
-            held = distances(held_out, held_out_targets, loss="kl")[0].tolist()
+            held = distances(held_out, held_out_targets, loss="kl").tolist()
         student.train()
         return held
 
@@ -328,12 +352,13 @@ def main(cfg: Config):
     meta = {"tasks": [dataclasses.asdict(t) for t in tasks]}
     saved = run.Checkpoint(out, cfg, state, {"windows": generator}, meta["tasks"])
     first, log = saved.restore()
+    thin = -(-cfg.steps // LOG_ROWS)
     written, elapsed = max(first // cfg.log_interval * cfg.log_interval, min(first, 1)), saved.seconds  # rows logged before
-    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=None) as bar, saved:
+    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=True if run.rank() else None) as bar, saved:
         for step in range(first, cfg.steps):
             update(step)
             bar.update()
-            if step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps:
+            if not run.rank() and (step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
                 held = held_out_kl()
                 rows, before, elapsed = state["record"][: step % cfg.log_interval + 1].tolist()[-(step + 1 - written) :], elapsed, saved.seconds
                 for i, row in enumerate(rows, written):
@@ -344,6 +369,8 @@ def main(cfg: Config):
                         bad = next((t.name for t, x in zip(tasks, far, strict=True) if not math.isfinite(x)), tasks[part.index(max(part))].name)
                         raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of the student, learning from teacher {bad}: stopped; "
                                             f"the student before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
+                    if (i + 1) % thin and i not in (0, step):
+                        continue
                     cells = {"step": i + 1, "loss": loss, "lr": run.learning_rate(i, cfg.steps, cfg.lr, cfg.warmup), "cosine": cosine, "projected": int(projected),
                              "grad_norm": norm, "surgered_norm": after, "seconds": before + (elapsed - before) * (i + 1 - written) / len(rows)}  # fmt: skip
                     for j, t in enumerate(tasks):
@@ -353,6 +380,8 @@ def main(cfg: Config):
                 written = step + 1
                 bar.write(run.line(step + 1, cfg.steps, saved.seconds, f"loss {loss:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
             saved.after(step + 1)
+    if run.rank():
+        return run.meet()  # when rank 0 is done
     held, trained = held_out_kl(), saved.seconds
     student.eval()
     teachers_metrics = {t.name: m for _, t, m in found}
@@ -370,6 +399,7 @@ def main(cfg: Config):
     run.write_json(out / "metrics.json", {"tasks": metrics, "compression": parameters / student.n_params, "parameters": student.n_params,
                                           "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
     saved.finish()
+    run.meet()
     report(out)
 
 

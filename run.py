@@ -4,6 +4,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 
 class UserError(ValueError):
@@ -34,14 +37,28 @@ def cli(main, config, doc):
     keep_memory()
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, _stop)
-    try:
-        main(tyro.cli(config, description=doc))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as e:
-        print(e, file=sys.stderr)
-        sys.exit(128 + e.signum)
+    with contextlib.ExitStack() as stack:
+        if rank():  # one process of a job speaks for all; another tells its own errors
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        with contextlib.redirect_stderr(silence if rank() else sys.stderr):
+            cfg = tyro.cli(config, description=doc)
+        try:
+            main(cfg)
+            code = 0
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            code = 2
+        except Stopped as e:
+            print(e, file=sys.stderr if not rank() else sys.stdout)
+            code = 128 + e.signum
+        if dist.is_initialized() and code:  # with the others gone, the end of a process group would wait for them or abort
+            sys.stdout.flush()
+            os._exit(code)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 class Stopped(BaseException):
@@ -57,9 +74,9 @@ _holding, _asked = False, None  # whether a signal must wait for the end of an u
 
 def _stop(signum, _):
     global _asked
-    if not _holding or _asked is not None:
+    if not _holding or (_asked is not None and world() == 1):  # torchrun sends its own after the terminal's
         raise Stopped(signum)
-    _asked = signum
+    _asked = _asked or signum
 
 
 def keep_memory():
@@ -109,6 +126,128 @@ def machine(cfg) -> dict:
             "torch": torch.__version__, "commit": commit}  # fmt: skip
 
 
+# ---- several processes: torchrun -------------------------------------------------------------------------------------
+
+JOB_TIMEOUT = datetime.timedelta(hours=12)  # as long may one process collect or download while the others wait; a dead one is noticed at once
+_others_asked = None  # (1,), on the device: how many processes a signal has asked to end, as of the last `summed`
+
+
+def rank() -> int:
+    """This process's number in torchrun's job, 0 without one. Rank 0 alone prints, writes and evaluates."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes the job has."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(cfg):
+    """Meet the job's other processes (PyTorch distributed: nccl for GPUs, gloo for CPUs), each on a GPU of its own."""
+    if world() == 1 or dist.is_initialized():
+        return
+    gpu, local = device(cfg).startswith("cuda"), int(os.environ.get("LOCAL_RANK", 0))
+    if gpu and local >= torch.cuda.device_count():
+        raise UserError(f"{local + 1} processes or more for {torch.cuda.device_count()} GPUs; use torchrun --nproc_per_node={torch.cuda.device_count()}, or --device cpu")
+    if gpu:
+        torch.cuda.set_device(local)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    threading.Thread(target=_end_at_last, args=(read,), daemon=True).start()
+    with together():
+        store, r, n = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # torchrun keeps it over restarts, with the dead ones' addresses
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=r, world_size=n, timeout=JOB_TIMEOUT)
+
+
+def _end_at_last(signals, seconds=10):
+    """A process that waits for one that is gone runs no Python, so no handler of a signal: so long after one, it is ended from here."""
+    os.read(signals, 1)
+    time.sleep(seconds)
+    os.write(2, b"error: asked to end, but waiting for another process of this job; --resume goes on from the last checkpoint\n")
+    os._exit(143)
+
+
+@contextlib.contextmanager
+def together():
+    """UserError where the others can't be reached."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise UserError(f"another process of this job ended or can't be reached ({str(e).splitlines()[0][:150]}); "
+                        f"the same command with --resume goes on from the last checkpoint") from None  # fmt: skip
+
+
+def meet():
+    """Wait until every process of the job is here."""
+    if world() > 1:
+        with together():
+            dist.all_reduce(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def first():
+    """`with run.first(): ...`: rank 0 goes through it before the others, who find what it made: a dataset, its cache."""
+    if rank():
+        meet()
+    yield
+    if not rank():
+        meet()
+
+
+def told(x: int) -> int:
+    """Rank 0's x."""
+    if world() == 1:
+        return x
+    x = torch.tensor([x])
+    with together():
+        dist.broadcast(x, 0)
+    return int(x)
+
+
+def add_up(x):
+    """x, in place, becomes its sum over the job's processes: one call."""
+    if world() > 1:
+        with together():
+            dist.all_reduce(x)
+
+
+def summed(*xs):
+    """Each of xs as its sum over the job's processes: one call for all, which also tells whether a signal asked one of them to end."""
+    global _others_asked
+    if world() == 1:
+        return xs
+    flat = torch.cat([*(x.reshape(-1).to(xs[0].dtype) for x in xs), torch.full((1,), float(_asked is not None), dtype=xs[0].dtype, device=xs[0].device)])
+    add_up(flat)
+    *parts, _others_asked = flat.split([*(x.numel() for x in xs), 1])
+    return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
+
+
+def averaged(x):
+    """x is the same on every process but for rounding; what is returned, to the bit."""
+    return x if world() == 1 else summed(x)[0] / world()
+
+
+def _asked_to_end(step):
+    """The signal that asked this run to end, if one did: all processes of a job agree, for they stop after the same update."""
+    if world() == 1:
+        return _asked
+    if _others_asked is None or (_others_asked.is_cuda and step % 16):  # reading it, a GPU is waited for
+        return None
+    return (_asked or signal.SIGTERM) if _others_asked.item() else None
+
+
+def gathered(x):
+    """x (n,) of every process, on the CPU: (world, n)."""
+    if world() == 1:
+        return x[None]
+    out = [torch.empty_like(x) for _ in range(world())]
+    with together():
+        dist.all_gather(out, x)
+    return torch.stack(out)
+
+
 # ---- files: whole or not at all --------------------------------------------------------------------------------------
 
 
@@ -148,11 +287,12 @@ def write_json(path, x):
 
 
 _locks = {}  # open files by path, whose locks the system gives back when the process ends, however it ends
-NOT_OF_A_RUN = ("overwrite", "resume", "checkpoint_interval")  # options that don't change what comes out
+NOT_OF_A_RUN = ("overwrite", "resume", "checkpoint_interval", "data_device")  # options that don't change what comes out
 
 
 def settings(cfg) -> dict:
-    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_OF_A_RUN}, default=str))
+    """What makes a run what it is, as config.json holds it."""
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_OF_A_RUN} | {"processes": world()}, default=str))
 
 
 def start(out_dir, cfg) -> bool:
@@ -160,10 +300,17 @@ def start(out_dir, cfg) -> bool:
 
     A run is finished once its metrics.json is there, which is written last. One with other settings is never overwritten unasked, nor one that another process is at.
     """
+    join(cfg)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
+        cfg.resume = True
+    return bool(told(rank() or _start(out_dir, cfg)))
+
+
+def _start(out_dir, cfg) -> bool:
     out_dir, new = Path(out_dir), settings(cfg)
     finished = read_json(out_dir / "metrics.json") is not None
     if (finished and not cfg.overwrite) or (cfg.resume and (out_dir / Checkpoint.NAME).exists()):
-        old = read_json(out_dir / "config.json") or {}
+        old = {"processes": 1} | (read_json(out_dir / "config.json") or {})
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]
         if not changed and finished:
             return False
@@ -265,7 +412,7 @@ class Checkpoint:
     def __init__(self, out, cfg, state, generators, about):
         self.path, self.cfg, self.state, self.generators = Path(out) / self.NAME, cfg, state, generators
         self.about = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.written, self.before, self.start = None, 0.0, time.perf_counter()
+        self.log, self.written, self.before, self.start = None, None, 0.0, time.perf_counter()
 
     @property
     def seconds(self):
@@ -274,10 +421,16 @@ class Checkpoint:
 
     def restore(self):
         """The step to go on from, 0 where nothing is resumed, and the log."""
-        log = self.path.with_name("log.csv")
-        if not (self.cfg.resume and self.path.exists()):
-            self.log = Log(log)
-            return 0, self.log
+        step = self._restored() if told(int(self.cfg.resume and self.path.exists())) else 0
+        if world() > 1:
+            for x in self.state.values():
+                with together():
+                    dist.broadcast(x, 0)
+        if not step and not rank():
+            self.log = Log(self.path.with_name("log.csv"))
+        return step, self.log
+
+    def _restored(self):
         try:
             with safetensors.safe_open(self.path, "pt") as f:
                 at, tensors = json.loads(f.metadata()["about"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -287,9 +440,9 @@ class Checkpoint:
                 x.copy_(tensors[name].view(x.shape))
             for name, g in self.generators.items():
                 g.set_state(tensors[f"generator {name}"])
-            torch.set_rng_state(tensors["generator torch"])
+            torch.set_rng_state(tensors["generator torch"][rank()].clone())
             if torch.cuda.is_available() and "generator cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["generator cuda"])
+                torch.cuda.set_rng_state(tensors["generator cuda"][rank()].clone())
             python, numpy = at["python"], at["numpy"]
             random.setstate((python[0], tuple(python[1]), python[2]))
             np.random.set_state((numpy[0], tensors["generator numpy"].numpy().view(np.uint32), *numpy[1:]))
@@ -298,33 +451,40 @@ class Checkpoint:
             raise
         except Exception as e:  # a damaged file can fail in any of these steps, each with its own exception
             raise UserError(f"{self.path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); begin anew without --resume") from None
-        self.log = Log(log, bytes_)
+        if not rank():
+            self.log = Log(self.path.with_name("log.csv"), bytes_)
         print(f"resumed from {self.path} after {step} updates", flush=True)
-        return step, self.log
+        return step
 
     def save(self, step):
+        """Called by all processes of a job; rank 0 writes."""
+        of_all = {"generator torch": gathered(torch.get_rng_state())}
+        if torch.cuda.is_available():
+            of_all["generator cuda"] = gathered(torch.cuda.get_rng_state())
+        if rank():
+            self.written = step
+            return
         self.log.flush()
         numpy = np.random.get_state()
         tensors = {k: x.detach().cpu().clone().contiguous() for k, x in self.state.items()}
         tensors |= {f"generator {k}": g.get_state() for k, g in self.generators.items()}
-        tensors |= {"generator torch": torch.get_rng_state(), "generator numpy": torch.from_numpy(numpy[1].view(np.int32))}
-        if torch.cuda.is_available():
-            tensors["generator cuda"] = torch.cuda.get_rng_state()
+        tensors |= {"generator numpy": torch.from_numpy(numpy[1].view(np.int32)), **of_all}
         about = {"step": step, "seconds": self.seconds, "log": self.log.at, "about": self.about, "python": random.getstate(), "numpy": [numpy[0], *numpy[2:]]}
         write(self.path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
         self.written = step
 
     def after(self, step):
         """After an update, `step` of them done: write a checkpoint if one is due; end the run if a signal asked for it."""
-        if _asked is None and step % self.cfg.checkpoint_interval:
+        asked = _asked_to_end(step)
+        if asked is None and step % self.cfg.checkpoint_interval:
             return
         try:
             self.save(step)
         except UserError as e:
             print(f"{e}; the run goes on without this checkpoint", file=sys.stderr, flush=True)
-        if _asked is not None:
+        if asked is not None:
             kept = "; the same command with --resume goes on from there" if self.written == step else ", not saved"
-            raise Stopped(_asked, f"stopped after {step} updates{kept}")
+            raise Stopped(asked, f"stopped after {step} updates{kept}")
 
     def __enter__(self):
         global _holding

@@ -2,6 +2,7 @@
 
     python teacher.py --env hopper
     python teacher.py --dataset mujoco/hopper/medium-v0
+    torchrun --nproc_per_node=8 teacher.py --env hopper
 
 Out come config.json, log.csv, metrics.json, model.safetensors and model.json in out/teacher-<task>.
 """
@@ -27,7 +28,7 @@ class Config:
     env: str = "hopper"  # a key of data.ENVS
     dataset: str = ""  # a Minari id, in place of --env
     steps: int = 5000  # updates
-    batch_size: int = 32  # windows per update; 64 and half the updates learn less from as many windows
+    batch_size: int = 32  # windows per update, of each process; 64 and half the updates learn less from as many windows
     lr: float = 3e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4
@@ -46,6 +47,7 @@ class Config:
     overwrite: bool = False  # replace a finished run of other settings
     checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
     resume: bool = False  # go on from the last checkpoint, if there is one
+    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
 
 
 def directory(name: str) -> Path:
@@ -72,15 +74,18 @@ def main(cfg: Config):
     # ---- data and model ----------------------------------------------------------------------------------------------
     clock, device = run.Clock(), run.device(cfg)
     with clock("data"):
-        ds = data.load(name, cfg.seed)
+        with run.first():
+            ds = data.load(name, cfg.seed)
         task = ds.task
-        train = data.Windows([ds.train], [task], cfg.context, device)
-        held_out = data.Windows([ds.held_out], [task], cfg.context, device).spread(256)
+        train = data.Windows([ds.train], [task], cfg.context, device, cfg.data_device)
+        held_out = data.Windows([ds.held_out], [task], cfg.context, device, cfg.data_device).spread(256)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     model = dt.DecisionTransformer(dt.ModelConfig((task.obs_dim,), (task.act_dim,), cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context, cfg.dropout)).to(device)
     model.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(model)
+    if run.rank():
+        torch.manual_seed(cfg.seed + 2**32 * run.rank())  # dropout's masks differ among the processes, and nothing else
     print(f"{task.name}: {len(ds.lengths)} episodes, {ds.lengths.sum():,} steps; teacher of {model.n_params:,} parameters on {device}, "
           f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)  # fmt: skip
 
@@ -102,25 +107,28 @@ def main(cfg: Config):
 
     def update():
         """One update, in which nothing waits for the device."""
-        loss = nll(train.sample(cfg.batch_size, share, generator))
+        batch = train.sample(cfg.batch_size, share, generator)
+        loss, tokens = nll(batch), batch.mask.sum()
+        total, all_tokens = run.summed(loss.detach() * tokens, tokens)
         theta.grad.zero_()
-        loss.backward()
+        (loss * (tokens / all_tokens)).backward()  # of the mean over all processes' tokens
+        run.add_up(theta.grad)
         with torch.no_grad():
             norm = project_adamw(theta, theta.grad, None, m, v, schedule[done][0], alive, clip=cfg.grad_clip, weight_decay=cfg.weight_decay)[2]
-            record[done % cfg.log_interval] = torch.stack((loss, norm))
+            record[done % cfg.log_interval] = torch.stack((total / all_tokens, norm))
             done.add_(1)
 
     meta = {"tasks": [dataclasses.asdict(task)]}
     state = {"theta": theta.data, "m": m, "v": v, "done": done, "alive": alive, "record": record}
-    if kernels.compiled(device):
+    if kernels.compiled(device) and not train.host and run.world() == 1:
         update = run.captured(update, list(state.values()), generator)
     saved = run.Checkpoint(out, cfg, state, {"windows": generator}, dataclasses.asdict(task))
     first, log = saved.restore()
-    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc=f"teacher {task.name}", disable=None) as bar, saved:
+    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc=f"teacher {task.name}", disable=True if run.rank() else None) as bar, saved:
         for step in range(first, cfg.steps):
             update()
             bar.update()
-            if (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps:
+            if not run.rank() and ((step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
                 rows = record[: step % cfg.log_interval + 1].tolist()
                 for i, (loss, norm) in enumerate(rows, step + 1 - len(rows)):
                     if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
@@ -132,6 +140,9 @@ def main(cfg: Config):
                 log.flush()
                 bar.write(run.line(step + 1, cfg.steps, saved.seconds, f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"))
             saved.after(step + 1)
+    if run.rank():
+        run.meet()  # when rank 0 is done
+        return out
     held, trained = held_out_nll(), saved.seconds
     model.eval()
     dt.save(out, model, meta)
@@ -149,6 +160,7 @@ def main(cfg: Config):
     run.write_json(out / "metrics.json", {"tasks": {task.name: metrics}, "compression": None, "parameters": model.n_params,
                                           "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
     saved.finish()
+    run.meet()
     return out
 
 

@@ -177,6 +177,51 @@ def test_a_batch_of_64_windows_takes_at_most_a_fifth_of_a_millisecond():
     assert np.quantile(times, 0.1) < 4e-4  # 0.2 ms on an idle machine; this one may be shared
 
 
+@given(st.lists(st.lists(st.floats(0.01, 1), min_size=3, max_size=3), min_size=2, max_size=6), st.integers(0, 1000))
+def test_a_table_on_the_host_gives_the_same_windows_whatever_was_read_ahead(weights, seed):
+    d, _ = windows()
+    there, here = (data.Windows([d.train] * 3, [d.task] * 3, 5, where=where, targets=True) for where in ("device", "host"))
+    here.table[:, -2 * d.task.act_dim :] = there.table[:, -2 * d.task.act_dim :] = torch.rand(len(there.table), 2 * d.task.act_dim)
+    a, b = (torch.Generator().manual_seed(seed) for _ in range(2))
+    earlier = []
+    for w in weights:
+        shares = torch.tensor(w) / sum(w)
+        x, y = there.sample(8, shares, a), here.sample(8, shares, b)
+        assert here.ahead is not None and torch.equal(a.get_state(), b.get_state())
+        earlier.append((x, y))
+        assert all(torch.equal(p, q) for x, y in earlier for p, q in zip(x, y, strict=True))  # nor is a batch changed by the next
+
+
+def test_what_was_read_ahead_is_used():
+    d, _ = windows()
+    w = data.Windows([d.train], [d.task], 5, where="host")
+    generator, share = torch.Generator().manual_seed(0), torch.ones(1)
+    w.sample(8, share, generator)
+    w.ahead.result()
+    w.table = torch.zeros_like(w.table)  # from here on only what was read before is anything
+    assert w.sample(8, share, generator).states.any() and not w.sample(8, share, generator).states.any()
+
+
+def test_data_that_would_fill_half_the_devices_memory_stay_on_the_host(monkeypatch):
+    d, w = windows()
+    size = 4 * w.table.numel()
+    for room, host in ((2.1 * size, False), (1.9 * size, True)):
+        monkeypatch.setattr(data, "room", lambda device, room=room: room)
+        chosen = data.Windows([np.concatenate([d.train, d.held_out])], [d.task], 5)
+        assert chosen.host == host and torch.equal(chosen.table, w.table)
+    assert not data.Windows([d.train], [d.task], 5, where="device").host
+    assert not list(data.CACHE.glob("tmp*"))  # the file has no name
+
+
+def test_a_disk_without_room_for_the_table_is_told_before_anything_is_done(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "posix_fallocate", full)
+    with pytest.raises(run.UserError, match="no room for 0.0 GB in .* --data-device device"):
+        data.mapped((10, 10))
+
+
 # ---- the built-in data -----------------------------------------------------------------------------------------------
 
 

@@ -95,9 +95,9 @@ def teachers_of(sets, K=6):
 
 def test_cached_targets_are_the_teachers_outputs_with_at_least_half_a_context(two_tasks):
     K, ts = 6, teachers_of(two_tasks)
-    w = data.Windows([d.train for d in two_tasks], [d.task for d in two_tasks], K)
-    table = distill.cache_targets(ts, w)
-    t = w.table[:, -1].long()
+    w = data.Windows([d.train for d in two_tasks], [d.task for d in two_tasks], K, targets=True)
+    distill.cache_targets(ts, w)
+    table, t = torch.stack(w.table[:, -2 * w.A :].chunk(2, dim=-1)), w.table[:, w.O + w.A + 1].long()
     for row in range(len(w.table)):
         i = int(row >= w.size[0])
         fits = []
@@ -208,14 +208,14 @@ def test_without_surgery_the_loop_is_plain_adamw_on_the_mixed_loss(teachers, tmp
     got, _ = dt.load(tmp_path)
     ts = [dt.load(t)[0] for t in teachers]
     sets = [data.load(n) for n in ("tests/a-v0", "tests/b-v0")]
-    w = data.Windows([d.train for d in sets], [d.task for d in sets], 6)
-    table = distill.cache_targets(ts, w)
+    w = data.Windows([d.train for d in sets], [d.task for d in sets], 6, targets=True)
+    distill.cache_targets(ts, w)
     torch.manual_seed(0)
     gen, m = torch.Generator().manual_seed(0), dt.DecisionTransformer(got.cfg)
     opt = torch.optim.AdamW(m.parameters(), lr=1.0, weight_decay=1e-4)
     for step in range(10):
         b = w.sample(16, torch.tensor([0.5, 0.5]), gen)
-        sums, counts = gaussian_kl(*m(*b[:6]), *table[:, b.rows], b.mask, b.task, torch.tensor([2, 3]), "forward", 0.05)
+        sums, counts = gaussian_kl(*m(*b[:6]), *b.targets, b.mask, b.task, torch.tensor([2, 3]), "forward", 0.05)
         opt.zero_grad()
         (sums / counts).mean().backward()
         torch.nn.utils.clip_grad_norm_(m.parameters(), 5.0)
@@ -224,6 +224,12 @@ def test_without_surgery_the_loop_is_plain_adamw_on_the_mixed_loss(teachers, tmp
     for (name, p), q in zip(m.named_parameters(), got.parameters(), strict=True):
         if "qkv.bias" not in name:  # the keys' bias has no gradient but rounding, which AdamW enlarges
             assert torch.allclose(p, q, atol=1e-4), f"{name}: {(p - q).abs().max()}"
+
+
+def test_a_long_trainings_log_holds_no_more_than_so_many_rows(teachers, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "LOG_ROWS", 8)
+    student(teachers, tmp_path, steps=20, log_interval=10)
+    assert run.read_csv(tmp_path / "log.csv")["step"].tolist() == [1, 3, 6, 9, 10, 12, 15, 18, 20]
 
 
 @pytest.mark.parametrize(("spent", "left"), [(1.0, "0:03"), (20.0, "1:00"), (36.0, "1:48"), (39.9, "2:00")])

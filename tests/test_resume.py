@@ -1,16 +1,19 @@
 """Nothing lost: what is killed goes on from its last checkpoint and ends as if nothing had been."""
 
+import json
 import multiprocessing
 import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401 - once, before the fork
 import pytest
+import safetensors
 import torch
 
 import data
@@ -253,6 +256,39 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(runs
     said = capsys.readouterr().err
     assert said.count("No space left on device; choose another --out-dir or free the space; the run goes on without this checkpoint") == 3
     assert result(tmp_path / "run") == result(home / "teacher")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 KB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_on_a_disk_that_is_really_full_for_a_while_the_earlier_checkpoint_stays_and_the_run_ends_the_same(runs, small_disk, monkeypatch, capsys):
+    home, (_, options) = runs[0], runs[1]["teacher"]
+    real, at = run.Checkpoint.after, []
+
+    def after(self, step):
+        if step == 10:
+            with pytest.raises(OSError, match="No space left"), open(small_disk / "filler", "wb", buffering=0) as f:
+                while f.write(bytes(1024)):
+                    pass
+        if step == 40:
+            with safetensors.safe_open(small_disk / "run" / run.Checkpoint.NAME, "pt") as f:
+                at.append(json.loads(f.metadata()["about"])["step"])
+            (small_disk / "filler").unlink()
+        return real(self, step)
+
+    monkeypatch.setattr(run.Checkpoint, "after", after)
+    in_process(small_disk / "run", **options)
+    said = capsys.readouterr().err
+    assert at == [9] and said.count("checkpoint.safetensors: No space left on device") == 3
+    assert result(small_disk / "run") == result(home / "teacher")
 
 
 def test_rows_that_find_no_room_wait_for_it(tmp_path, monkeypatch, capsys):
