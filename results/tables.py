@@ -5,6 +5,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -47,11 +48,25 @@ def speed(device: str) -> str:
     return "\n".join([*out, *(f"{d}, threads: {t}, torch {v}, commit {c}." for d, t, v, c in sorted(at))])
 
 
+def processes(device: str, bandwidth=50e9, latency=10e-6, update=2e-3) -> str:
+    """Efficiency at two processes, measured; at more, for an update of `update` seconds on links of so many bytes a second and seconds a hop, worked out."""
+    with open(HERE / f"bench_{device}.csv", newline="") as f:
+        ms = {(r["contender"], r["size"]): float(r["ms"]) for r in csv.DictReader(f) if r["what"] == "processes"}
+    out = ["| | 1 process | 2 processes | efficiency | sent by each of W = 1000 | W = 8 | W = 64 | W = 1000 |", "|---" * 8 + "|"]
+    for who, numbers in (("teacher", 605_190 + 1), ("student", 111_140 + 4 * 3)):  # the gradient's and the scores'
+        one, two = ms[who, "1"], ms[who, "2"]
+        sent = {W: 2 * (W - 1) / W * 4 * numbers for W in (8, 64, 1000)}  # bytes of a ring all-reduce
+        worked_out = [update / (update + b / bandwidth + 4 * math.log2(W) * latency) for W, b in sent.items()]
+        out.append(f"| {who} | {one:.3g} ms | {two:.3g} ms | {one / two:.2f} | {sent[1000] / 1e6:.2f} MB | " + " | ".join(f"{x:.2f}" for x in worked_out) + " |")
+    return "\n".join(out)
+
+
 def main():
     for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
         print(f"\n{run}\n\n{student(run)}")
     for f in sorted(HERE.glob("bench_*.csv")):
         print(f"\n{f.stem}\n\n{speed(f.stem.removeprefix('bench_'))}")
+        print(f"\n{processes(f.stem.removeprefix('bench_'))}")
     print("\ntried: return, mean ± standard deviation over episodes, of the return asked for; NLL of a teacher, KL of a student")
     for f in sorted(HERE.glob("tried/*.json")):
         for name, m in json.loads(f.read_bytes())["tasks"].items():

@@ -173,5 +173,6 @@ def test_the_readmes_figures_come_from_the_runs_kept():
         assert figure in printed, figure
     results = said.split("## Results")[1].split("\n## ")[0]
     speed = said.split("## Speed")[1].split("What the figures say")[0]
-    tables = [line for line in (results + speed).splitlines() if line.startswith("| ")]
+    several = said.split("## Several processes")[1].split("\n## ")[0]
+    tables = [line for line in (results + speed + several).splitlines() if line.startswith("| ")]
     assert tables and all(line in printed for line in tables)
