@@ -25,7 +25,7 @@ CANDIDATES = 40  # of which they are chosen, evenly spaced over training
 STEADY = 0.1  # largest standard deviation of a kept policy's return over episodes, of the best policy's mean
 NOISE = (0.05, 0.1, 0.2)  # standard deviations of the action noise, in units of half the action range
 TRAIN_NOISE = 0.1  # the same while PPO trains
-PPO_STEPS = {"hopper": 3_000_000, "halfcheetah": 2_000_000, "walker2d": 2_000_000, "ant": 3_000_000}
+PPO_STEPS = {"hopper": 3_000_000, "halfcheetah": 2_000_000, "halfcheetah-back": 2_000_000, "walker2d": 2_000_000, "ant": 3_000_000}
 
 
 @dataclasses.dataclass

@@ -37,12 +37,13 @@ import behaviour
 import run
 
 # Built-in tasks: Gymnasium id, its options, and the returns of a random and an expert policy that D4RL normalises scores with
-# (github.com/Farama-Foundation/D4RL/blob/71a9549/d4rl/infos.py). Scores on v5 data are not comparable with D4RL's v2 tables.
+# (github.com/Farama-Foundation/D4RL/blob/71a9549/d4rl/infos.py); None: the data's own lowest and highest. Scores on v5 data are not comparable with D4RL's v2 tables.
 ENVS = {
     "hopper": ("Hopper-v5", {}, (-20.272305, 3234.3)),
     "halfcheetah": ("HalfCheetah-v5", {}, (-280.178953, 12135.0)),
     "walker2d": ("Walker2d-v5", {}, (1.629008, 4592.3)),
     "ant": ("Ant-v5", {"include_cfrc_ext_in_observation": False}, (-325.6, 3879.7)),  # 27-dimensional observations
+    "halfcheetah-back": ("HalfCheetah-v5", {"forward_reward_weight": -1.0}, None),  # halfcheetah's opposite: the same body, paid for running backwards
 }
 COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
@@ -390,8 +391,9 @@ def load(name: str, seed: int = 0) -> Dataset:
         x[:, : len(mean)] -= mean.astype(np.float32)
         x[:, : len(mean)] /= std.astype(np.float32)
         x[:, -2] /= rtg_scale
-    env = next((k for k, (env_id, *_) in ENVS.items() if about["env_id"] and env_id.split("-")[0] == about["env_id"].split("-")[0]), None)
-    reference, source = (ENVS[env][2], "D4RL constants") if env else ((float(returns.min()), float(returns.max())), "the dataset's lowest and highest return")
+    alike = [(kwargs, r) for id_, kwargs, r in ENVS.values() if about["env_id"] and id_.split("-")[0] == about["env_id"].split("-")[0]]
+    reference = next((r for kwargs, r in alike if kwargs == about["env_kwargs"]), alike[0][1] if alike else None)
+    reference, source = (reference, "D4RL constants") if reference else ((float(returns.min()), float(returns.max())), "the dataset's lowest and highest return")
     saturation = about.pop("saturation")
     task = Task(
         name=task_name(id_), dataset=id_, obs_dim=len(mean), act_dim=len(about["act_low"]),

@@ -30,7 +30,7 @@ import model as dt
 import run
 import surgery
 import teacher
-from kernels.kl import head_kl, per_teacher
+from kernels.kl import bounded, head_kl, per_teacher
 from kernels.project import project_adamw
 
 
@@ -52,7 +52,7 @@ class Config:
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
     alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update
-    loss: Literal["kl", "mse"] = "kl"  # mse: of the means, the baseline
+    loss: Literal["kl", "mse", "nll"] = "kl"  # baselines: mse of the means; nll of the data's own actions, with no teacher
     kl: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
     sigma_floor: float = 0.05  # added to every variance, squared; in units of half the action range
     temperature: float = 1.0  # times the teacher's sigma
@@ -187,9 +187,10 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
         else:
             p = dt.unflatten(student, vector)
             h, weight, bias = torch.func.functional_call(student, p, batch[:6], {"hidden": True}), p["head.weight"], p["head.bias"]
-        if loss == "mse":
-            mean = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]).chunk(2, dim=-1)[0].tanh()
-            return per_teacher((mean - wanted[0]).square(), batch.mask, batch.task, act_dims)
+        if loss != "kl":
+            mean, log_std = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]).chunk(2, dim=-1)
+            x = (mean.tanh() - wanted[0]).square() if loss == "mse" else dt.gaussian_nll(mean.tanh(), bounded(log_std), batch.actions)
+            return per_teacher(x, batch.mask, batch.task, act_dims)
         return head_kl(h, weight, bias, *wanted, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
 
     def distances(batch, wanted, vector=None, loss=cfg.loss):
@@ -202,7 +203,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
         order = functools.partial(order, power=cfg.novelty_power)
     farthest = cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf
     one_at_a_time, probe_interval = farthest or cfg.curriculum in curriculum.ONE_AT_A_TIME, cfg.probe_interval if farthest else cfg.log_interval
-    by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", "pcgrad")
+    by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", *surgery.EACH)
     estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
     fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
 
@@ -241,7 +242,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
         part = drawn / (cfg.batch_size * run.world())  # (N,) the shares as drawn
         L = sums / counts.clamp_min(1)
         loss = part @ L
-        if cfg.surgery == "pcgrad":
+        if cfg.surgery in surgery.EACH:
             rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
             g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
             run.add_up(g)
@@ -287,7 +288,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
              "record": record}  # fmt: skip
     # one captured graph for updates with a probe, one for those without; what reads the device in mid-update can't be captured
     updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
-    if kernels.compiled(device) and cfg.targets == "cached" and cfg.surgery != "pcgrad" and not train.host and run.world() == 1:
+    if kernels.compiled(device) and cfg.targets == "cached" and cfg.surgery not in surgery.EACH and not train.host and run.world() == 1:
         updates = {probing: run.captured(f, list(state.values()), generator) for probing, f in updates.items() if one_at_a_time or not probing}
     # mixed orders' batches show all teachers, always: they need no probe; fixed and uniform ones need it for the log alone
     return lambda step: updates[one_at_a_time and step % probe_interval == 0](), distances, state

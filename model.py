@@ -248,10 +248,10 @@ def unflatten(model, theta):
     return {n: v.view(s) for n, v, s in zip(names, theta.split([s.numel() for s in shapes]), shapes, strict=True)}
 
 
-def gaussian_nll(mean, log_std, x, mask):
-    """Negative log-likelihood per valid token and action dimension, in nats; mean, log_std, x (B, K, A), mask (B, K)."""
+def gaussian_nll(mean, log_std, x, mask=None):
+    """Negative log-likelihood in nats; mean, log_std, x (B, K, A): of each (B, K, A), or with a mask (B, K), the mean of valid tokens and action dimensions."""
     nll = log_std + 0.5 * ((x - mean) * (-log_std).exp()).square() + 0.9189385332046727  # log(2 pi) / 2
-    return nll.mean(-1).where(mask, 0.0).sum() / mask.sum()
+    return nll if mask is None else nll.mean(-1).where(mask, 0.0).sum() / mask.sum()
 
 
 def save(path, model, meta: dict):

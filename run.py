@@ -93,6 +93,8 @@ def check(cfg, **at_least):
         value = getattr(cfg, name)
         if not value >= least:  # NaN too
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if not hasattr(cfg, "device"):
+        return
     try:
         torch.empty(0, device=device(cfg))
     except (RuntimeError, AssertionError) as e:

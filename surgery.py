@@ -52,7 +52,7 @@ def average(g, u, kappa=None, changed=True):
 def pcgrad(g, u=None, kappa=None, changed=True, generator=None):
     """Every teacher's gradient against every other's, in random order (Yu et al. 2020, arXiv 2001.06782, algorithm 1).
 
-    Alone among the methods it takes g (n, P), one row per teacher in the batch, already times its share.
+    It takes g (n, P), one row per teacher in the batch, already times its share (EACH).
     """
     out = torch.zeros_like(g[0])
     for i in range(len(g)):
@@ -63,6 +63,7 @@ def pcgrad(g, u=None, kappa=None, changed=True, generator=None):
     return out, out
 
 
+EACH = ("pcgrad",)  # those that take every teacher's gradient
 METHODS = {"none": none, "previous": previous, "switch": switch, "average": average, "pcgrad": pcgrad}
 
 # The same in arguments of kernels.project.project_adamw, which does them on a GPU with clipping and AdamW; a test holds one to the other.

@@ -1,0 +1,545 @@
+"""The study: does learning from the least familiar teacher, without conflicting updates, make a better student?
+
+    python study.py                              # every run that results/study.csv lacks, then the report; stopped and called again, it goes on
+    python study.py --jobs 8 --seeds 20          # the same on a bigger machine
+    python study.py --cases conflict --only "novelty, previous" "all"
+    python study.py --report                     # table and figures from the CSV alone, in seconds
+
+A run is one student: one row, with all that made it. Its seed draws teachers too, one of three for each task, trained on other seeds. Learning rates
+are tuned for each variant and case on seeds of their own (rows of budget "tune"), then fixed. Budgets:
+
+    updates    as many updates for each variant
+    time       as many seconds: what scoring and projecting cost is taken off the updates
+    half       half the updates
+    acting     `acting_steps` updates, then episodes: retention, at three sizes
+
+What is measured: KL(teacher || student) on held-out episodes over training, the worst teacher's and the mean; retention. Interquartile means with 95 %
+stratified bootstrap intervals, probability of improvement and performance profiles as rliable defines them (Agarwal et al. 2021, arXiv 2108.13264).
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import curriculum
+import data
+import distill
+import evaluate
+import model as dt
+import run
+import surgery
+import teacher
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+# Tasks, and their teachers' updates. conflict: one body, opposed goals. thirdparty: 26 TRPO policies a task that nobody here trained (README, Results)
+CASES = {
+    "builtin": (("hopper", "halfcheetah", "walker2d", "ant"), 5000),
+    "conflict": (("halfcheetah", "halfcheetah-back"), 5000),
+    "thirdparty": (tuple(f"thirdparty/{t}/trpo-replay-v0" for t in ("hopper", "halfcheetah", "walker2d", "ant")), 1500),
+}
+P2 = {"novelty_power": 2.0}
+VARIANTS = {  # options of distill.py
+    # orders
+    "fixed": {"curriculum": "fixed", "surgery": "none"},
+    "all": {"curriculum": "all", "surgery": "none"},
+    "uniform": {"curriculum": "uniform", "surgery": "none"},
+    "dro": {"curriculum": "dro", "surgery": "none"},
+    "least": {"curriculum": "least", "surgery": "none"},
+    "novelty p=1": {"novelty_power": 1.0, "surgery": "none"},
+    "novelty p=2": {**P2, "surgery": "none"},
+    "novelty p=4": {"novelty_power": 4.0, "surgery": "none"},
+    "novelty p=inf": {"novelty_power": math.inf, "surgery": "none"},
+    # surgery
+    "novelty, previous": {**P2, "surgery": "previous"},
+    "novelty, switch": {**P2, "surgery": "switch"},
+    "novelty, average": {**P2, "surgery": "average"},
+    "novelty, pcgrad": {**P2, "surgery": "pcgrad"},
+    "novelty, previous by teacher": {**P2, "surgery": "previous", "surgery_scope": "teacher"},
+    "novelty, average by teacher": {**P2, "surgery": "average", "surgery_scope": "teacher"},
+    "uniform, previous": {"curriculum": "uniform", "surgery": "previous"},
+    "uniform, switch": {"curriculum": "uniform", "surgery": "switch"},
+    "uniform, average": {"curriculum": "uniform", "surgery": "average"},
+    "fixed, average": {"curriculum": "fixed", "surgery": "average"},
+    "novelty p=inf, average": {"novelty_power": math.inf, "surgery": "average"},
+    # both aims in one score
+    "novelty, alignment 1": {**P2, "surgery": "none", "alignment_weight": 1.0},
+    "novelty, alignment 4": {**P2, "surgery": "none", "alignment_weight": 4.0},
+    # rivals
+    "weights w=1": {"curriculum": "weights", "surgery": "none"},  # scalarisation: fixed shares ~ (the task's KL where all shares were equal)^w, on a tuning seed
+    "weights w=2": {"curriculum": "weights", "surgery": "none"},
+    "upgrad": {"curriculum": "all", "surgery": "upgrad"},  # Quinton and Rey 2024, arXiv 2406.16232
+    "cagrad": {"curriculum": "all", "surgery": "cagrad"},  # Liu et al. 2021, arXiv 2110.14048
+    "mse": {"curriculum": "all", "surgery": "none", "loss": "mse"},
+    "data": {"curriculum": "all", "surgery": "none", "loss": "nll"},  # no teachers
+    "one student per task": {"curriculum": "all", "surgery": "none"},  # of the same size together
+}
+LRS = (2e-3, 4e-3, 8e-3, 16e-3)
+HALF = ("fixed", "all", "novelty p=2", "novelty, previous", "novelty, average")
+ACTING = ("all", "novelty, previous")
+POINTS = 10  # of a curve
+
+
+def prepare():
+    """In each process that makes runs: one thread, and what others have made in the tables of the method."""
+    torch.set_num_threads(1)
+    run.keep_memory()
+    curriculum.METHODS["weights"] = lambda d, step, shares, generator: torch.tensor(curriculum.weights, device=d.device, dtype=d.dtype)
+    try:
+        from torchjd.aggregation import CAGrad, UPGrad
+
+        for name, make in (("upgrad", UPGrad), ("cagrad", functools.partial(CAGrad, c=0.5))):
+            aggregate = make()
+            surgery.METHODS[name] = lambda g, u, kappa=None, changed=True, f=aggregate: 2 * (len(g) * f(g),)  # theirs are means
+            surgery.EACH = (*surgery.EACH, name)
+    except ImportError:  # main has told
+        pass
+
+
+@dataclasses.dataclass
+class Config:
+    cases: tuple[str, ...] = ("builtin", "conflict", "thirdparty")  # keys of CASES
+    only: tuple[str, ...] = ()  # keys of VARIANTS; none: all
+    without: tuple[str, ...] = ()  # keys of VARIANTS to leave out
+    budgets: tuple[str, ...] = ("updates", "half", "time", "acting")
+    seeds: int = 10  # of the runs that count: 0, 1, ...
+    tune_seeds: int = 1  # of those that learning rates are chosen by: 100, 101, ...
+    teachers: int = 3  # trained for each task, on seeds 0, 1, ...
+    steps: int = 1000  # a student's updates
+    acting_steps: int = 4000  # the same where it acts
+    compression: float = 15.0  # of the runs that do not act: the teachers' parameters over the student's
+    compressions: tuple[float, ...] = (5.0, 15.0, 50.0)  # of those that do
+    jobs: int = 2  # runs at a time, one thread each
+    out: str = "results/study.csv"
+    work_dir: str = "out/study"  # teachers
+    report: bool = False  # no runs
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def teacher_dir(work_dir, name, seed):
+    return Path(work_dir) / "teachers" / f"{name.replace('/', '-')}-{seed}"
+
+
+@functools.lru_cache(1)
+def setup(case, seed, teachers, work_dir):
+    """A case's teachers as this seed draws them: models, tasks, metrics; their data with targets; the held-out windows, and the targets of those."""
+    rng = np.random.default_rng(seed)
+    dirs = [teacher_dir(work_dir, name, int(rng.integers(teachers))) for name in CASES[case][0]]
+    models, metas = zip(*map(dt.load, dirs), strict=True)
+    tasks = [data.tasks(meta, d)[0] for meta, d in zip(metas, dirs, strict=True)]
+    metrics = [run.read_json(d / "metrics.json")["tasks"][t.name] for d, t in zip(dirs, tasks, strict=True)]
+    sets = [data.load(t.dataset, t.split_seed) for t in tasks]
+    train = data.Windows([s.train for s in sets], tasks, models[0].cfg.context, targets=True)
+    held_out = data.Windows([s.held_out for s in sets], tasks, models[0].cfg.context).spread(256)
+    distill.cache_targets(models, train)
+    return models, tasks, metrics, train, held_out, distill.live_targets(models, held_out)
+
+
+def alone(i, windows, tasks):
+    """The windows of task i, with targets, as those of a single task."""
+    t, O, A = tasks[i], windows.O, windows.A
+    x = windows.table[int(windows.offset[i]) :][: int(windows.size[i])]
+    states, actions, rest, mean, log_std = x.split((O, A, 2, A, A), dim=1)
+    one = data.Windows([torch.cat((states[:, : t.obs_dim], actions[:, : t.act_dim], rest), 1).numpy()], [t], windows.K, targets=True)
+    one.table[:, -2 * t.act_dim :] = torch.cat((mean[:, : t.act_dim], log_std[:, : t.act_dim]), 1)
+    return one
+
+
+def width(tasks, context, n_layer, budget):
+    """n_embd, a multiple of 4, of the student whose parameters come nearest to `budget`."""
+
+    def parameters(C):
+        with torch.device("meta"):
+            return dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), n_layer, 1, C, context)).n_params
+
+    return min(range(4, 512, 4), key=lambda C: abs(parameters(C) - budget))
+
+
+def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targets):
+    """Train one student. Returns it; the curve [(update, [KL of each teacher])]; seconds, without those of measuring; and every update's cosine and whether it
+    was projected."""
+    torch.manual_seed(cfg.seed)
+    student = dt.DecisionTransformer(dt.ModelConfig(
+        tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, 1, cfg.n_embd, train.K))  # fmt: skip
+    student.bfloat16 = run.bfloat16(cfg)
+    update, distances, state = distill.learner(cfg, student, models, train, train.spread(cfg.probe_windows), torch.Generator().manual_seed(cfg.seed))
+    curve, rows, seconds = [], [], 0.0
+    for step in range(cfg.steps + 1):
+        if step % cfg.log_interval == 0:
+            student.eval()
+            with torch.no_grad():
+                curve.append((step, distances(held_out, held_out_targets, loss="kl").tolist()))
+            student.train()
+            rows.append(state["record"][:, 1:3].clone()) if step else None
+        if step < cfg.steps:
+            start = time.perf_counter()
+            try:
+                update(step)
+            except ValueError:  # a curriculum was told a distance that is NaN: what is measured from here on is infinite
+                with torch.no_grad():
+                    state["theta"].fill_(math.nan)
+                update = lambda step: None  # noqa: E731
+            seconds += time.perf_counter() - start
+    student.eval()
+    return student, curve, seconds, torch.cat(rows)
+
+
+def one_run(spec):
+    """A row of the CSV, from what it is to be: {case, variant, budget, seed, lr, steps, times, weights, teachers, work_dir}."""
+    models, tasks, metrics, train, held_out, held_out_targets = setup(spec["case"], spec["seed"], spec["teachers"], spec["work_dir"])
+    curriculum.weights = spec["weights"]
+    total = sum(m.n_params for m in models)
+    options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu", "dtype": "float32"}
+    if spec["variant"] == "one student per task":  # each with its part of the windows of every update
+        curves, seconds, parameters, returns = [], 0.0, 0, []
+        for i, t in enumerate(tasks):
+            C = width([t], train.K, 2, total / spec["times"] / len(tasks))
+            cfg = distill.Config(**VARIANTS["all"], **options, n_embd=C, batch_size=distill.Config.batch_size // len(tasks))
+            of_it = held_out.task == i
+            mine = data.Batch(*(x[of_it] for x in held_out[:-1]), held_out.targets[:, of_it])
+            mine = mine._replace(task=mine.task * 0, states=mine.states[..., : t.obs_dim], actions=mine.actions[..., : t.act_dim])
+            student, curve, s, log = distilled(cfg, models[i : i + 1], [t], alone(i, train, tasks), mine, held_out_targets[:, of_it, :, : t.act_dim])
+            curves.append(curve)
+            seconds, parameters = seconds + s, parameters + student.n_params
+            returns += [evaluate.scores(evaluate.rollout(student, t, 0, t.targets["p95"], 20, 1000)[0], t)] if spec["budget"] == "acting" else []
+        curve = [(points[0][0], [p[1][0] for p in points]) for points in zip(*curves, strict=True)]
+    else:
+        C = width(tasks, train.K, 2, total / spec["times"])
+        student, curve, seconds, log = distilled(distill.Config(**VARIANTS[spec["variant"]], **options, n_embd=C), models, tasks, train, held_out, held_out_targets)
+        parameters, returns = student.n_params, []
+        if spec["budget"] == "acting":
+            returns = [evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], 20, 1000)[0], t) for i, t in enumerate(tasks)]
+    retention = [r["normalized_score"] / m["normalized_score"] for r, m in zip(returns, metrics, strict=False)]
+    machine = run.machine(distill.Config(device="cpu", dtype="float32"))
+    return {
+        **{k: spec[k] for k in KEY}, "n_embd": C, "compression": f"{total / parameters:.2f}", "seconds": f"{seconds:.1f}", "ms": f"{1000 * seconds / spec['steps']:.2f}",
+        "projected": f"{log[:, 1].mean():.4f}", "cosine": dumps(np.quantile(log[1:, 0], [0.05, 0.25, 0.5, 0.75, 0.95])), "weights": dumps(spec["weights"]),
+        "steps_at": dumps([s for s, _ in curve]), "kl": dumps([kl for _, kl in curve]), "retention": dumps(retention),
+        **{k: machine[k] for k in ("device", "torch", "commit")}}  # fmt: skip
+
+
+def dumps(x):
+    return json.dumps(json.loads(json.dumps(x if isinstance(x, list) else list(x)), parse_float=lambda v: float(f"{float(v):.4g}")))
+
+
+KEY = ("case", "variant", "budget", "seed", "lr", "steps", "times")  # what tells two runs apart
+
+
+# ---- all runs --------------------------------------------------------------------------------------------------------
+
+
+def read(path):
+    """The CSV's rows, numbers and lists as such."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    for r in rows:
+        for k in ("seed", "steps", "n_embd"):
+            r[k] = int(r[k])
+        for k in ("lr", "times", "compression", "seconds", "ms", "projected"):
+            r[k] = float(r[k])
+        for k in ("cosine", "weights", "steps_at", "kl", "retention"):
+            r[k] = np.array(json.loads(r[k]))
+    return rows
+
+
+def add(path, row):
+    """The CSV with one row more, whole or as it was."""
+    text, path = io.StringIO(newline=""), Path(path)
+    out = csv.DictWriter(text, row)
+    if not path.exists():
+        out.writeheader()
+    out.writerow(row)
+    run.write(path, (path.read_bytes() if path.exists() else b"") + text.getvalue().encode())
+
+
+def worst(r):
+    """A run's last KL to its worst teacher; infinite where it was lost."""
+    return float(np.nan_to_num(r["kl"][-1].max(), nan=math.inf))
+
+
+def tuned(rows, case, variant):
+    """The learning rate with which the worst teacher's last KL is lowest on the tuning seeds, geometric mean; and those seeds' KL of each teacher with it."""
+    by_lr = {lr: [r for r in rows if (r["case"], r["variant"], r["budget"], r["lr"]) == (case, variant, "tune", lr)] for lr in LRS}
+    lr = min(LRS, key=lambda lr: np.log([worst(r) for r in by_lr[lr]]).mean() if by_lr[lr] else math.inf)
+    return lr, [r["kl"][-1] for r in by_lr[lr]], np.median([r["ms"] for rs in by_lr.values() for r in rs] or [math.nan])
+
+
+def weights(rows, case, variant):
+    """Shares of the fixed weights: from the tuning runs with equal shares."""
+    if "w=" not in variant:
+        return []
+    kl = np.mean(tuned(rows, case, "all")[1], 0) ** float(variant.split("w=")[1])
+    return (kl / kl.sum()).tolist()
+
+
+def plan(cfg: Config, rows, stage):
+    """The runs of a stage (0: tuning, 1: tuning of what needs the first, 2: those that count), as one_run takes them."""
+    names = [v for v in cfg.only or VARIANTS if v not in cfg.without]
+    fixed = {"steps": cfg.steps, "times": cfg.compression, "teachers": cfg.teachers, "work_dir": cfg.work_dir}
+    if stage < 2:
+        also = {"fixed", "all"} if stage == 0 else set()  # the time budget and the weights are counted from them
+        for case in cfg.cases:
+            for seed in range(100, 100 + cfg.tune_seeds):
+                for v in dict.fromkeys((*also, *names)):
+                    if ("w=" in v) == (stage == 1):
+                        yield from ({"case": case, "variant": v, "budget": "tune", "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed} for lr in LRS)
+        return
+    for budget in cfg.budgets:
+        for seed in range(cfg.seeds):
+            for case in cfg.cases:
+                for v in names:
+                    lr, _, ms = tuned(rows, case, v)
+                    spec = {"case": case, "variant": v, "budget": budget, "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed}
+                    slower = ms / tuned(rows, case, "fixed")[2]
+                    if budget == "updates" or (budget == "half" and v in HALF):
+                        yield {**spec, "steps": cfg.steps // (1 + (budget == "half"))}
+                    elif budget == "time" and slower > 1.1:
+                        yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
+                    elif budget == "acting" and v in ACTING and case != "conflict":
+                        yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in cfg.compressions)
+
+
+def train_teachers(cfg: Config):
+    for case in cfg.cases:
+        for name in CASES[case][0]:
+            for seed in range(cfg.teachers):
+                out = teacher_dir(cfg.work_dir, name, seed)
+                if run.read_json(out / "metrics.json") is None:
+                    which = {"env": name} if name in data.ENVS else {"dataset": name}
+                    print(f"no teacher in {out}: training it", flush=True)
+                    teacher.main(teacher.Config(**which, steps=CASES[case][1], seed=seed, out_dir=str(out), resume=True))
+
+
+def main(cfg: Config):
+    run.check(cfg, seeds=1, tune_seeds=1, teachers=1, steps=POINTS, acting_steps=POINTS, jobs=1)
+    for option, known in (("cases", CASES), ("only", VARIANTS), ("without", VARIANTS)):
+        unknown = set(getattr(cfg, option)) - set(known)
+        if unknown:
+            raise run.UserError(f"--{option} {unknown.pop()}: choose from {', '.join(known)}")
+    if not cfg.report:
+        if not {"upgrad", "cagrad"} & set(cfg.without) and importlib.util.find_spec("torchjd") is None:
+            raise run.UserError("upgrad and cagrad need torchjd: pip install 'torchjd[quadprog_projector,cagrad]'; or --without upgrad cagrad")
+        train_teachers(cfg)
+        for stage in range(3):
+            rows = read(cfg.out)
+            there = {tuple(r[k] for k in KEY) for r in rows}
+            specs = [s for s in plan(cfg, rows, stage) if tuple(s[k] for k in KEY) not in there]
+            if specs:
+                run_all(cfg, specs, rows)
+    report(cfg)
+
+
+def run_all(cfg: Config, specs, rows):
+    spent = [r["seconds"] / r["steps"] for r in rows] or [0.03]
+    print(f"{len(specs)} runs of about {np.mean(spent) * np.mean([s['steps'] for s in specs]):.0f} s, {cfg.jobs} at a time", flush=True)
+    with contextlib.ExitStack() as stack:
+        if cfg.jobs == 1:
+            prepare()
+            made = map(one_run, specs)
+        else:
+            made = stack.enter_context(multiprocessing.get_context("spawn").Pool(cfg.jobs, prepare)).imap_unordered(one_run, specs)
+        for row in tqdm(made, total=len(specs), unit="run", disable=None):
+            add(cfg.out, row)
+            kl = " ".join(f"{x:.3f}" for x in json.loads(row["kl"])[-1])
+            tqdm.write(f"{row['case']}, {row['variant']}, {row['budget']}, seed {row['seed']}, lr {row['lr']:g}: KL {kl} | {row['seconds']} s")
+
+
+# ---- statistics: rliable's definitions -------------------------------------------------------------------------------
+
+
+def iqm(x):
+    """Interquartile mean: of the middle half of x."""
+    x = np.sort(np.ravel(x))
+    cut = len(x) // 4
+    return x[cut : len(x) - cut].mean()
+
+
+def interval(statistic, strata, n=2000):
+    """95 % percentile bootstrap of statistic(strata); strata: arrays whose first axis is seeds, each resampled by itself."""
+    rng = np.random.default_rng(0)
+    drawn = [statistic([x[rng.integers(len(x), size=len(x))] for x in strata]) for _ in range(n)]
+    return np.quantile(drawn, [0.025, 0.975])
+
+
+def improvement(pairs):
+    """Probability that a run of the first is better (lower) than one of the second, ties half; pairs: (first, second) of each case, averaged over cases."""
+    return np.mean([(x[:, None] < y).mean() + (x[:, None] == y).mean() / 2 for x, y in pairs])
+
+
+def cell(statistic, strata, form="{:.3f}"):
+    """A value with its interval, as text; strata: a list of arrays."""
+    low, high = interval(statistic, strata)
+    return f"{form.format(statistic(strata))} ({form.format(low)}-{form.format(high)})"
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def report(cfg: Config):
+    """Print the tables, write the figures beside the CSV."""
+    rows = read(cfg.out)
+    if not rows:
+        raise run.UserError(f"{cfg.out} holds no run; run study.py without --report first")
+    of = {}  # {(budget, times): {case: {variant: runs, by seed}}}
+    for r in sorted(rows, key=lambda r: r["seed"]):
+        of.setdefault((r["budget"], r["times"]), {}).setdefault(r["case"], {}).setdefault(r["variant"], []).append(r)
+    order = {v: i for i, v in enumerate(VARIANTS)}
+    for budget, title in (("updates", "equal updates"), ("time", "equal time"), ("half", "half the updates")):
+        by_case = of.get((budget, cfg.compression), {})
+        reference = of.get(("updates", cfg.compression), {})  # `fixed` is its own time budget
+        if budget == "time":
+            by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if v not in vs}, **vs} for c, vs in by_case.items()}
+        if by_case:
+            print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
+            print(table(by_case, reference, sorted({v for c in by_case.values() for v in c}, key=order.get)))
+    retention = {times: by_case for (budget, times), by_case in sorted(of.items()) if budget == "acting"}
+    if retention:
+        print(f"\nretention\n\n{retention_table(retention)}")
+    by_case = of.get(("updates", cfg.compression), {})
+    if by_case:
+        folder = Path(cfg.out).parent
+        plot_orders(folder / "study_orders.png", by_case)
+        plot_surgery(folder / "study_surgery.png", by_case)
+        if retention:
+            plot_retention(folder / "study_retention.png", retention)
+
+
+def scores(runs):
+    return np.array([worst(r) for r in runs])
+
+
+def curve(r):
+    """Worst teacher's KL at each point measured, (POINTS + 1,)."""
+    return r["kl"].max(1)
+
+
+def table(by_case, reference, variants):
+    """A line for each variant. Columns: each case; what is pooled over cases: KL over fixed order's, probability of improvement over it, area under the curve."""
+    cases = [c for c in by_case if "fixed" in reference.get(c, {})]
+    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | area | lr | ms | projected |", "|---" * (len(cases) + 8) + "|"]
+    for v in variants:
+        there = [c for c in cases if v in by_case[c]]
+        runs = {c: by_case[c][v] for c in there}
+        cells = [cell(lambda s: iqm(s[0]), [scores(runs[c])]) if c in there else "" for c in cases]
+        if there:
+            fixed = {c: reference[c]["fixed"] for c in there}
+            ratio = [scores(runs[c]) / iqm(scores(fixed[c])) for c in there]
+            pairs = [x for c in there for x in (scores(runs[c]), scores(fixed[c]))]
+            area = [np.exp(np.mean([np.log(curve(r)[1:] / curve(f)[1:].mean()) for r, f in zip(runs[c], fixed[c], strict=False)], 1)) for c in there]
+            every = [r for c in there for r in runs[c]]
+            cells += [cell(lambda s: iqm(np.concatenate(s)), ratio, "{:.2f}"), cell(lambda s: improvement(zip(s[::2], s[1::2], strict=True)), pairs, "{:.2f}"),
+                      f"{iqm(np.concatenate(area)):.2f}", "/".join(f"{1000 * runs[c][0]['lr']:g}" for c in there),
+                      f"{np.median([r['ms'] for r in every]):.0f}", f"{100 * np.mean([r['projected'] for r in every]):.0f} %"]  # fmt: skip
+            out.append(f"| {v} | {'/'.join(str(len(runs[c])) for c in there)} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def retention_table(retention):
+    out = ["| case | compression | | seeds | mean | worst task |", "|---|---|---|---|---|---|"]
+    for times, by_case in retention.items():
+        for case, by_variant in by_case.items():
+            for v, runs in by_variant.items():
+                kept = np.array([r["retention"] for r in runs])  # (seeds, tasks)
+                out.append(f"| {case} | {times:g} | {v} | {len(runs)} | {cell(lambda s: iqm(s[0].mean(1)), [kept])} | {cell(lambda s: iqm(s[0].min(1)), [kept])} |")
+    return "\n".join(out)
+
+
+def figure(path, n, width=4.2, height=3.6):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, n, figsize=(width * n, height), layout="constrained", squeeze=False)
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes[0]
+
+
+def plot_orders(path, by_case):
+    """Worst teacher's KL over updates by order, and performance profiles of the same runs."""
+    orders = ("fixed", "all", "uniform", "dro", "least", "novelty p=1", "novelty p=2", "novelty p=4", "novelty p=inf")
+    fig, axes = figure(path, len(by_case) + 1)
+    for ax, (case, runs) in zip(axes, by_case.items(), strict=False):
+        for i, v in enumerate(o for o in orders if o in runs):
+            curves, at = np.array([curve(r) for r in runs[v]]), runs[v][0]["steps_at"]
+            band = np.array([interval(lambda s: iqm(s[0]), [curves[:, k]], 300) for k in range(len(at))]).T
+            ax.plot(at[1:], [iqm(c) for c in curves.T][1:], color=style(i)[0], linestyle=style(i)[1], label=v)
+            ax.fill_between(at[1:], *band[:, 1:], color=style(i)[0], alpha=0.12, linewidth=0)
+        seeds = "/".join(str(n) for n in sorted({len(runs[o]) for o in orders if o in runs}))
+        ax.set(yscale="log", xlabel="update", title=f"{case} ({seeds} seeds)")
+    axes[0].set_ylabel("KL to the worst teacher, held-out (nats)")
+    axes[0].legend(frameon=False, fontsize=8)
+    tau = np.geomspace(0.3, 3, 200)
+    cases = [c for c in by_case if "fixed" in by_case[c]]
+    for i, v in enumerate(orders):
+        x = [scores(by_case[c][v]) / iqm(scores(by_case[c]["fixed"])) for c in cases if v in by_case[c]]
+        if x:
+            axes[-1].plot(tau, [np.mean([(s <= t).mean() for s in x]) for t in tau], color=style(i)[0], linestyle=style(i)[1], label=v)
+    axes[-1].set(xscale="log", xlabel="last KL over fixed order's (τ)", ylabel="share of runs at or below τ", title="performance profiles")
+    axes[-1].set_xticks([0.3, 0.5, 1, 2, 3], ["0.3", "0.5", "1", "2", "3"])
+    axes[-1].minorticks_off()
+    fig.savefig(path, dpi=120)
+
+
+def style(i):
+    return distill.COLOURS[i % 8], ("-", "--")[i // 8 % 2]
+
+
+def plot_surgery(path, by_case):
+    """Last worst KL of each surgery, beside none, under novelty and under one teacher at a time; and what share of updates it changed."""
+    groups = {"novelty p=2": [v for v in VARIANTS if v.startswith("novelty, ") and "alignment" not in v],
+              **{base: [v for v in VARIANTS if v.startswith(f"{base}, ")] for base in ("uniform", "fixed", "novelty p=inf")}}  # fmt: skip
+    fig, axes = figure(path, len(by_case), 4.6, 4.2)
+    for ax, (case, runs) in zip(axes, by_case.items(), strict=True):
+        y, names = 0, []
+        for i, (base, with_surgery) in enumerate(groups.items()):
+            for v in (base, *with_surgery):
+                if v in runs and base in runs:
+                    value, (low, high) = iqm(scores(runs[v])), interval(lambda s: iqm(s[0]), [scores(runs[v])])
+                    ax.plot([low, high], [y, y], color=distill.COLOURS[i], linewidth=2)
+                    ax.plot(value, y, "o" if v != base else "s", color=distill.COLOURS[i])
+                    names.append(f"{v}, none" if v == base else f"{v} ({100 * np.mean([r['projected'] for r in runs[v]]):.0f} %)")
+                    y -= 1
+        ax.set_yticks(range(0, -len(names), -1), names, fontsize=7)
+        ax.set(xscale="log", xlabel="last KL to the worst teacher (nats)", title=f"{case} (share of updates projected)")
+    fig.savefig(path, dpi=120)
+
+
+def plot_retention(path, retention):
+    cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
+    fig, axes = figure(path, len(cases))
+    for ax, case in zip(axes, cases, strict=True):
+        for i, v in enumerate(dict.fromkeys(v for by_case in retention.values() for v in by_case.get(case, {}))):
+            for j, (pick, label) in enumerate(((lambda x: x.mean(1), "mean of tasks"), (lambda x: x.min(1), "worst task"))):
+                points = [(t, np.array([r["retention"] for r in by_case[case][v]])) for t, by_case in retention.items() if v in by_case.get(case, {})]
+                x, y = [t for t, _ in points], [iqm(pick(k)) for _, k in points]
+                bars = np.array([interval(lambda s, pick=pick: iqm(pick(s[0])), [k]) for _, k in points])
+                ax.errorbar(np.array(x) * (1 + 0.03 * i), y, [np.array(y) - bars[:, 0], bars[:, 1] - np.array(y)], color=distill.COLOURS[i],
+                            linestyle=("-", ":")[j], marker="o", markersize=3, capsize=2, label=f"{v}, {label}")  # fmt: skip
+        ax.axhline(1, color="grey", linewidth=0.8)
+        ax.set(xscale="log", xlabel="compression (teachers' parameters over the student's)", title=case, ylabel="retention" if ax is axes[0] else None)
+        ax.set_xticks(x, [f"{t:g}" for t in x])
+        ax.minorticks_off()
+        ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, __doc__)

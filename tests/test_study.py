@@ -1,0 +1,157 @@
+"""The study's statistics and bookkeeping; its runs in miniature."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import curriculum
+import run
+import study
+import surgery
+import teacher
+from conftest import make_dataset
+
+numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40).map(np.array)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_interquartile_mean_is_that_of_the_middle_half():
+    assert study.iqm(np.array([100.0, 2, 3, 4, 5, 6, 7, -50])) == 4.5
+    assert study.iqm(np.arange(10.0)) == 4.5  # of ten, the middle six
+
+
+@given(numbers, st.integers(0, 1000))
+def test_the_interquartile_mean_lies_between_the_quartiles_and_does_not_know_order(x, seed):
+    x = np.round(x, 3)
+    low, high = np.quantile(x, [0.25, 0.75], method="inverted_cdf")
+    assert min(x) - 1e-6 <= study.iqm(x) <= max(x) + 1e-6 and low - 1e-6 <= study.iqm(x) + (high - low)
+    assert study.iqm(np.random.default_rng(seed).permutation(x)) == pytest.approx(study.iqm(x))
+
+
+@given(numbers, numbers)
+def test_the_probability_of_improvement_and_its_opposite_make_one(x, y):
+    assert study.improvement([(x, y)]) + study.improvement([(y, x)]) == pytest.approx(1)
+    assert study.improvement([(x, x)]) == pytest.approx(0.5)
+
+
+def test_the_probability_of_improvement_counts_pairs_and_cases_alike():
+    better, worse = np.array([1.0, 2.0]), np.array([3.0, 4.0, 5.0])
+    assert study.improvement([(better, worse)]) == 1 and study.improvement([(worse, better)]) == 0
+    assert study.improvement([(better, worse), (worse, better)]) == 0.5
+    assert study.improvement([(np.array([1.0, 4.0]), np.array([2.0, 4.0]))]) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+
+
+def test_95_of_100_intervals_hold_the_true_mean():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(100):
+        low, high = study.interval(lambda s: np.mean([x.mean() for x in s]), [rng.normal(1, 1, 20), rng.normal(3, 5, 20)], 300)
+        held += low < 2 < high
+    assert 88 <= held <= 99
+
+
+def test_an_interval_resamples_each_case_by_itself():
+    low, high = study.interval(lambda s: np.concatenate(s).mean(), [np.zeros(5), np.full(5, 10.0)])
+    assert low == high == 5
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    home = tmp_path_factory.mktemp("study")
+    for i in range(2):
+        make_dataset(f"tests/study-{i}-v0", [30, 25, 40, 20, 30], obs_dim=3 + i, act_dim=1 + i, seed=i)
+        for seed in range(2):
+            teacher.main(teacher.Config(dataset=f"tests/study-{i}-v0", steps=10, n_layer=1, n_embd=16, batch_size=4, eval_episodes=0, device="cpu", seed=seed,
+                                        out_dir=str(study.teacher_dir(home, f"tests/study-{i}-v0", seed))))  # fmt: skip
+    return home
+
+
+@pytest.fixture
+def tiny(work, tmp_path, monkeypatch):
+    """A configuration of the study that takes seconds."""
+    monkeypatch.setitem(study.CASES, "tests", (("tests/study-0-v0", "tests/study-1-v0"), 10))
+    monkeypatch.setattr(study, "LRS", (1e-3, 8e-3))
+    monkeypatch.setattr(curriculum, "METHODS", dict(curriculum.METHODS))
+    monkeypatch.setattr(surgery, "METHODS", dict(surgery.METHODS))
+    monkeypatch.setattr(surgery, "EACH", surgery.EACH)
+    monkeypatch.setattr(study, "prepare", lambda real=study.prepare: (real(), torch.set_num_threads(torch.get_num_threads())))
+    return study.Config(cases=("tests",), only=("fixed", "all", "novelty p=2", "weights w=1", "one student per task"), without=("upgrad", "cagrad"), seeds=2, teachers=2,
+                        budgets=("updates", "half"), steps=20, compression=1.0, jobs=1, out=str(tmp_path / "results/study.csv"), work_dir=str(work))  # fmt: skip
+
+
+def rows_of(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_study_makes_the_runs_that_are_missing_and_no_others(tiny, capsys):
+    study.main(tiny)
+    rows = rows_of(tiny.out)
+    assert len(rows) == 5 * 2 + 2 * (5 + 3)  # tuned at two rates; two seeds of all, and three of them with half the updates
+    assert len({tuple(r[k] for k in study.KEY) for r in rows}) == len(rows)
+    said = capsys.readouterr().out
+    assert "| novelty p=2 | 2 |" in said and "equal updates" in said
+    for picture in ("study_orders.png", "study_surgery.png"):
+        assert (study.Path(tiny.out).parent / picture).stat().st_size > 10_000
+    study.main(tiny)
+    assert rows_of(tiny.out) == rows  # nothing done again
+    lost = rows[-1]
+    study.Path(tiny.out).unlink()
+    for r in rows[:-1]:
+        study.add(tiny.out, r)
+    study.main(tiny)
+    again = rows_of(tiny.out)[-1]
+    timing = ("seconds", "ms")
+    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in lost.items() if k not in timing}
+
+
+def test_a_seed_draws_the_teachers_too(tiny):
+    drawn = {tuple(m.head.weight.sum().item() for m in study.setup("tests", seed, 2, tiny.work_dir)[0]) for seed in range(12)}
+    assert len(drawn) == 4
+    a, b = (study.setup("tests", 3, 2, tiny.work_dir)[3].table for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_students_of_one_task_each_see_their_own_windows(tiny):
+    models, tasks, _, train, *_ = study.setup("tests", 0, 2, tiny.work_dir)
+    for i, t in enumerate(tasks):
+        one, rows = study.alone(i, train, tasks), slice(int(train.offset[i]), int(train.offset[i] + train.size[i]))
+        a = one.gather(torch.zeros(len(one.table), dtype=torch.long), torch.arange(len(one.table)))
+        b = train.gather(torch.full((len(one.table),), i), torch.arange(rows.start, rows.stop))
+        m = a.mask[..., None]
+        assert torch.equal(a.mask, b.mask) and torch.equal(a.states * m, b.states[..., : t.obs_dim] * m) and torch.equal(a.rtg * a.mask, b.rtg * b.mask)
+        assert torch.equal(a.targets * m, b.targets[..., : t.act_dim] * m) and torch.equal(a.actions * m, b.actions[..., : t.act_dim] * m)
+
+
+def test_a_learning_rate_is_chosen_by_the_worst_teachers_last_kl_on_the_tuning_seeds_alone():
+    def row(budget, lr, *kl):
+        return {"case": "c", "variant": "v", "budget": budget, "lr": lr, "ms": 1.0, "kl": np.array([[9.0, 9.0], kl])}
+
+    rows = [row("tune", 2e-3, 0.1, 0.5), row("tune", 4e-3, 0.3, 0.4), row("tune", 8e-3, 0.01, 0.6), row("updates", 16e-3, 0.0, 0.0), row("tune", 16e-3, math.nan, 0.1)]
+    assert study.tuned(rows, "c", "v")[0] == 4e-3
+
+
+def test_a_run_that_is_lost_to_nan_counts_as_the_worst_there_is(tiny):
+    spec = {"case": "tests", "variant": "all", "budget": "tune", "seed": 0, "lr": 1e30, "steps": 20, "times": 1.0, "weights": []}
+    spec |= {"teachers": 2, "work_dir": tiny.work_dir}
+    study.prepare()
+    study.add(tiny.out, study.one_run(spec))
+    assert study.worst(study.read(tiny.out)[0]) > 1e3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"cases": ("nowhere",)}, "--cases nowhere: choose from builtin"), ({"only": ("x",)}, "--only x: choose from fixed"), ({"report": True}, "holds no run")],
+)
+def test_mistakes_are_told_in_one_line(tiny, change, said):
+    with pytest.raises(run.UserError, match=said):
+        study.main(study.dataclasses.replace(tiny, **change))
