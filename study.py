@@ -11,7 +11,7 @@ are tuned for each variant and case on seeds of their own (rows of budget "tune"
     updates    as many updates for each variant
     time       as many seconds: what scoring and projecting cost is taken off the updates
     half       half the updates
-    acting     `acting_steps` updates, then episodes: retention, at three sizes
+    acting     `acting_steps` updates, then 20 episodes of each task: retention, at three sizes
 
 What is measured: KL(teacher || student) on held-out episodes over training, the worst teacher's and the mean; retention. Interquartile means with 95 %
 stratified bootstrap intervals, probability of improvement and performance profiles as rliable defines them (Agarwal et al. 2021, arXiv 2108.13264).
@@ -88,7 +88,7 @@ VARIANTS = {  # options of distill.py
 }
 LRS = (2e-3, 4e-3, 8e-3, 16e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty, previous", "novelty, average")
-ACTING = ("all", "novelty, previous")
+ACTING = {"all": (15.0,), "novelty, previous": (5.0, 15.0, 50.0)}  # the teachers' parameters over the student's
 POINTS = 10  # of a curve
 
 
@@ -117,10 +117,9 @@ class Config:
     seeds: int = 10  # of the runs that count: 0, 1, ...
     tune_seeds: int = 1  # of those that learning rates are chosen by: 100, 101, ...
     teachers: int = 3  # trained for each task, on seeds 0, 1, ...
-    steps: int = 1000  # a student's updates
+    steps: int = 700  # a student's updates
     acting_steps: int = 4000  # the same where it acts
     compression: float = 15.0  # of the runs that do not act: the teachers' parameters over the student's
-    compressions: tuple[float, ...] = (5.0, 15.0, 50.0)  # of those that do
     jobs: int = 2  # runs at a time, one thread each
     out: str = "results/study.csv"
     work_dir: str = "out/study"  # teachers
@@ -160,13 +159,13 @@ def alone(i, windows, tasks):
 
 
 def width(tasks, context, n_layer, budget):
-    """n_embd, a multiple of 4, of the student whose parameters come nearest to `budget`."""
+    """n_embd, a multiple of 8, of the student whose parameters come nearest to `budget`."""
 
     def parameters(C):
         with torch.device("meta"):
             return dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), n_layer, 1, C, context)).n_params
 
-    return min(range(4, 512, 4), key=lambda C: abs(parameters(C) - budget))
+    return min(range(8, 512, 8), key=lambda C: abs(parameters(C) - budget))
 
 
 def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targets):
@@ -203,7 +202,7 @@ def one_run(spec):
     models, tasks, metrics, train, held_out, held_out_targets = setup(spec["case"], spec["seed"], spec["teachers"], spec["work_dir"])
     curriculum.weights = spec["weights"]
     total = sum(m.n_params for m in models)
-    options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu", "dtype": "float32"}
+    options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu"}
     if spec["variant"] == "one student per task":  # each with its part of the windows of every update
         curves, seconds, parameters, returns = [], 0.0, 0, []
         for i, t in enumerate(tasks):
@@ -224,12 +223,12 @@ def one_run(spec):
         if spec["budget"] == "acting":
             returns = [evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], 20, 1000)[0], t) for i, t in enumerate(tasks)]
     retention = [r["normalized_score"] / m["normalized_score"] for r, m in zip(returns, metrics, strict=False)]
-    machine = run.machine(distill.Config(device="cpu", dtype="float32"))
+    machine = run.machine(distill.Config(device="cpu"))
     return {
         **{k: spec[k] for k in KEY}, "n_embd": C, "compression": f"{total / parameters:.2f}", "seconds": f"{seconds:.1f}", "ms": f"{1000 * seconds / spec['steps']:.2f}",
         "projected": f"{log[:, 1].mean():.4f}", "cosine": dumps(np.quantile(log[1:, 0], [0.05, 0.25, 0.5, 0.75, 0.95])), "weights": dumps(spec["weights"]),
         "steps_at": dumps([s for s, _ in curve]), "kl": dumps([kl for _, kl in curve]), "retention": dumps(retention),
-        **{k: machine[k] for k in ("device", "torch", "commit")}}  # fmt: skip
+        **{k: machine[k] for k in ("device", "dtype", "torch", "commit")}}  # fmt: skip
 
 
 def dumps(x):
@@ -311,8 +310,8 @@ def plan(cfg: Config, rows, stage):
                         yield {**spec, "steps": cfg.steps // (1 + (budget == "half"))}
                     elif budget == "time" and slower > 1.1:
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
-                    elif budget == "acting" and v in ACTING and case != "conflict":
-                        yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in cfg.compressions)
+                    elif budget == "acting" and v in ACTING:
+                        yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in ACTING[v])
 
 
 def train_teachers(cfg: Config):
