@@ -77,6 +77,11 @@ VARIANTS = {  # options of distill.py
     # both aims in one score
     "novelty, alignment 1": {**P2, "surgery": "none", "alignment_weight": 1.0},
     "novelty, alignment 4": {**P2, "surgery": "none", "alignment_weight": 4.0},
+    # attempts at mending what does not help
+    "relative novelty": {"curriculum": "relative", "surgery": "none"},
+    "argmax, stay 20": {"curriculum": "stay", "surgery": "none"},
+    "novelty, average 0.99": {**P2, "surgery": "average 0.99"},
+    "novelty, Adam's metric": {**P2, "surgery": "metric"},
     # rivals
     "weights w=1": {"curriculum": "weights", "surgery": "none"},  # scalarisation: fixed shares ~ (the task's KL where all shares were equal)^w, on a tuning seed
     "weights w=2": {"curriculum": "weights", "surgery": "none"},
@@ -93,17 +98,47 @@ POINTS = 10  # of a curve
 
 
 def prepare():
-    """In each process that makes runs: one thread, and what others have made in the tables of the method."""
+    """In each process that makes runs."""
     torch.set_num_threads(1)
     run.keep_memory()
-    curriculum.METHODS["weights"] = lambda d, step, shares, generator: torch.tensor(curriculum.weights, device=d.device, dtype=d.dtype)
+
+
+def extend(weights, act_dims):
+    """Puts what is not the project's own into the tables of the method, anew for each run: an extension as README describes it."""
+    first, v = torch.zeros(len(act_dims)), torch.zeros(())
+
+    def relative(d, step, shares, generator):
+        """Novelty of the KL over its own first value: no teacher is preferred for the scale of its KL."""
+        if step == 0:
+            first.copy_(d)
+        return curriculum.novelty(d / first, step, shares, generator)
+
+    def stay(d, step, shares, generator):
+        """The farthest teacher alone, and then for 20 updates."""
+        return curriculum.novelty(d, step, shares, generator, power=math.inf) if step % 20 == 0 else shares
+
+    def long_average(g, u, kappa=None, changed=True):
+        """Never against the average of the last hundred updates."""
+        g = surgery.surgered(g, u, kappa)
+        return g, 0.99 * u + 0.01 * g
+
+    def metric(g, u, kappa=None, changed=True):
+        """`previous` in Adam's metric: what is never opposed is the last update as AdamW scales it, not its gradient."""
+        nonlocal v
+        v = 0.999 * v + 0.001 * g * g
+        scale = 1 / (v.sqrt() + 1e-8)
+        gu, uu = g @ (scale * u), u @ (scale * u)
+        g = g - torch.where(uu > 0, gu.clamp_max(0) / uu, 0.0) * u
+        return g, g
+
+    curriculum.METHODS |= {"relative": relative, "stay": stay, "weights": lambda d, step, shares, generator: torch.tensor(weights)}
+    surgery.METHODS |= {"average 0.99": long_average, "metric": metric}
     try:
         from torchjd.aggregation import CAGrad, UPGrad
 
-        for name, make in (("upgrad", UPGrad), ("cagrad", functools.partial(CAGrad, c=0.5))):
-            aggregate = make()
+        for name, aggregate in (("upgrad", UPGrad()), ("cagrad", CAGrad(c=0.5))):
             surgery.METHODS[name] = lambda g, u, kappa=None, changed=True, f=aggregate: 2 * (len(g) * f(g),)  # theirs are means
-            surgery.EACH = (*surgery.EACH, name)
+            surgery.EACH = (*surgery.EACH, name) if name not in surgery.EACH else surgery.EACH
     except ImportError:  # main has told
         pass
 
@@ -200,7 +235,7 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
 def one_run(spec):
     """A row of the CSV, from what it is to be: {case, variant, budget, seed, lr, steps, times, weights, teachers, work_dir}."""
     models, tasks, metrics, train, held_out, held_out_targets = setup(spec["case"], spec["seed"], spec["teachers"], spec["work_dir"])
-    curriculum.weights = spec["weights"]
+    extend(spec["weights"], [t.act_dim for t in tasks])
     total = sum(m.n_params for m in models)
     options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu"}
     if spec["variant"] == "one student per task":  # each with its part of the windows of every update

@@ -114,7 +114,7 @@ BUGS = [
     ("data.py", "        isolated(build, name, path, cached)", "        build(name, path, cached)", "test_hostile.py", "minari_dataset"),
     ("data.py", "        os.replace(tmp / name, final)", "        shutil.copytree(tmp / name, final)", "test_resume.py", "collector"),
     ("run.py", "            dist.all_reduce(x)", "            pass", "test_distributed.py", "teacher_of_two"),
-    ("run.py", "return x if world() == 1 else summed(x)[0] / world()", "return x + 1e-7 * rank()", "test_distributed.py", "agree and argmax"),
+    ("run.py", "return x if world() == 1 else summed(x)[0] / world()", "return x * (1 + 1e-4 * rank())", "test_distributed.py", "agree and 2-exact"),
     ("run.py", "of_all = {\"generator torch\": gathered(torch.get_rng_state())}", "of_all = {\"generator torch\": torch.get_rng_state().expand(2, -1)}", "test_distributed.py", "sigterm"),
     ("run.py", "return (_asked or signal.SIGTERM) if _others_asked.item() else None", "return _asked", "test_distributed.py", "sigterm"),
     ("run.py", "store = dist.PrefixStore(os.environ.get(\"TORCHELASTIC_RESTART_COUNT\", \"0\"), store)", "pass", "test_distributed.py", "killed_process"),

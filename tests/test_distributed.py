@@ -71,11 +71,12 @@ def free_port():
 
 def job(world, script, out, **options):
     port = free_port()
-    members = [server.Process(target=member, args=(r, world, port, script, out, options)) for r in range(world)]
+    members = [server.Process(target=member, args=(r, world, port, script, out, options), daemon=True) for r in range(world)]
     for p in members:
         p.start()
     for p in members:
         p.join(120)
+        p.kill()  # one that hangs, after the others too had their time
     printed = [Path(f"{out}.{r}.txt").read_text() for r in range(world)]
     assert [p.exitcode for p in members] == [0] * world, printed
     return printed
@@ -143,12 +144,13 @@ def test_rank_0_alone_writes_and_prints(teachers, tmp_path):
 
 
 def test_a_process_that_waits_for_one_that_is_gone_ends_soon_after_it_is_asked_to(tmp_path):
-    p = server.Process(target=member, args=(0, 2, free_port(), "teacher", tmp_path / "run", {"dataset": DATASETS[0], **TINY}))  # rank 1 never comes
+    p = server.Process(target=member, args=(0, 2, free_port(), "teacher", tmp_path / "run", {"dataset": DATASETS[0], **TINY}), daemon=True)  # rank 1 never comes
     p.start()
     p.join(5)
     began = time.monotonic()
     os.kill(p.pid, signal.SIGTERM)
-    p.join(60)
+    p.join(30)
+    p.kill()
     assert time.monotonic() - began < 20 and p.exitcode == 143
     assert "waiting for another process of this job; --resume goes on" in Path(f"{tmp_path}/run.0.txt").read_text()
 
@@ -160,6 +162,13 @@ def torchrun(out, *flags, **options):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags, "teacher.py", *arguments({**options, "out_dir": out})]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=open(f"{out}.txt", "w"), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def ended(p):
+    try:
+        p.wait(90)
+    finally:
+        os.killpg(p.pid, signal.SIGKILL) if p.poll() is None else None
 
 
 def wait_for(there, p, seconds=90):
@@ -197,7 +206,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_line_and_max_restarts_contin
         wait_for((out / run.Checkpoint.NAME).exists, p)
         began = time.monotonic()
         os.kill(process(rank, out), signal.SIGKILL)
-        p.wait(120)
+        ended(p)
         printed = Path(f"{out}.txt").read_text()
         if restarts:
             assert p.returncode == 0 and re.search(r"resumed from .* after \d+00 updates", printed), printed[-3000:]
@@ -207,14 +216,16 @@ def test_a_killed_process_ends_the_job_with_a_clear_line_and_max_restarts_contin
             assert "error: another process of this job ended or can't be reached" in printed and "Traceback" not in printed.split("torch/distributed")[0]
 
 
-def test_sigterm_to_torchrun_ends_all_processes_after_one_update_and_resume_goes_on_to_the_same_bits(uninterrupted, tmp_path):
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("who", ["torchrun", "rank 1"])
+def test_sigterm_ends_all_processes_after_one_update_and_resume_goes_on_to_the_same_bits(who, uninterrupted, tmp_path):
     options, expected = uninterrupted
     out = tmp_path / "run"
     p = torchrun(out, **options)
     wait_for((out / run.Checkpoint.NAME).exists, p)
     began = time.monotonic()
-    os.kill(p.pid, signal.SIGTERM)
-    p.wait(60)
+    os.kill(p.pid if who == "torchrun" else process(1, out), signal.SIGTERM)
+    ended(p)
     assert time.monotonic() - began < 10 and "stopped after" in Path(f"{out}.txt").read_text()
     job(2, "teacher", out, resume=True, **options)
     assert result(out) == expected

@@ -64,7 +64,7 @@ def launch(script, out_dir, inject=None, **options):
     argv = []
     for k, v in {**options, "out_dir": out_dir}.items():
         argv += [f"--{k.replace('_', '-')}", *(v if isinstance(v, tuple) else () if v is True else (str(v),))]
-    p = server.Process(target=child, args=(f"{out_dir}.txt", script, argv, inject))
+    p = server.Process(target=child, args=(f"{out_dir}.txt", script, argv, inject), daemon=True)
     p.start()
     return p
 
@@ -197,13 +197,13 @@ def test_a_killed_collector_leaves_nothing_that_is_taken_for_whole(tmp_path):
     for i in range(6):
         home = tmp_path / str(i)
         home.mkdir()
-        p = server.Process(target=collector, args=(home,))
+        p = server.Process(target=collector, args=(home,), daemon=True)
         p.start()
         p.join(rng.uniform(0, whole) if i else None)
         p.kill()
         p.join()
         began = time.monotonic()
-        p = server.Process(target=collector, args=(home,))
+        p = server.Process(target=collector, args=(home,), daemon=True)
         p.start()
         p.join()
         whole = max(whole, time.monotonic() - began)
