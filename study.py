@@ -91,7 +91,7 @@ VARIANTS = {  # options of distill.py
     "data": {"curriculum": "all", "surgery": "none", "loss": "nll"},  # no teachers
     "one student per task": {"curriculum": "all", "surgery": "none"},  # of the same size together
 }
-LRS = (2e-3, 4e-3, 8e-3, 16e-3)
+LRS = (4e-3, 8e-3, 16e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty, previous", "novelty, average")
 ACTING = {"all": (15.0,), "novelty, previous": (5.0, 15.0, 50.0)}  # the teachers' parameters over the student's
 POINTS = 10  # of a curve
