@@ -121,7 +121,7 @@ BUGS = [
     ("run.py", "    if int(os.environ.get(\"TORCHELASTIC_RESTART_COUNT\", 0)):", "    if False:", "test_distributed.py", "killed_process"),
     ("run.py", "    signal.set_wakeup_fd(write)", "    pass", "test_distributed.py", "waits_for_one"),
     ("data.py", "torch.arange(B, device=dev) + B * run.rank()", "torch.arange(B, device=dev)", "test_distributed.py", "agree and 2-default"),
-    ("distill.py", "along / counts.clamp_min(1)", "along", "test_distributed.py", "agree and 2-exact"),
+    ("distill.py", "along / counts.clamp_min(1)", "along", "test_distill.py", "projected_by_itself"),
     ("distill.py", "            run.add_up(g)\n            total = g.sum(0)", "            total = g.sum(0)", "test_distributed.py", "agree and pcgrad"),
     ("distill.py", "part = drawn / (cfg.batch_size * run.world())", "part = drawn / cfg.batch_size", "test_distributed.py", "agree and 2-default"),
     ("distill.py", "                    if (i + 1) % thin and i not in (0, step):", "                    if False:", "test_distill.py", "no_more_than"),

@@ -122,6 +122,31 @@ def test_live_targets_are_each_windows_own_teachers(two_tasks):
         assert torch.allclose(out[:, i, :, :A], torch.stack(one)[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("surgery", ["previous", "average"])
+def test_surgery_by_teacher_is_the_sum_of_every_teachers_gradient_projected_by_itself(two_tasks, surgery):
+    torch.manual_seed(0)
+    tasks, ts, B = [d.task for d in two_tasks], teachers_of(two_tasks), 8
+    w = data.Windows([d.train for d in two_tasks], tasks, 6, targets=True)
+    distill.cache_targets(ts, w)
+    m = dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), 1, 1, 8, 6))
+    cfg = distill.Config(curriculum="all", surgery=surgery, surgery_scope="teacher", batch_size=B, lr=1e-2, warmup=1, dtype="float32")
+    generator, act_dims, conflicts = torch.Generator().manual_seed(0), torch.tensor([t.act_dim for t in tasks]), 0
+    update, _, state = distill.learner(cfg, m, ts, w, w.spread(4), generator)
+    for step in range(10):
+        u, same = state["u"].clone(), torch.Generator().manual_seed(0)
+        same.set_state(generator.get_state())
+        b = w.sample(B, torch.tensor([0.5, 0.5]), same)
+        sums, counts = gaussian_kl(*m(*b[:6]), *b.targets, b.mask, b.task, act_dims, cfg.kl, cfg.sigma_floor)
+        each = [torch.cat([x.flatten() for x in torch.autograd.grad(L, m.parameters(), retain_graph=True)]) for L in sums / counts]
+        inner = [g @ u for g in each]
+        conflicts += sum(x < 0 for x in inner)
+        wanted = sum(0.5 * (g - x.clamp_max(0) / (u @ u) * u if step else g) for g, x in zip(each, inner, strict=True))
+        update(step)
+        got = state["u"] if surgery == "previous" else (state["u"] - 0.9 * u) / 0.1
+        assert torch.allclose(got, wanted, atol=2e-4 * wanted.abs().max())
+    assert conflicts > 2
+
+
 # ---- whole runs, in this process -------------------------------------------------------------------------------------
 
 TINY = {"log_interval": 10, "eval_episodes": 0, "device": "cpu"}
