@@ -61,6 +61,7 @@ def member(rank, world, port, script, out, options):
     run.cli(module.main, module.Config, "")
     np.save(f"{out}.{rank}.npy", rows)
     np.save(f"{out}.{rank}.calls.npy", calls)
+    np.save(f"{out}.{rank}.rng.npy", torch.get_rng_state().numpy())
 
 
 def free_port():
@@ -132,6 +133,7 @@ def test_a_teacher_of_two_processes_is_that_of_one_with_both_their_windows(teach
     for k in set(one) - {"seconds"}:
         assert np.allclose(two[k], one[k], rtol=1e-4), k
     assert not np.allclose(two["nll"], dropped["nll"], rtol=1e-4)
+    assert not np.array_equal(*(np.load(tmp_path / f"two0.1.{r}.rng.npy") for r in range(2)))  # each drops others
 
 
 def test_rank_0_alone_writes_and_prints(teachers, tmp_path):
