@@ -125,7 +125,7 @@ def test_bench_times_ours_says_where_and_keeps_the_rows_not_asked_for(home):
 
 
 BAD = [
-    ("teacher.py --env hoper", "unknown env 'hoper'; choose from ant, halfcheetah, hopper, walker2d"),
+    ("teacher.py --env hoper", "unknown env 'hoper'; choose from ant, halfcheetah, halfcheetah-back, hopper, walker2d"),
     ("data.py --env hoper", "unknown env 'hoper'"),
     ("behaviour.py --env hoper", "unknown env 'hoper'"),
     ("bench.py --what nothing", "--what nothing: choose from machine, teacher, rollout"),
