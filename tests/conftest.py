@@ -9,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH"))))  # for the fork server's preload (cpython 117378)
 if "MANYTEACHERS_TESTS" not in os.environ:  # it is in processes that tests start
     _tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
     os.environ["MANYTEACHERS_TESTS"] = _tmp.name

@@ -102,7 +102,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(("world", "variant"), [*((2, v) for v in VARIANTS), (4, "default"), (4, "exact")])
+@pytest.mark.parametrize(("world", "variant"), [*((2, v) for v in VARIANTS), (4, "default")])
 def test_processes_agree_to_the_bit_in_every_update_and_do_what_one_does_with_their_windows_together(world, variant, teachers, tmp_path):
     options = {"teachers": teachers, **TINY, **VARIANTS[variant]}
     job(world, "distill", tmp_path / "many", **options)
@@ -148,7 +148,7 @@ def test_rank_0_alone_writes_and_prints(teachers, tmp_path):
 def test_a_process_that_waits_for_one_that_is_gone_ends_soon_after_it_is_asked_to(tmp_path):
     p = server.Process(target=member, args=(0, 2, free_port(), "teacher", tmp_path / "run", {"dataset": DATASETS[0], **TINY}), daemon=True)  # rank 1 never comes
     p.start()
-    p.join(5)
+    p.join(2)
     began = time.monotonic()
     os.kill(p.pid, signal.SIGTERM)
     p.join(30)
