@@ -129,6 +129,8 @@ BAD = [
     ("data.py --env hoper", "unknown env 'hoper'"),
     ("behaviour.py --env hoper", "unknown env 'hoper'"),
     ("bench.py --what nothing", "--what nothing: choose from machine, teacher, rollout"),
+    ("study.py --report --out nothing.csv", "nothing.csv holds no run"),
+    ("study.py --only nothing", "--only nothing: choose from fixed, all"),
     ("distill.py --envs hopper hoper", "unknown env 'hoper'"),
     ("teacher.py --steps 0", "--steps 0: must be at least 1"),
     ("teacher.py --context 2000", "--context 2000: must be at most 1024"),
