@@ -150,15 +150,16 @@ def d3rlpy_teacher(device, dtype, size, compile_graph=False):
 
 def ours_rollout(device, dtype, size):
     import model as dt
+    import policy
 
     batch = int(size)
     model = dt.DecisionTransformer(dt.ModelConfig((O,), (A,), LAYERS, 1, C, K)).to(device).eval()
     s, a, rtg = (x[:, -1].contiguous() for x in windows(device, batch)()[:3])  # as they come from an environment
-    actors = [dt.Actor(model, 0, batch, 1000)]
+    actors = [policy.Actor(model, 0, batch, 1000)]
 
     def step():
         if actors[0].t == 1000:
-            actors[0] = dt.Actor(model, 0, batch, 1000)
+            actors[0] = policy.Actor(model, 0, batch, 1000)
         actors[0].act(s, rtg, a).cpu()
 
     return step

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import data
 import model as dt
 import run
+from policy import Policy
 
 
 @dataclasses.dataclass
@@ -35,30 +36,25 @@ class Config:
 @torch.inference_mode()
 def rollout(model, task: data.Task, index: int, target: float, episodes: int, seed: int, film=False):
     """Act by the mean, all episodes as one batch. index: the task's among the model's. Returns (E,) returns, and the first episode's frames."""
-    dev, limit = next(model.parameters()).device, task.max_steps
+    limit = task.max_steps
     envs = [data.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
             for i in range(episodes)]  # fmt: skip
-    mean, std, low, high = (np.array(x) for x in (task.obs_mean, task.obs_std, task.act_low, task.act_high))
-    shape = envs[0].action_space.shape
-    actor, a = dt.Actor(model, index, episodes, limit), torch.zeros(episodes, task.act_dim, device=dev)
+    shape, policy = envs[0].action_space.shape, Policy.of(model, task, index)
+    policy.reset(target_return=target, episodes=episodes)
     obs = np.stack([np.reshape(e.reset(seed=seed + i)[0], -1) for i, e in enumerate(envs)])
-    returns, alive, frames = np.zeros(episodes), np.arange(episodes), []
+    rewards, returns, alive, frames = np.zeros(episodes), np.zeros(episodes), np.arange(episodes), []
     bar = tqdm(range(limit), desc=f"evaluate {task.name} at {target:.0f}", unit="step", disable=None, leave=False)
     for _ in bar:
-        states = torch.as_tensor((obs[alive] - mean) / std, dtype=torch.float32, device=dev)
-        rtg = torch.as_tensor((target - returns[alive]) / task.rtg_scale, dtype=torch.float32, device=dev)
-        a = actor.act(states, rtg, a)
-        act = np.clip((a.cpu().double().numpy() + 1) / 2 * (high - low) + low, low, high)
         going = np.ones(len(alive), bool)
-        for j, (i, x) in enumerate(zip(alive, act, strict=True)):
-            o, reward, terminated, truncated, _ = envs[i].step(x.reshape(shape).astype(np.float32))
-            obs[i], returns[i] = np.reshape(o, -1), returns[i] + reward
+        for j, (i, action) in enumerate(zip(alive, policy.act(obs[alive], rewards[alive]), strict=True)):
+            o, rewards[i], terminated, truncated, _ = envs[i].step(action.reshape(shape))
+            obs[i], returns[i] = np.reshape(o, -1), returns[i] + rewards[i]
             if film and i == 0:
                 frames.append(envs[0].render())
             going[j] = not (terminated or truncated)
         if not going.all():
-            alive, a = alive[going], a[torch.from_numpy(going)]
-            actor.keep(torch.from_numpy(going))
+            alive = alive[going]
+            policy.keep(going)
         if not len(alive):
             break
     for e in envs:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import data
 import model as dt
+import policy
 import run
 from conftest import ROOT, make_dataset
 
@@ -88,7 +89,7 @@ def saved(tmp_path_factory):
 def load(path):
     model, meta = dt.load(path)
     task = data.tasks(meta, path)[0]
-    actor = dt.Actor(model, 0, 1, task.max_steps)
+    actor = policy.Actor(model, 0, 1, task.max_steps)
     assert actor.act(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1)).shape == (1, 1)
 
 

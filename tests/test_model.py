@@ -124,27 +124,6 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(m(*x)[0], m(*x)[0])
 
 
-@pytest.mark.parametrize("K, n_head", [(1, 1), (2, 2), (3, 1), (6, 2), (7, 1)])
-def test_an_actor_acts_as_forward_does_on_the_window_that_it_shows(f64, K, n_head):
-    E, T, task, H = 4, 23, 1, max(1, K // 2)
-    m = make(dt.ModelConfig((3, 5), (2, 1), 2, n_head, 16, K))
-    for p in m.parameters():  # LayerNorms', too, which begin at one and zero
-        p.data += 0.1 * torch.randn_like(p)
-    states, rtg, actions = torch.randn(E, T, 5), torch.rand(E, T), torch.rand(E, T, 1) * 2 - 1
-    actor, going = dt.Actor(m, task, E, T), torch.arange(E)
-    for t in range(T):
-        got = actor.act(states[going, t], rtg[going, t], actions[going, t - 1])  # before the first timestep, whatever the last one holds
-        start = max(0, (t // H - 1) * H) if K > 1 else t
-        w, n = slice(start, t + 1), t + 1 - start
-        assert n <= K and (n > K // 2 or start == 0)
-        want = m(task, states[going, w], actions[going, w], rtg[going, w], torch.arange(start, t + 1).expand(len(going), n), torch.ones(len(going), n, dtype=torch.bool))
-        assert torch.allclose(got, want[0][:, -1], atol=1e-12)
-        if t in (4, 11):
-            still = torch.arange(len(going)) != 1
-            actor.keep(still)
-            going = going[still]
-
-
 @given(st.integers(0, 1000), st.integers(1, 5))
 def test_a_window_padded_on_the_left_is_the_same_window_without_padding(seed, n):
     m, x = make(), windows(3, 1, seed)
