@@ -70,30 +70,34 @@ class Actor:
     @torch.inference_mode()
     def act(self, states, rtg, actions):
         """This timestep's mean actions (E, A), from states (E, O), rtg (E,), and the actions (E, A) of the last one (any, before the first)."""
-        E, C, nh, H = len(states), self.cfg.n_embd, self.cfg.n_head, len(self.phases) // 3
+        E, C, nh, H = states.shape[0], self.cfg.n_embd, self.cfg.n_head, len(self.phases) // 3
         each = not isinstance(self.t, int)
         if each:
             phase = torch.where(self.t < H, self.t, H + (self.t - H) % (2 * H))
-            place, rows, mask, newest = (x[phase] for x in self.stacked)  # (E, 2, 3C), (E, 6), (E, 1, 6, keys), (E,)
+            place, put, mask, newest = (x[phase] for x in self.stacked)  # (E, 2, 3C), (E, 1, keys, 6) one-hot, (E, 1, 6, keys), (E,)
         else:
             place, rows, mask, newest = self.phases[self.t if self.t < H else H + (self.t - H) % (2 * H)]
-        episode = torch.arange(E, device=states.device) if each else slice(None)
         x = torch.addmm(self.time[self.t], torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, 3C)
         x = torch.layer_norm((x[:, None] + place).view(6 * E, C), (C,), *self.ln_in)
-        for cache, (qkv_w, qkv_b, proj_w, proj_b, fc_w, fc_b, out_w, out_b) in zip(self.caches, self.blocks, strict=True):
+        for i, (qkv_w, qkv_b, proj_w, proj_b, fc_w, fc_b, out_w, out_b) in enumerate(self.blocks):
             qkv = torch.addmm(qkv_b, torch.layer_norm(x, (C,)), qkv_w).view(E, 6, 3, nh, -1).permute(2, 0, 3, 1, 4)  # (3, E, nh, 6, hs)
             if each:
-                cache[:, episode[:, None], :, rows] = qkv[1:].permute(1, 3, 0, 2, 4)
+                self.caches[i] = self.caches[i] * (1 - put.sum(-1, keepdim=True)) + put @ qkv[1:]
             else:
-                cache.index_copy_(3, rows, qkv[1:])
-            q, (k, v) = qkv[0], cache
-            if cache is self.caches[-1]:  # only the acting window's state is read
-                x = x.view(E, 6, C)[episode, newest]
-                q, mask = (q[episode, :, newest, None], mask[episode, :, newest, None]) if each else (q[:, :, newest, None], mask[:, :, newest, None])
+                self.caches[i].index_copy_(3, rows, qkv[1:])
+            q, (k, v) = qkv[0], self.caches[i]
+            if i == len(self.blocks) - 1:  # only the acting window's state is read
+                x = x.view(E, 6, C)
+                if each:
+                    at = newest[:, None, None]
+                    x = x.gather(1, at.expand(E, 1, C))[:, 0]
+                    q, mask = (y.gather(2, at[..., None].expand(E, y.shape[1], 1, y.shape[3])) for y in (q, mask))
+                else:
+                    x, q, mask = x[:, newest], q[:, :, newest, None], mask[:, :, newest, None]
             y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(-1, C)
             x = x + torch.addmm(proj_b, y, proj_w)
             x = x + torch.addmm(out_b, torch.addmm(fc_b, torch.layer_norm(x, (C,)), fc_w).relu_(), out_w)
-        self.t += 1
+        self.t = self.t + 1
         return torch.addmm(self.head[1], torch.layer_norm(x, (C,)), self.head[0]).tanh()
 
     def keep(self, rows):
@@ -101,13 +105,15 @@ class Actor:
         self.caches = [c[:, rows] for c in self.caches]
         self.t = self.t if isinstance(self.t, int) else self.t[rows]
 
+    @torch.inference_mode()
     def restart(self, rows):
         """These episodes begin anew, rows as in `keep`. What is kept of the old ones is seen by nothing: the mask ends at the newest token."""
         if isinstance(self.t, int):
             dev = self.time.device
             self.t = torch.full((self.caches[0].shape[1],), self.t, device=dev)
-            places, rows_, masks, newest = zip(*self.phases, strict=True)
-            self.stacked = torch.stack(places), torch.stack(rows_), torch.cat(masks), torch.tensor(newest, device=dev)
+            places, at, masks, newest = zip(*self.phases, strict=True)
+            put = torch.stack(at)[:, None, None] == torch.arange(masks[0].shape[-1], device=dev)[:, None]
+            self.stacked = torch.stack(places), put.to(masks[0].dtype), torch.cat(masks), torch.tensor(newest, device=dev)
         self.t[rows] = 0
 
 

@@ -102,7 +102,7 @@ BUGS = [
     ("policy.py", "        self.actor.keep(torch.from_numpy(rows))", "        self.actor.keep(slice(int(rows.sum())))", "test_evaluate.py", "alone_and_in_a_batch"),
     ("policy.py", "        self.t[rows] = 0", "        pass", "test_policy.py", "one_by_one"),
     ("policy.py", "self.left, self.age = np.where(began, self.target, self.left), np", "self.left, self.age = self.left, np", "test_policy.py", "vector_of"),
-    ("policy.py", "cache[:, episode[:, None], :, rows] = qkv[1:].permute(1, 3, 0, 2, 4)", "cache.index_copy_(3, rows[0], qkv[1:])", "test_policy.py", "one_by_one"),
+    ("policy.py", "self.caches[i] * (1 - put.sum(-1, keepdim=True)) + put @ qkv[1:]", "self.caches[i] + put @ qkv[1:]", "test_policy.py", "one_by_one"),
     ("evaluate.py", "reset(seed=seed + i)", "reset(seed=seed)", "test_evaluate.py", "alone_and_in_a_batch"),
     ("run.py", "x.copy_(tensors[name].view(x.shape))", "x.copy_(x)", "test_resume.py", "to_the_bit"),
     ("run.py", "g.set_state(tensors[f\"generator {name}\"])", "pass", "test_resume.py", "to_the_bit"),
