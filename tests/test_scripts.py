@@ -124,6 +124,13 @@ def test_bench_times_ours_says_where_and_keeps_the_rows_not_asked_for(home):
     assert all(float(r["ms"]) > 0 and int(r["memory_mib"]) > 0 and r["torch"] and r["device"] for r in rows)
 
 
+def test_a_student_is_exported_and_acts_without_us(main_job, home):
+    said = call(home, "export.py out/student")
+    assert all(f"{t}.onnx" in said for t in ("hopper", "halfcheetah", "walker2d"))
+    assert (home / "out/student/hopper.onnx").stat().st_size < 1e6
+    assert "hopper: return" in call(home, "examples/act_onnx.py out/student/hopper.onnx --episodes 2")
+
+
 BAD = [
     ("teacher.py --env hoper", "unknown env 'hoper'; choose from ant, halfcheetah, halfcheetah-back, hopper, walker2d"),
     ("data.py --env hoper", "unknown env 'hoper'"),
@@ -141,6 +148,7 @@ BAD = [
     ("distill.py --out-dir /proc/x", "can't write to /proc/x"),
     ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
     ("evaluate.py out/nothing", "no model in out/nothing"),
+    ("export.py out/nothing", "no model in out/nothing"),
     ("evaluate.py out/student --target best", "--target best: must be p95 or median or a number"),
 ]
 

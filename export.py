@@ -1,0 +1,160 @@
+"""Export a teacher or a student to ONNX: a file for each task, with everything in it that acting needs but the memory of the episode.
+
+    python export.py out/student                 # out/student/hopper.onnx, hopper.json, ...
+    python export.py out/student --int8          # and hopper.int8.onnx: weights quantised to 8 bits
+
+Inputs, all with a batch in front (of any size, or of --batch): observation (B, O) and return_to_go (B,) in the environment's units, last_action (B, A) (any at
+first), timestep (B,) int64, 0 at first, memory (B, M), zeros at first. Outputs: action (B, A), in the environment's units, and next_memory, which is the
+next step's memory. Rows of a batch may be at timesteps of their own. examples/act_onnx.py drives it with numpy and onnxruntime alone.
+
+The JSON beside each file is its card: sizes, environment, returns to ask for, what the run measured, how far the file is from the model.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import logging
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+import data
+import model as dt
+import run
+from policy import Actor
+
+OPSET = 23  # of ONNX 1.18; onnxruntime reads it from 1.23 on
+
+
+@dataclasses.dataclass
+class Config:
+    run: Annotated[str, tyro.conf.Positional]  # a run directory of teacher.py or distill.py
+    batch: int = 0  # size of the batch; 0: any
+    int8: bool = False  # also write a file of weights in 8 bits (onnxruntime's dynamic quantisation)
+    overwrite: bool = False  # replace files that are there
+
+
+class Step(torch.nn.Module):
+    """One step of policy.Actor as a function of what it is given: no state, raw units."""
+
+    def __init__(self, model, task: data.Task, index: int):
+        super().__init__()
+        self.model, self.task, self.index = model, task, index
+        self.actor = Actor(model, index, 1, 1)
+        self.actor.restart(slice(None))
+        self.actor.time = self  # not a table of all timesteps, which would be most of a small file
+        L, (_, _, nh, n, hs) = len(self.actor.caches), self.actor.caches[0].shape
+        self.shape = (2, L, nh, n, hs)  # of an episode's memory
+        embed = model.embed_action, model.embed_rtg, model.embed_state
+        self.bias = torch.stack([e.bias[index] for e in embed]).detach()
+
+    def __getitem__(self, timestep):
+        steps = (timestep[:, None] - torch.tensor([1, 0, 0])).clamp_min(0)  # of a_{t-1}, R_t, s_t
+        return (self.model.embed_time(dt.waves(steps.to(self.bias.dtype))) + self.bias).flatten(1)
+
+    def forward(self, observation, return_to_go, last_action, timestep, memory):
+        t, actor = self.task, self.actor
+        mean, std, low, high = (torch.tensor(x) for x in (t.obs_mean, t.obs_std, t.act_low, t.act_high))
+        actor.t, actor.caches = timestep, list(memory.view(-1, *self.shape).permute(2, 1, 0, 3, 4, 5).unbind(0))
+        a = Actor.act.__wrapped__(actor, (observation - mean) / std, return_to_go / t.rtg_scale, 2 * (last_action - low) / (high - low) - 1)
+        memory = torch.stack(actor.caches).permute(2, 1, 0, 3, 4, 5).flatten(1)
+        return ((a + 1) / 2 * (high - low) + low).clamp(low, high), memory
+
+    def inputs(self, B):
+        t = self.task
+        M = int(np.prod(self.shape))
+        return torch.zeros(B, t.obs_dim), torch.zeros(B), torch.zeros(B, t.act_dim), torch.zeros(B, dtype=torch.long), torch.zeros(B, M)
+
+
+NAMES = ("observation", "return_to_go", "last_action", "timestep", "memory"), ("action", "next_memory")
+
+
+@torch.no_grad()
+def to_onnx(step: Step, batch: int) -> bytes:
+    B = batch or 2
+    shapes = None if batch else tuple({0: torch.export.Dim("batch")} for _ in NAMES[0])
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(step, step.inputs(B), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False,
+                                    input_names=NAMES[0], output_names=NAMES[1])  # fmt: skip
+    return program.model_proto.SerializeToString()
+
+
+def session(file):
+    """onnxruntime on one thread; file: a path, or the bytes of one."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def compared(runtime, step: Step, B: int, T=50):
+    """Largest difference between the file's actions and Actor's, in units of half the action range, over B random episodes of T steps; and microseconds per call."""
+    rng, t = np.random.default_rng(0), step.task
+    low, high = np.array(t.act_low), np.array(t.act_high)
+    actor, a, worst, took = Actor(step.model, step.index, B, T), torch.zeros(B, t.act_dim), 0.0, []
+    given = {k: x.numpy() for k, x in zip(NAMES[0], step.inputs(B), strict=True)}
+    for i in range(T):
+        states, left = rng.normal(size=(B, t.obs_dim)), rng.uniform(0, 1, B)
+        given["observation"] = (states * t.obs_std + t.obs_mean).astype(np.float32)
+        given["return_to_go"], given["timestep"] = (left * t.rtg_scale).astype(np.float32), np.full(B, i)
+        start = time.perf_counter()
+        action, memory = runtime.run(None, given)
+        took.append(time.perf_counter() - start)
+        a = actor.act(torch.from_numpy((given["observation"] - t.obs_mean) / t.obs_std).float(), torch.from_numpy(given["return_to_go"] / t.rtg_scale).float(), a)
+        wanted = np.clip((a.numpy() + 1) / 2 * (high - low) + low, low, high)
+        worst = max(worst, np.abs((action - wanted) / (high - low) * 2).max())
+        given["last_action"], given["memory"] = wanted.astype(np.float32), memory
+    return float(worst), 1e6 * float(np.median(took[T // 2 :]))
+
+
+def main(cfg: Config):
+    run.check(cfg, batch=0)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise run.UserError(f"exporting needs {package}: pip install onnx onnxscript onnxruntime")
+    import onnxruntime
+
+    model, meta = dt.load(cfg.run)
+    tasks, metrics = data.tasks(meta, cfg.run), (run.read_json(Path(cfg.run) / "metrics.json") or {}).get("tasks", {})
+    torch.set_num_threads(1)
+    rows = []
+    for index, task in enumerate(tasks):
+        path = Path(cfg.run) / f"{task.name.replace('/', '-')}.onnx"
+        if path.exists() and not cfg.overwrite:
+            raise run.UserError(f"{path} is there already; add --overwrite")
+        step = Step(model, task, index).eval()
+        blob = to_onnx(step, cfg.batch)
+        run.write(path, blob)
+        files = {path.name: blob}
+        if cfg.int8:
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            logging.getLogger().setLevel(logging.ERROR)
+
+            small = path.with_suffix(".int8.onnx")
+            quantize_dynamic(str(path), str(small), op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+            files[small.name] = small.read_bytes()
+        card = {"task": task.name, "environment": task.env_id, "environment_options": task.env_kwargs, "max_steps": task.max_steps, "targets": task.targets,
+                "observation": task.obs_dim, "action": task.act_dim, "action_low": task.act_low, "action_high": task.act_high, "memory": int(np.prod(step.shape)),
+                "batch": cfg.batch or "any", "parameters_of_the_whole_model": model.n_params, "measured": metrics.get(task.name), "opset": OPSET,
+                "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "machine": platform.machine(), "files": {}}  # fmt: skip
+        for name, content in files.items():
+            difference, us = compared(session(content), step, cfg.batch or 1)
+            card["files"][name] = {"bytes": len(content), "largest_difference": difference, "microseconds": us}
+            rows.append({"file": name, "KB": len(content) / 1024, "largest difference": difference, "microseconds": us})
+        run.write_json(path.with_suffix(".json"), card)
+    print(run.table(rows))
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, __doc__)

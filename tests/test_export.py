@@ -1,0 +1,103 @@
+"""An exported file does what the model does, and needs neither torch nor this project."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import TASK
+from test_model import make
+from test_policy import HOPPER
+
+import evaluate
+import export
+import model as dt
+import run
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A student of two tasks, and its files."""
+    home = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    m = make(dt.ModelConfig((2, 11), (1, 3), 2, 2, 32, 7))
+    for p in m.parameters():  # biases too, which begin at zero
+        p.data += 0.1 * torch.randn_like(p)
+    dt.save(home, m, {"tasks": [dataclasses.asdict(t) for t in (TASK, HOPPER)]})
+    export.main(export.Config(str(home), int8=True))
+    return home, m
+
+
+def test_an_exported_file_acts_as_the_model_does_on_a_thousand_windows(exported):
+    home, m = exported
+    for index, task in enumerate((TASK, HOPPER)):
+        difference, _ = export.compared(export.session(str(home / f"{task.name}.onnx")), export.Step(m, task, index), B=20, T=50)
+        assert difference < 1e-5
+        card = json.loads((home / f"{task.name}.json").read_text())
+        assert card["files"][f"{task.name}.onnx"]["bytes"] == (home / f"{task.name}.onnx").stat().st_size and card["observation"] == task.obs_dim
+
+
+def test_rows_of_a_batch_may_be_at_timesteps_of_their_own(exported):
+    home, m = exported
+    runtime, rng = export.session(str(home / "hopper.onnx")), np.random.default_rng(0)
+    one, both = ({k: x.numpy() for k, x in zip(export.NAMES[0], export.Step(m, HOPPER, 1).inputs(B), strict=True)} for B in (1, 2))
+    seen = rng.normal(size=(30, 11)).astype(np.float32)
+    alone = []
+    for t in range(30):
+        one |= {"observation": seen[t : t + 1], "return_to_go": np.float32([100 - t]), "timestep": np.array([t])}
+        action, one["memory"] = runtime.run(None, one)
+        alone.append(action[0])
+        one["last_action"] = action
+    late = 11  # the second row begins so many steps after the first
+    for t in range(30):
+        times = np.array([t, max(0, t - late)])
+        if t == late:
+            both["memory"][1] = 5.0  # whatever an old episode left
+        both |= {"observation": seen[times], "return_to_go": (100 - times).astype(np.float32), "timestep": times}
+        action, memory = runtime.run(None, both)
+        both["last_action"], both["memory"] = action, memory.copy()
+        assert np.allclose(action[0], alone[t], atol=1e-5) and (t < late or np.allclose(action[1], alone[t - late], atol=1e-5))
+
+
+def test_weights_in_8_bits_are_smaller_and_near(exported):
+    home, m = exported
+    assert (home / "hopper.int8.onnx").stat().st_size < 0.8 * (home / "hopper.onnx").stat().st_size
+    assert 1e-5 < export.compared(export.session(str(home / "hopper.int8.onnx")), export.Step(m, HOPPER, 1), B=1, T=50)[0] < 0.3
+
+
+def test_the_example_needs_neither_torch_nor_this_project_and_gets_the_same_returns(exported, tmp_path):
+    home, m = exported
+    blocked = ("import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'model', 'policy', 'data', 'run', 'minari')); "
+               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])")  # fmt: skip
+    p = subprocess.run([sys.executable, "-c", blocked, str(ROOT / "examples/act_onnx.py"), str(home / "hopper.onnx"), "--episodes", "4"],
+                       cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert p.returncode == 0, p.stderr
+    got = float(re.search(r"return ([-\d.]+)", p.stdout)[1])
+    returns, _ = evaluate.rollout(m, HOPPER, 1, 300.0, 4, 1000)
+    assert got == pytest.approx(returns.mean(), abs=0.06)  # as far as it is printed: these episodes are too short for rounding to grow
+
+
+def test_a_fixed_batch_takes_no_other(exported, tmp_path):
+    _, m = exported
+    dt.save(tmp_path, m, {"tasks": [dataclasses.asdict(t) for t in (TASK, HOPPER)]})
+    export.main(export.Config(str(tmp_path), batch=3))
+    runtime = export.session(str(tmp_path / "walk.onnx"))
+    assert [i.shape[0] for i in runtime.get_inputs()] == [3] * 5
+    assert export.compared(runtime, export.Step(m, TASK, 0), B=3, T=20)[0] < 1e-5
+
+
+def test_files_that_are_there_are_kept_and_what_is_missing_is_told(exported, monkeypatch):
+    home, _ = exported
+    with pytest.raises(run.UserError, match="walk.onnx is there already; add --overwrite"):
+        export.main(export.Config(str(home)))
+    with pytest.raises(run.UserError, match="no model in"):
+        export.main(export.Config(str(home / "nothing")))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else 1)
+    with pytest.raises(run.UserError, match="exporting needs onnxruntime: pip install onnx onnxscript onnxruntime"):
+        export.main(export.Config(str(home), overwrite=True))
