@@ -9,6 +9,7 @@ Every contender is a process of its own that waits while the others run; they ta
 
 teacher    batch        a whole update with sampling, kzl's settings
 rollout    batch        an action of so many environments, without the environments
+acting     model        an action at batch 1 from numpy to numpy: Policy, the exported file, and the floor, the action's products alone
 distil     teachers     an update of distill.py's loop, synthetic teachers, batch 64
 surgery    parameters   the projection of one flat gradient
 update     parameters   projection, clipping, AdamW, and the copy of g into u
@@ -34,6 +35,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 K, O, A, C, LAYERS = 20, 11, 3, 128, 3  # kzl's settings for hopper (github.com/kzl/decision-transformer, gym/experiment.py): also 1 head, dropout 0.1
@@ -163,6 +165,84 @@ def ours_rollout(device, dtype, size):
         actors[0].act(s, rtg, a).cpu()
 
     return step
+
+
+def acting_model(size):
+    """The teacher of hopper, or the student of hopper, halfcheetah and walker2d, with default sizes; and hopper as their first task."""
+    import model as dt
+
+    cfg = dt.ModelConfig((O,), (A,), LAYERS, 1, C, K) if size == "teacher" else dt.ModelConfig((O, 17, 17), (A, 6, 6), 2, 1, 64, K)
+    hopper = task()
+    hopper.obs_mean, hopper.obs_std, hopper.act_low, hopper.act_high, hopper.targets = [0.0] * O, [1.0] * O, [-1.0] * A, [1.0] * A, {"p95": 3000.0}
+    return dt.DecisionTransformer(cfg).eval(), hopper
+
+
+def ours_policy(device, dtype, size):
+    import policy
+
+    model, hopper = acting_model(size)
+    p, obs, t = policy.Policy.of(model.to(device), hopper, 0), episodes()[0].numpy(), 0
+
+    def step():
+        nonlocal t
+        if t % 1000 == 0:
+            p.reset()
+        p.act(obs[t % STEPS], 1.0)
+        t += 1
+
+    return step
+
+
+def onnx_policy(device, dtype, size, int8=False):
+    import tempfile
+
+    import export
+
+    step_ = export.Step(*acting_model(size), 0).eval()
+    blob = export.to_onnx(step_, 0)
+    if int8:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "a.onnx").write_bytes(blob)
+            export.quantise(Path(folder) / "a.onnx", Path(folder) / "b.onnx")
+            blob = (Path(folder) / "b.onnx").read_bytes()
+    runtime, obs, t = export.session(blob), episodes()[0].numpy(), 0
+    start = {k: x.numpy() for k, x in zip(export.NAMES[0], step_.inputs(1), strict=True)}
+    given = dict(start)
+
+    def step():
+        nonlocal t
+        if t % 1000 == 0:
+            given.update(start)
+        given["observation"], given["timestep"] = obs[t % STEPS][None], np.array([t % 1000])
+        given["last_action"], given["memory"] = runtime.run(None, given)
+        t += 1
+
+    return step
+
+
+def products_of_acting(device, dtype, size):
+    """The floor: the products of one action alone, out of Actor's own weights."""
+    import policy
+
+    model, hopper = acting_model(size)
+    actor = policy.Actor(model.to(device), 0, 1, 1000)
+    width = actor.embed.shape[1] // 3
+    pairs = [(torch.randn(1, len(actor.embed)), actor.embed)]
+    for i, (qkv, _, proj, _, fc, _, out, _) in enumerate(actor.blocks):
+        n = 1 if i == len(actor.blocks) - 1 else 6  # of the last block, one token's output is read
+        pairs += [(torch.randn(m, len(w)), w) for m, w in ((6, qkv), (n, proj), (n, fc), (n, out))]
+    pairs = [(x.to(device), w) for x, w in [*pairs, (torch.randn(1, width), actor.head[0])]]
+
+    @torch.inference_mode()
+    def step():
+        for x, w in pairs:
+            torch.mm(x, w)
+
+    return step
+
+
+def huggingface_acting(device, dtype, size):
+    return huggingface_rollout(device, dtype, "1")  # of the teacher's size: it has no smaller student
 
 
 def huggingface_rollout(device, dtype, size):
@@ -422,6 +502,9 @@ ROWS = {
         "huggingface": (huggingface_teacher, BOTH, PEER), "d3rlpy": (d3rlpy_teacher, SINGLE, PEER),
         "d3rlpy, compile_graph": (functools.partial(d3rlpy_teacher, compile_graph=True), SINGLE, PEER)}),
     "rollout": (("1", "64"), ("1", "64"), {"ours": (ours_rollout, SINGLE), "huggingface": (huggingface_rollout, SINGLE, PEER)}),
+    "acting": (*2 * (("teacher", "student"),), {
+        "Policy": (ours_policy, SINGLE), "ONNX": (onnx_policy, SINGLE), "ONNX, int8": (functools.partial(onnx_policy, int8=True), SINGLE),
+        "products alone": (products_of_acting, SINGLE), "huggingface": (huggingface_acting, SINGLE, PEER)}),
     "distil": (("3",), ("3",), {
         "fixed, no surgery": (functools.partial(ours_distil, curriculum="fixed", surgery="none"), BOTH[:1]),
         "novelty, previous": (functools.partial(ours_distil, **NOVELTY), SINGLE),

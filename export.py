@@ -88,6 +88,14 @@ def to_onnx(step: Step, batch: int) -> bytes:
     return program.model_proto.SerializeToString()
 
 
+def quantise(file, into):
+    """A file's weights in 8 bits, activations scaled as they come (onnxruntime's dynamic quantisation); of Gemm and MatMul alone, its Attention is not ONNX's."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.getLogger().setLevel(logging.ERROR)  # it advises a preprocessing that changes nothing here
+    quantize_dynamic(str(file), str(into), op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+
+
 def session(file):
     """onnxruntime on one thread; file: a path, or the bytes of one."""
     import onnxruntime

@@ -91,7 +91,7 @@ VARIANTS = {  # options of distill.py
     "data": {"curriculum": "all", "surgery": "none", "loss": "nll"},  # no teachers
     "one student per task": {"curriculum": "all", "surgery": "none"},  # of the same size together
 }
-LRS = (4e-3, 8e-3, 16e-3)
+LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty, previous", "novelty, average")
 ACTING = {"all": (15.0,), "novelty, previous": (5.0, 15.0, 50.0)}  # the teachers' parameters over the student's
 POINTS = 10  # of a curve
@@ -220,14 +220,14 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
             student.train()
             rows.append(state["record"][:, 1:3].clone()) if step else None
         if step < cfg.steps:
-            start = time.perf_counter()
+            start = time.process_time()  # of this one thread: other runs take turns with it
             try:
                 update(step)
             except ValueError:  # a curriculum was told a distance that is NaN: what is measured from here on is infinite
                 with torch.no_grad():
                     state["theta"].fill_(math.nan)
                 update = lambda step: None  # noqa: E731
-            seconds += time.perf_counter() - start
+            seconds += time.process_time() - start
     student.eval()
     return student, curve, seconds, torch.cat(rows)
 
@@ -311,7 +311,7 @@ def tuned(rows, case, variant):
     """The learning rate with which the worst teacher's last KL is lowest on the tuning seeds, geometric mean; and those seeds' KL of each teacher with it."""
     by_lr = {lr: [r for r in rows if (r["case"], r["variant"], r["budget"], r["lr"]) == (case, variant, "tune", lr)] for lr in LRS}
     lr = min(LRS, key=lambda lr: np.log([worst(r) for r in by_lr[lr]]).mean() if by_lr[lr] else math.inf)
-    return lr, [r["kl"][-1] for r in by_lr[lr]], np.median([r["ms"] for rs in by_lr.values() for r in rs] or [math.nan])
+    return lr, [r["kl"][-1] for r in by_lr[lr]]
 
 
 def weights(rows, case, variant):
@@ -322,8 +322,14 @@ def weights(rows, case, variant):
     return (kl / kl.sum()).tolist()
 
 
+def cost(rows, case, variant):
+    """Milliseconds of one core for an update, median over the runs of budget "updates"."""
+    return np.median([r["ms"] for r in rows if (r["case"], r["variant"], r["budget"]) == (case, variant, "updates")] or [math.nan])
+
+
 def plan(cfg: Config, rows, stage):
-    """The runs of a stage (0: tuning, 1: tuning of what needs the first, 2: those that count), as one_run takes them."""
+    """The runs of a stage (0: tuning, 1: tuning of what needs the first, 2: those that count, 3: those whose updates are counted from their costs), as one_run
+    takes them."""
     names = [v for v in cfg.only or VARIANTS if v not in cfg.without]
     fixed = {"steps": cfg.steps, "times": cfg.compression, "teachers": cfg.teachers, "work_dir": cfg.work_dir}
     if stage < 2:
@@ -334,13 +340,12 @@ def plan(cfg: Config, rows, stage):
                     if ("w=" in v) == (stage == 1):
                         yield from ({"case": case, "variant": v, "budget": "tune", "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed} for lr in LRS)
         return
-    for budget in cfg.budgets:
+    for budget in [b for b in cfg.budgets if (b == "time") == (stage == 3)]:
         for seed in range(cfg.seeds):
             for case in cfg.cases:
                 for v in names:
-                    lr, _, ms = tuned(rows, case, v)
+                    lr, slower = tuned(rows, case, v)[0], cost(rows, case, v) / cost(rows, case, "fixed")
                     spec = {"case": case, "variant": v, "budget": budget, "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed}
-                    slower = ms / tuned(rows, case, "fixed")[2]
                     if budget == "updates" or (budget == "half" and v in HALF):
                         yield {**spec, "steps": cfg.steps // (1 + (budget == "half"))}
                     elif budget == "time" and slower > 1.1:
@@ -370,7 +375,7 @@ def main(cfg: Config):
         if not {"upgrad", "cagrad"} & set(cfg.without) and importlib.util.find_spec("torchjd") is None:
             raise run.UserError("upgrad and cagrad need torchjd: pip install 'torchjd[quadprog_projector,cagrad]'; or --without upgrad cagrad")
         train_teachers(cfg)
-        for stage in range(3):
+        for stage in range(4):
             rows = read(cfg.out)
             there = {tuple(r[k] for k in KEY) for r in rows}
             specs = [s for s in plan(cfg, rows, stage) if tuple(s[k] for k in KEY) not in there]

@@ -134,10 +134,18 @@ def test_students_of_one_task_each_see_their_own_windows(tiny):
 
 def test_a_learning_rate_is_chosen_by_the_worst_teachers_last_kl_on_the_tuning_seeds_alone():
     def row(budget, lr, *kl):
-        return {"case": "c", "variant": "v", "budget": budget, "lr": lr, "ms": 1.0, "kl": np.array([[9.0, 9.0], kl])}
+        return {"case": "c", "variant": "v", "budget": budget, "lr": lr, "kl": np.array([[9.0, 9.0], kl])}
 
     rows = [row("tune", 2e-3, 0.1, 0.5), row("tune", 4e-3, 0.3, 0.4), row("tune", 8e-3, 0.01, 0.6), row("updates", 16e-3, 0.0, 0.0), row("tune", 16e-3, math.nan, 0.1)]
     assert study.tuned(rows, "c", "v")[0] == 4e-3
+
+
+def test_equal_time_takes_what_a_variant_costs_off_its_updates(tiny):
+    cfg = study.dataclasses.replace(tiny, budgets=("updates", "time"), only=("fixed", "novelty, pcgrad", "all"), seeds=1, steps=100)
+    rows = [{"case": "tests", "variant": v, "budget": b, "lr": 8e-3, "ms": ms, "kl": np.ones((2, 2))}
+            for v, ms in (("fixed", 10.0), ("novelty, pcgrad", 25.0), ("all", 10.5)) for b in ("tune", "updates")]  # fmt: skip
+    assert [(s["variant"], s["budget"], s["steps"]) for s in study.plan(cfg, rows, 3)] == [("novelty, pcgrad", "time", 40)]
+    assert [s["budget"] for s in study.plan(cfg, rows, 2)] == ["updates"] * 3
 
 
 def test_a_run_that_is_lost_to_nan_counts_as_the_worst_there_is(tiny):
