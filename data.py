@@ -430,10 +430,10 @@ class Windows:
         self.offset = self.size.cumsum(0) - self.size
         shape = int(self.size.sum()), self.O + self.A + 2 + 2 * self.A * targets
         self.host = where == "host" or (where == "auto" and 4 * math.prod(shape) > room(device) / 2)
-        self.table = mapped(shape) if self.host else None if shape[1] == tables[0].shape[1] and len(tables) == 1 else torch.zeros(shape, device=device)
-        if self.table is None:
+        if len(tables) == 1 and not (self.host or targets):  # as it lies
             self.table = torch.from_numpy(tables[0]).to(device)
         else:
+            self.table = mapped(shape) if self.host else torch.zeros(shape, device=device)
             for table, task, at in zip(tables, tasks, self.offset.tolist(), strict=True):
                 x, rows = torch.from_numpy(table), slice(at, at + len(table))
                 self.table[rows, : task.obs_dim] = x[:, : task.obs_dim].to(self.table.device)
@@ -442,9 +442,13 @@ class Windows:
         self.back = torch.arange(context - 1, -1, -1, device=device)  # (K,) how far before the window's last row
         self.reader, self.ahead = concurrent.futures.ThreadPoolExecutor(1) if self.host else None, None
 
+    def rows(self, end):
+        """(B, K): those of the windows whose last rows are `end` (B,)."""
+        return (end[:, None] - self.back).clamp_min(0)
+
     def gather(self, task, end):
         """The windows of tasks (B,) whose last rows are `end` (B,)."""
-        rows = (end[:, None] - self.back).clamp_min(0)
+        rows = self.rows(end)
         x = self.fetch(rows) if self.host else self.table[rows]  # (B, K, O + A + 2, or 2A more)
         O, A, t = self.O, self.A, x[..., self.O + self.A + 1].long()
         targets = torch.stack(x[..., O + A + 2 :].chunk(2, dim=-1)) if x.shape[-1] > O + A + 2 else x.new_empty(2, *x.shape[:2], 0)
@@ -465,7 +469,7 @@ class Windows:
             now = generator.get_state()
             end = self.draw(B, shares, generator)[1]
             generator.set_state(now)
-            self.ahead = self.reader.submit(self.read, (end[:, None] - self.back).clamp_min(0).cpu())
+            self.ahead = self.reader.submit(self.read, self.rows(end).cpu())
         return batch
 
     def read(self, rows):

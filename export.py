@@ -28,7 +28,7 @@ import tyro
 import data
 import model as dt
 import run
-from policy import Actor
+from policy import Actor, Policy
 
 OPSET = 23  # of ONNX 1.18; onnxruntime reads it from 1.23 on
 
@@ -106,22 +106,20 @@ def session(file):
 
 
 def compared(runtime, step: Step, B: int, T=50):
-    """Largest difference between the file's actions and Actor's, in units of half the action range, over B random episodes of T steps; and microseconds per call."""
-    rng, t = np.random.default_rng(0), step.task
-    low, high = np.array(t.act_low), np.array(t.act_high)
-    actor, a, worst, took = Actor(step.model, step.index, B, T), torch.zeros(B, t.act_dim), 0.0, []
+    """Largest difference between the file's actions and Policy's, in units of half the action range, over B random episodes of T steps; and microseconds per call."""
+    rng, t, worst, took = np.random.default_rng(0), dataclasses.replace(step.task, max_steps=T), 0.0, []
+    policy, half = Policy.of(step.model, t, step.index), (np.array(t.act_high) - t.act_low) / 2
+    policy.reset(episodes=B)
     given = {k: x.numpy() for k, x in zip(NAMES[0], step.inputs(B), strict=True)}
     for i in range(T):
-        states, left = rng.normal(size=(B, t.obs_dim)), rng.uniform(0, 1, B)
-        given["observation"] = (states * t.obs_std + t.obs_mean).astype(np.float32)
-        given["return_to_go"], given["timestep"] = (left * t.rtg_scale).astype(np.float32), np.full(B, i)
+        given["observation"] = (rng.normal(size=(B, t.obs_dim)) * t.obs_std + t.obs_mean).astype(np.float32)
+        given["return_to_go"], given["timestep"] = (rng.uniform(0, 1, B) * t.rtg_scale).astype(np.float32), np.full(B, i)
         start = time.perf_counter()
         action, memory = runtime.run(None, given)
         took.append(time.perf_counter() - start)
-        a = actor.act(torch.from_numpy((given["observation"] - t.obs_mean) / t.obs_std).float(), torch.from_numpy(given["return_to_go"] / t.rtg_scale).float(), a)
-        wanted = np.clip((a.numpy() + 1) / 2 * (high - low) + low, low, high)
-        worst = max(worst, np.abs((action - wanted) / (high - low) * 2).max())
-        given["last_action"], given["memory"] = wanted.astype(np.float32), memory
+        wanted = policy.act(given["observation"], policy.left - given["return_to_go"])
+        worst = max(worst, np.abs((action - wanted) / half).max())
+        given["last_action"], given["memory"] = wanted, memory
     return float(worst), 1e6 * float(np.median(took[T // 2 :]))
 
 
