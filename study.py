@@ -103,9 +103,9 @@ def prepare():
     run.keep_memory()
 
 
-def extend(weights, act_dims):
+def extend(weights, N):
     """Puts what is not the project's own into the tables of the method, anew for each run: an extension as README describes it."""
-    first, v = torch.zeros(len(act_dims)), torch.zeros(())
+    first, v = torch.zeros(N), torch.zeros(())
 
     def relative(d, step, shares, generator):
         """Novelty of the KL over its own first value: no teacher is preferred for the scale of its KL."""
@@ -235,7 +235,7 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
 def one_run(spec):
     """A row of the CSV, from what it is to be: {case, variant, budget, seed, lr, steps, times, weights, teachers, work_dir}."""
     models, tasks, metrics, train, held_out, held_out_targets = setup(spec["case"], spec["seed"], spec["teachers"], spec["work_dir"])
-    extend(spec["weights"], [t.act_dim for t in tasks])
+    extend(spec["weights"], len(tasks))
     total = sum(m.n_params for m in models)
     options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu"}
     if spec["variant"] == "one student per task":  # each with its part of the windows of every update
