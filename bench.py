@@ -101,7 +101,7 @@ def ours_teacher(device, dtype, size, compile=False):
 
     def step():
         b = train.sample(int(size), share, generator)
-        loss, tokens = dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask), b.mask.sum()
+        loss, tokens = dt.mean_nll(*model(0, *b[1:6]), b.actions, b.mask), b.mask.sum()
         all_tokens = run.summed(tokens)[0]
         theta.grad.zero_()
         (loss * (tokens / all_tokens)).backward()

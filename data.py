@@ -61,7 +61,7 @@ class Task:
     env_kwargs: dict
     max_steps: int  # an episode's limit at evaluation
     obs_dim: int
-    act_dim: int
+    act_dim: int  # discrete: how many actions there are
     obs_mean: list[float]
     obs_std: list[float]
     act_low: list[float]
@@ -71,6 +71,11 @@ class Task:
     reference: tuple[float, float]  # returns of score 0 and 100
     reference_source: str
     split_seed: int  # chose the held-out episodes, for teacher and student alike
+    first_action: int | None = None  # number of the first of discrete actions; None: actions are continuous
+
+    @property
+    def discrete(self):
+        return self.first_action is not None
 
 
 def tasks(meta: dict, path) -> list[Task]:
@@ -81,12 +86,14 @@ def tasks(meta: dict, path) -> list[Task]:
 
     try:
         tasks = [Task(**t) for t in meta["tasks"]]
-        for t, O, A in zip(tasks, meta["config"]["obs_dims"], meta["config"]["act_dims"], strict=True):
+        config = meta["config"]
+        for t, O, A, D in zip(tasks, config["obs_dims"], config["act_dims"], config.get("discrete") or [False] * len(tasks), strict=True):
             fine = {"obs_dim": t.obs_dim == O, "act_dim": t.act_dim == A, "name": isinstance(t.name, str) and isinstance(t.dataset, str),
                     "env_id": t.env_id is None or isinstance(t.env_id, str), "env_kwargs": isinstance(t.env_kwargs, dict),
                     "max_steps": type(t.max_steps) is int and 0 < t.max_steps <= MAX_STEPS, "obs_mean": numbers(t.obs_mean, O), "obs_std": numbers(t.obs_std, O),
                     "act_low": numbers(t.act_low, A), "act_high": numbers(t.act_high, A), "rtg_scale": numbers([t.rtg_scale], 1) and t.rtg_scale > 0,
                     "targets": isinstance(t.targets, dict) and "p95" in t.targets and numbers([*t.targets.values()], len(t.targets)),
+                    "first_action": type(t.first_action) is int if D else t.first_action is None,
                     "reference": numbers(t.reference, 2), "split_seed": type(t.split_seed) is int and t.split_seed >= 0}  # fmt: skip
             if not all(fine.values()):
                 raise ValueError(f"{next(k for k, v in fine.items() if not v)} of {str(t.name)[:50]!r}")
@@ -180,7 +187,7 @@ def find(name: str) -> Path:
 
 def fingerprint(path: Path) -> str:
     """Changes whenever the dataset's files do: their names, sizes and times, and the metadata itself."""
-    h = hashlib.blake2b(b"manyteachers cache 2", digest_size=12)
+    h = hashlib.blake2b(b"manyteachers cache 3", digest_size=12)
     for f in sorted(path.rglob("*")):
         st = f.stat()
         h.update(f"{f.relative_to(path)} {st.st_size} {st.st_mtime_ns}\n".encode())
@@ -191,7 +198,7 @@ def fingerprint(path: Path) -> str:
 def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
     """A dataset as arrays: table (S, O + A + 2) float32, rows as said above but states and rtg as they are, not yet normalised; and of each
     episode: lengths (E,), returns (E,), obs_sum and obs_square (E, O), sums over its timesteps. And its description
-    {env_id, env_kwargs, max_steps, act_low, act_high, saturation}. From the cache where that was written for these very files."""
+    {env_id, env_kwargs, max_steps, act_low, act_high, first_action, saturation}. From the cache where that was written for these very files."""
     path = find(name)
     try:
         cached = CACHE / f"{name.replace('/', '--')}-{fingerprint(path)}.safetensors"
@@ -236,7 +243,7 @@ def load_arrays(file):
             and min(O, A, E) > 0 and table.ndim == 2 and lengths.shape == returns.shape == (E,) and all(x.shape == (E, O) for x in sums)
             and (lengths > 0).all() and lengths.sum() == len(table) and all(np.isfinite(x).all() for x in (table, returns, *sums))
             and np.isfinite(np.array([about["act_low"], about["act_high"]], float)).all() and set(about) == ABOUT
-            and type(about["max_steps"]) is int and 0 < about["max_steps"] <= MAX_STEPS
+            and isinstance(about["first_action"], (int, type(None))) and type(about["max_steps"]) is int and 0 < about["max_steps"] <= MAX_STEPS
             and isinstance(about["env_id"], (str, type(None))) and isinstance(about["env_kwargs"], dict)
         )  # fmt: skip
         return (arrays, about) if fine else None
@@ -244,7 +251,7 @@ def load_arrays(file):
         return None
 
 
-ABOUT = {"env_id", "env_kwargs", "act_low", "act_high", "max_steps", "saturation"}
+ABOUT = {"env_id", "env_kwargs", "act_low", "act_high", "first_action", "max_steps", "saturation"}
 
 
 def isolated(f, name, path, *args):
@@ -291,26 +298,28 @@ def isolated(f, name, path, *args):
 
 
 def read_minari(name, path):
-    """The dataset as it is: table (S, O + A + 2) float32, a row each: observation, action, reward, timestep; lengths (E,); and its description."""
+    """The dataset as it is: table (S, O + A + 2) float32, a row each: observation, action (a discrete one one-hot), reward, timestep; lengths (E,); and its
+    description."""
     try:
         ds = minari.load_dataset(name)
         obs_space, act_space, n, total = ds.observation_space, ds.action_space, ds.total_episodes, ds.total_steps
     except Exception as e:  # h5py, pyarrow and JSON each fail in their own way on a damaged file
         raise run.UserError(f"dataset {name} can't be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); delete {path.parent} to fetch it again") from None
-    for what, space in (("observations", obs_space), ("actions", act_space)):
-        if not isinstance(space, gym.spaces.Box):
-            raise run.UserError(f"dataset {name} has {type(space).__name__} {what}; only continuous (Box) observations and actions can be learnt from")
+    discrete = isinstance(act_space, gym.spaces.Discrete)
+    if not isinstance(obs_space, gym.spaces.Box):
+        raise run.UserError(f"dataset {name} has {type(obs_space).__name__} observations; only continuous (Box) ones can be learnt from")
+    if not (discrete or isinstance(act_space, gym.spaces.Box)):
+        raise run.UserError(f"dataset {name} has {type(act_space).__name__} actions; only continuous (Box) and Discrete ones can be learnt from")
     if n == 0:
         raise run.UserError(f"dataset {name} has no episode; collect or download it again")
-    O, A = int(np.prod(obs_space.shape)), int(np.prod(act_space.shape))
-    at = 0
+    O, A, at = int(np.prod(obs_space.shape)), int(act_space.n if discrete else np.prod(act_space.shape)), 0
     try:
         table, lengths = np.empty((total, O + A + 2), np.float32), np.zeros(n, np.int64)
         for i, ep in enumerate(ds.iterate_episodes()):
             L = lengths[i] = len(ep.rewards)
             rows = table[at : at + L]
             rows[:, :O] = np.reshape(ep.observations, (-1, O))[:L]  # the last one, after the last action, is of no use
-            rows[:, O:-2] = np.reshape(ep.actions, (-1, A))
+            rows[:, O:-2] = one_hot(ep.actions, act_space) if discrete else np.reshape(ep.actions, (-1, A))
             rows[:, -2], rows[:, -1] = ep.rewards, np.arange(L)
             at += L
     except Exception as e:
@@ -323,13 +332,25 @@ def read_minari(name, path):
         field, ep = "observations" if column < O else "actions" if column < O + A else "rewards", np.searchsorted(np.cumsum(lengths), row, side="right")
         raise run.UserError(f"dataset {name}: NaN or infinite {field} in episode {ep}; remove that episode")
     spec = ds._eval_env_spec or ds.env_spec
-    low, high = (np.broadcast_to(b, act_space.shape).reshape(-1).astype(np.float32) for b in (act_space.low, act_space.high))
-    bounded = np.isfinite(low) & np.isfinite(high)  # an unbounded dimension takes the data's own range
-    low, high = np.where(bounded, low, table[:, O:-2].min(0)), np.where(bounded, high, table[:, O:-2].max(0))
-    high = np.where(high > low, high, low + 1)
+    if discrete:
+        low, high = np.zeros(A), np.ones(A)
+    else:
+        low, high = (np.broadcast_to(b, act_space.shape).reshape(-1).astype(np.float32) for b in (act_space.low, act_space.high))
+        bounded = np.isfinite(low) & np.isfinite(high)  # an unbounded dimension takes the data's own range
+        low, high = np.where(bounded, low, table[:, O:-2].min(0)), np.where(bounded, high, table[:, O:-2].max(0))
+        high = np.where(high > low, high, low + 1)
     about = dict(env_id=spec.id if spec else None, env_kwargs=spec.kwargs if spec else {}, act_low=low.tolist(), act_high=high.tolist(),
+                 first_action=int(act_space.start) if discrete else None,
                  max_steps=min(MAX_STEPS, int((spec.max_episode_steps if spec else None) or lengths.max())))  # fmt: skip
     return table, lengths, about
+
+
+def one_hot(actions, space):
+    """actions (L,) of a Discrete space -> (L, n). Raises ValueError where one is not in the space."""
+    i = np.reshape(actions, -1).astype(np.int64) - space.start
+    if not ((i >= 0) & (i < space.n)).all():
+        raise ValueError(f"action {actions[(i < 0) | (i >= space.n)][0]} is not in {space}")
+    return np.eye(int(space.n), dtype=np.float32)[i]
 
 
 # ---- from arrays to a table ------------------------------------------------------------------------------------------
@@ -343,18 +364,19 @@ def returns_to_go(rewards, lengths):
 
 
 def tabulate(table, lengths, about):
-    """What `read` returns, from what `read_minari` does, in place: actions scaled to [-1, 1], returns-to-go, sums per episode."""
+    """What `read` returns, from what `read_minari` does, in place: continuous actions scaled to [-1, 1], returns-to-go, sums per episode."""
     low, high = (np.array(about[k], np.float32) for k in ("act_low", "act_high"))
     ends, O = np.cumsum(lengths), table.shape[1] - len(low) - 2
     actions = table[:, O:-2]
-    actions -= low
-    actions *= 2 / (high - low)
-    actions -= 1
+    if about["first_action"] is None:
+        actions -= low
+        actions *= 2 / (high - low)
+        actions -= 1
     rtg = returns_to_go(table[:, -2], lengths)
     table[:, -2] = rtg
     episodes = [table[end - L : end, :O].astype(np.float64) for L, end in zip(lengths, ends, strict=True)]
     sums = {"obs_sum": np.stack([x.sum(0) for x in episodes]), "obs_square": np.stack([np.einsum("to,to->o", x, x) for x in episodes])}
-    saturation = float((np.abs(actions) > 0.999).mean())
+    saturation = float((np.abs(actions) > 0.999).mean()) if about["first_action"] is None else 0.0
     return {"table": table, "lengths": lengths, "returns": rtg[ends - lengths], **sums}, {**about, "saturation": saturation}
 
 
@@ -533,7 +555,8 @@ def main(cfg: Config):
     d = load(cfg.dataset or cfg.env, cfg.seed)
     q = np.quantile(d.returns, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
     print(f"{d.task.dataset}: {d.task.env_id} {d.task.env_kwargs or ''}")
-    print(f"  observations {d.task.obs_dim}, actions {d.task.act_dim}, saturated {100 * d.saturation:.1f} % of action components")
+    how = "discrete" if d.task.discrete else f"saturated {100 * d.saturation:.1f} % of action components"
+    print(f"  observations {d.task.obs_dim}, actions {d.task.act_dim}, {how}")
     print(f"  episodes {len(d.lengths)}, steps {d.lengths.sum()}, held out {len(d.held_out)} steps")
     print(f"  length   min {d.lengths.min()}, median {np.median(d.lengths):.0f}, max {d.lengths.max()}")
     print("  return   " + ", ".join(f"{k} {v:.0f}" for k, v in zip(("min", "5 %", "25 %", "median", "75 %", "95 %", "max"), q, strict=True)))

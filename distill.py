@@ -30,7 +30,7 @@ import model as dt
 import run
 import surgery
 import teacher
-from kernels.kl import bounded, head_kl, per_teacher
+from kernels.kl import head_kl, per_teacher, policies
 from kernels.project import project_adamw
 
 
@@ -52,10 +52,10 @@ class Config:
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
     alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update
-    loss: Literal["kl", "mse", "nll"] = "kl"  # baselines: mse of the means; nll of the data's own actions, with no teacher
+    loss: Literal["kl", "mse", "nll"] = "kl"  # baselines: mse of the means, or probabilities; nll of the data's own actions, with no teacher
     kl: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
-    sigma_floor: float = 0.05  # added to every variance, squared; in units of half the action range
-    temperature: float = 1.0  # times the teacher's sigma
+    sigma_floor: float = 0.05  # added to every variance of continuous actions, squared; in units of half their range
+    temperature: float = 1.0  # times the teacher's sigma; its logits over it
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
     probe_windows: int = 8  # per teacher, where distances or alignments need windows of their own
     probe_interval: int = 1  # updates between probes, where the farthest teacher alone is taken: an old distance takes it too often
@@ -174,7 +174,8 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     changes, by name. Among them record (log_interval, 5 + 3N): row step % log_interval holds loss, cosine, projected, gradient norm before and after surgery, and
     the teachers' shares, distances and alignments.
     """
-    device, act_dims = probe.task.device, torch.tensor(student.cfg.act_dims, device=probe.task.device)
+    device = probe.task.device
+    act_dims, discrete = torch.tensor(student.cfg.act_dims, device=device), student.cfg.categorical(device)  # (N,) each
     N, theta = len(act_dims), dt.flatten(student)
 
     def targets(batch):
@@ -188,10 +189,13 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
             p = dt.unflatten(student, vector)
             h, weight, bias = torch.func.functional_call(student, p, batch[:6], {"hidden": True}), p["head.weight"], p["head.bias"]
         if loss != "kl":
-            mean, log_std = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]).chunk(2, dim=-1)
-            x = (mean.tanh() - wanted[0]).square() if loss == "mse" else dt.gaussian_nll(mean.tanh(), bounded(log_std), batch.actions)
-            return per_teacher(x, batch.mask, batch.task, act_dims)
-        return head_kl(h, weight, bias, *wanted, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature)
+            mean, log_std = policies(torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]), batch.task, act_dims, discrete)
+            x = (mean - wanted[0]).square() if loss == "mse" else dt.gaussian_nll(mean, log_std, batch.actions)
+            if discrete is not None:
+                of_categorical = (mean.exp() - wanted[0].exp()).square() if loss == "mse" else -batch.actions * mean
+                x = torch.where(discrete[batch.task][:, None, None], of_categorical, x)
+            return per_teacher(x, batch.mask, batch.task, act_dims, discrete)
+        return head_kl(h, weight, bias, *wanted, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature, discrete)
 
     def distances(batch, wanted, vector=None, loss=cfg.loss):
         """L (N,): the student's mean distance from each teacher, 0 where the batch has no window of it."""
@@ -329,8 +333,7 @@ def main(cfg: Config):
         del sets, s  # in the windows now
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    student = dt.DecisionTransformer(dt.ModelConfig(
-        tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, cfg.n_head, cfg.n_embd, context)).to(device)  # fmt: skip
+    student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, context=context)).to(device)
     student.bfloat16 = run.bfloat16(cfg)
     parameters = sum(t.n_params for t in teachers)
     print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}, blocks in "

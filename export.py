@@ -3,9 +3,10 @@
     python export.py out/student                 # out/student/hopper.onnx, hopper.json, ...
     python export.py out/student --int8          # and hopper.int8.onnx: weights quantised to 8 bits
 
-Inputs, all with a batch in front (of any size, or of --batch): observation (B, O) and return_to_go (B,) in the environment's units, last_action (B, A) (any at
-first), timestep (B,) int64, 0 at first, memory (B, M), zeros at first. Outputs: action (B, A), in the environment's units, and next_memory, which is the
-next step's memory. Rows of a batch may be at timesteps of their own. examples/act_onnx.py drives it with numpy and onnxruntime alone.
+Inputs, all with a batch in front (of any size, or of --batch): observation (B, O) and return_to_go (B,) in the environment's units, last_action (B, A), or (B,)
+int64 of discrete ones (any at first), timestep (B,) int64, 0 at first, memory (B, M), zeros at first. Outputs: action, as last_action, in the environment's
+units, and next_memory, which is the next step's memory. Rows of a batch may be at timesteps of their own. examples/act_onnx.py drives it with numpy and
+onnxruntime alone.
 
 The JSON beside each file is its card: sizes, environment, returns to ask for, what the run measured, how far the file is from the model.
 """
@@ -63,14 +64,15 @@ class Step(torch.nn.Module):
         t, actor = self.task, self.actor
         mean, std, low, high = (torch.tensor(x) for x in (t.obs_mean, t.obs_std, t.act_low, t.act_high))
         actor.t, actor.caches = timestep, list(memory.view(-1, *self.shape).permute(2, 1, 0, 3, 4, 5).unbind(0))
-        a = Actor.act.__wrapped__(actor, (observation - mean) / std, return_to_go / t.rtg_scale, 2 * (last_action - low) / (high - low) - 1)
+        last = torch.eye(t.act_dim)[(last_action - t.first_action).clamp(0, t.act_dim - 1)] if t.discrete else 2 * (last_action - low) / (high - low) - 1
+        a = Actor.act.__wrapped__(actor, (observation - mean) / std, return_to_go / t.rtg_scale, last)
         memory = torch.stack(actor.caches).permute(2, 1, 0, 3, 4, 5).flatten(1)
-        return ((a + 1) / 2 * (high - low) + low).clamp(low, high), memory
+        return (a.argmax(1) + t.first_action if t.discrete else ((a + 1) / 2 * (high - low) + low).clamp(low, high)), memory
 
     def inputs(self, B):
         t = self.task
-        M = int(np.prod(self.shape))
-        return torch.zeros(B, t.obs_dim), torch.zeros(B), torch.zeros(B, t.act_dim), torch.zeros(B, dtype=torch.long), torch.zeros(B, M)
+        action, first = torch.zeros(B, dtype=torch.long) if t.discrete else torch.zeros(B, t.act_dim), torch.zeros(B, dtype=torch.long)
+        return torch.zeros(B, t.obs_dim), torch.zeros(B), action, first, torch.zeros(B, int(np.prod(self.shape)))
 
 
 NAMES = ("observation", "return_to_go", "last_action", "timestep", "memory"), ("action", "next_memory")
@@ -106,7 +108,8 @@ def session(file):
 
 
 def compared(runtime, step: Step, B: int, T=50):
-    """Largest difference between the file's actions and Policy's, in units of half the action range, over B random episodes of T steps; and microseconds per call."""
+    """Largest difference between the file's actions and Policy's, in units of half the action range (of discrete ones, the share that differs), over B random
+    episodes of T steps; and microseconds per call."""
     rng, t, worst, took = np.random.default_rng(0), dataclasses.replace(step.task, max_steps=T), 0.0, []
     policy, half = Policy.of(step.model, t, step.index), (np.array(t.act_high) - t.act_low) / 2
     policy.reset(episodes=B)
@@ -118,7 +121,7 @@ def compared(runtime, step: Step, B: int, T=50):
         action, memory = runtime.run(None, given)
         took.append(time.perf_counter() - start)
         wanted = policy.act(given["observation"], policy.left - given["return_to_go"])
-        worst = max(worst, np.abs((action - wanted) / half).max())
+        worst = worst + (action != wanted).mean() / T if t.discrete else max(worst, np.abs((action - wanted) / half).max())
         given["last_action"], given["memory"] = wanted, memory
     return float(worst), 1e6 * float(np.median(took[T // 2 :]))
 
@@ -143,15 +146,12 @@ def main(cfg: Config):
         run.write(path, blob)
         files = {path.name: blob}
         if cfg.int8:
-            from onnxruntime.quantization import QuantType, quantize_dynamic
-
-            logging.getLogger().setLevel(logging.ERROR)
-
             small = path.with_suffix(".int8.onnx")
-            quantize_dynamic(str(path), str(small), op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+            quantise(path, small)
             files[small.name] = small.read_bytes()
         card = {"task": task.name, "environment": task.env_id, "environment_options": task.env_kwargs, "max_steps": task.max_steps, "targets": task.targets,
-                "observation": task.obs_dim, "action": task.act_dim, "action_low": task.act_low, "action_high": task.act_high, "memory": int(np.prod(step.shape)),
+                "observation": task.obs_dim, "action_shape": [] if task.discrete else [task.act_dim], "action_type": "int64" if task.discrete else "float32",
+                "action_low": task.act_low, "action_high": task.act_high, "memory": int(np.prod(step.shape)),
                 "batch": cfg.batch or "any", "parameters_of_the_whole_model": model.n_params, "measured": metrics.get(task.name), "opset": OPSET,
                 "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "machine": platform.machine(), "files": {}}  # fmt: skip
         for name, content in files.items():

@@ -1,10 +1,10 @@
-"""Decision Transformer (Chen et al. 2021, arXiv 2106.01345) with a Gaussian head: one class for teacher and student.
+"""Decision Transformer (Chen et al. 2021, arXiv 2106.01345) with a Gaussian or categorical head: one class for teacher and student.
 
 Notation, the same in every file:
     B windows, K timesteps of context, T = 3K tokens (R, s, a), C channels, nh heads, hs = C / nh
     N tasks, O and A observation and action dimension, P parameters
     rtg      return-to-go, divided by the task's rtg_scale
-    states   normalised with the task's obs_mean and obs_std; actions scaled to [-1, 1]
+    states   normalised with the task's obs_mean and obs_std; actions scaled to [-1, 1], discrete ones one-hot: A is their number
     mask     (B, K) bool, True where there is a timestep and False where a window begins before its episode does (left padding)
 
 A student is a model with several tasks: one trunk, and for each task its own input embeddings and head.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import run
 from kernels.attention import attention, kept
-from kernels.kl import bounded
+from kernels.kl import bounded, policies
 
 WAVES = 16  # frequencies that timesteps are embedded by
 
@@ -37,6 +37,19 @@ class ModelConfig:
     n_embd: int = 128  # C
     context: int = 20  # K
     dropout: float = 0.0
+    discrete: tuple[bool, ...] = ()  # whether each task's actions are; none given: no task's are
+
+    def __post_init__(self):
+        object.__setattr__(self, "discrete", self.discrete or (False,) * len(self.act_dims))
+
+    @classmethod
+    def of(cls, tasks, **sizes):
+        """For these data.Tasks."""
+        return cls(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), discrete=tuple(t.discrete for t in tasks), **sizes)
+
+    def categorical(self, device=None):
+        """`discrete` as (N,) bool; None where no task's actions are."""
+        return torch.tensor(self.discrete, device=device) if any(self.discrete) else None
 
 
 def dropout(x, p):
@@ -125,7 +138,8 @@ class DecisionTransformer(nn.Module):
         nn.init.normal_(self.embed_place.weight, std=0.2)
 
     def forward(self, task, states, actions, rtg, timesteps, mask, hidden=False):
-        """The policy at every timestep, from what came before its action: mean, log_std, each (B, K, A); hidden: what its head reads, (B, K, C).
+        """The policy at every timestep, from what came before its action: mean, log_std, each (B, K, A), of discrete actions their log-probabilities and zeros;
+        hidden: what its head reads, (B, K, C).
 
         task: an int, and states (B, K, O_task), actions (B, K, A_task); or one index per window (B,), and states and actions
         padded to the widest task's sizes, as then are the outputs. rtg (B, K), timesteps (B, K) integers, mask (B, K) bool.
@@ -151,11 +165,12 @@ class DecisionTransformer(nn.Module):
         return x if hidden else self.policy(x, task)
 
     def policy(self, x, task):
-        """mean, log_std, each (B, K, A), of hidden states x (B, K, C)."""
-        mean, log_std = self.head(x, task).chunk(2, dim=-1)
-        if isinstance(task, int):
-            mean, log_std = mean[..., : self.cfg.act_dims[task]], log_std[..., : self.cfg.act_dims[task]]
-        return mean.tanh(), bounded(log_std)
+        """What `forward` returns, of hidden states x (B, K, C)."""
+        x, cfg = self.head(x, task), self.cfg
+        if not isinstance(task, int):
+            return policies(x, task, torch.tensor(cfg.act_dims, device=x.device), cfg.categorical(x.device))
+        mean, log_std = (y[..., : cfg.act_dims[task]] for y in x.chunk(2, dim=-1))
+        return (mean.log_softmax(-1), torch.zeros_like(mean)) if cfg.discrete[task] else (mean.tanh(), bounded(log_std))
 
     @property
     def n_params(self):
@@ -181,10 +196,15 @@ def unflatten(model, theta):
     return {n: v.view(s) for n, v, s in zip(names, theta.split([s.numel() for s in shapes]), shapes, strict=True)}
 
 
-def gaussian_nll(mean, log_std, x, mask=None):
-    """Negative log-likelihood in nats; mean, log_std, x (B, K, A): of each (B, K, A), or with a mask (B, K), the mean of valid tokens and action dimensions."""
-    nll = log_std + 0.5 * ((x - mean) * (-log_std).exp()).square() + 0.9189385332046727  # log(2 pi) / 2
-    return nll if mask is None else nll.mean(-1).where(mask, 0.0).sum() / mask.sum()
+def gaussian_nll(mean, log_std, x):
+    """Negative log-likelihood of x in nats, elementwise: all (B, K, A)."""
+    return log_std + 0.5 * ((x - mean) * (-log_std).exp()).square() + 0.9189385332046727  # log(2 pi) / 2
+
+
+def mean_nll(mean, log_std, x, mask, discrete=False):
+    """Negative log-likelihood of a task's actions x (B, K, A), in nats: mean of valid tokens, mask (B, K), and of action dimensions (a discrete action is one)."""
+    nll = -(x * mean).sum(-1) if discrete else gaussian_nll(mean, log_std, x).mean(-1)
+    return nll.where(mask, 0.0).sum() / mask.sum()
 
 
 def save(path, model, meta: dict):
@@ -224,6 +244,8 @@ def load(path, device="cpu"):
             raise ValueError("model.safetensors is not the file that model.json was written for")
         weights = safetensors.torch.load(weights)
         cfg = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+        if len(cfg.discrete) != len(cfg.act_dims) or not all(type(d) is bool for d in cfg.discrete):
+            raise ValueError(f"discrete {cfg.discrete} of {len(cfg.act_dims)} tasks")
         sizes = (*cfg.obs_dims, *cfg.act_dims, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context)
         if (not all(type(n) is int and n > 0 for n in sizes) or cfg.n_embd % cfg.n_head or cfg.n_layer > len(weights)
                 or cfg.context > MAX_CONTEXT or not 0 <= cfg.dropout < 1):  # fmt: skip

@@ -35,7 +35,7 @@ class Actor:
 
     @torch.no_grad()
     def __init__(self, model, task: int, episodes: int, max_steps: int):
-        self.cfg, self.t = model.cfg, 0  # timestep of all episodes; (E,) of each once one of them began anew
+        self.cfg, self.discrete, self.t = model.cfg, model.cfg.discrete[task], 0  # t: timestep of all episodes; (E,) of each once one of them began anew
         K, C, A, O, nh = self.cfg.context, self.cfg.n_embd, self.cfg.act_dims[task], self.cfg.obs_dims[task], self.cfg.n_head
         dev, H = model.embed_place.weight.device, max(1, K // 2)
 
@@ -69,7 +69,8 @@ class Actor:
 
     @torch.inference_mode()
     def act(self, states, rtg, actions):
-        """This timestep's mean actions (E, A), from states (E, O), rtg (E,), and the actions (E, A) of the last one (any, before the first)."""
+        """This timestep's mean actions, or the most likely discrete ones, one-hot: (E, A); from states (E, O), rtg (E,), and the actions (E, A) of the last one
+        (any, before the first)."""
         E, C, nh, H = states.shape[0], self.cfg.n_embd, self.cfg.n_head, len(self.phases) // 3
         each = not isinstance(self.t, int)
         if each:
@@ -98,7 +99,8 @@ class Actor:
             x = x + torch.addmm(proj_b, y, proj_w)
             x = x + torch.addmm(out_b, torch.addmm(fc_b, torch.layer_norm(x, (C,)), fc_w).relu_(), out_w)
         self.t = self.t + 1
-        return torch.addmm(self.head[1], torch.layer_norm(x, (C,)), self.head[0]).tanh()
+        x = torch.addmm(self.head[1], torch.layer_norm(x, (C,)), self.head[0])
+        return F.one_hot(x.argmax(1), x.shape[1]).to(x.dtype) if self.discrete else x.tanh()
 
     def keep(self, rows):
         """Go on with these episodes alone; rows: indices (E',) or bools (E,)."""
@@ -118,7 +120,8 @@ class Actor:
 
 
 class Policy:
-    """Acts by the mean in one of a model's tasks: keeps the context, normalises, takes rewards off the return that is still asked for.
+    """Acts by the mean, or the most likely of discrete actions, in one of a model's tasks: keeps the context, normalises, takes rewards off the return that is
+    still asked for.
 
     path: a run's directory. Raises run.UserError where there is no model, or a damaged one.
     """
@@ -149,7 +152,8 @@ class Policy:
 
     @torch.inference_mode()
     def act(self, observation, reward=0.0, began=None):
-        """observation (O,) and the reward of the action before -> action (A,); batched: (n, O) and (n,) -> (n, A), float32, in the environment's units.
+        """observation (O,) and the reward of the action before -> action (A,); batched: (n, O) and (n,) -> (n, A), float32, in the environment's units;
+        discrete actions: an int64, or (n,) of them.
         began (n,) bool: which observations are the first of an episode, whose reward then counts for nothing. Raises run.UserError past the task's last step."""
         observation, reward = np.reshape(observation, (len(self.left), -1)), np.reshape(np.asarray(reward, float), -1)
         self.left -= reward
@@ -162,6 +166,9 @@ class Policy:
         states = torch.as_tensor((observation - self.mean) / self.std, dtype=torch.float32, device=self.device)
         rtg = torch.as_tensor(self.left / self.task.rtg_scale, dtype=torch.float32, device=self.device)
         self.action = self.actor.act(states, rtg, self.action)
+        if self.task.discrete:
+            action = self.action.argmax(1).cpu().numpy() + self.task.first_action
+            return action[0] if self.alone else action
         action = np.clip((self.action.cpu().double().numpy() + 1) / 2 * (self.high - self.low) + self.low, self.low, self.high).astype(np.float32)
         return action[0] if self.alone else action
 

@@ -198,7 +198,7 @@ def width(tasks, context, n_layer, budget):
 
     def parameters(C):
         with torch.device("meta"):
-            return dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), n_layer, 1, C, context)).n_params
+            return dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=n_layer, n_embd=C, context=context)).n_params
 
     return min(range(8, 512, 8), key=lambda C: abs(parameters(C) - budget))
 
@@ -207,8 +207,7 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
     """Train one student. Returns it; the curve [(update, [KL of each teacher])]; seconds, without those of measuring; and every update's cosine and whether it
     was projected."""
     torch.manual_seed(cfg.seed)
-    student = dt.DecisionTransformer(dt.ModelConfig(
-        tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), cfg.n_layer, 1, cfg.n_embd, train.K))  # fmt: skip
+    student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=cfg.n_layer, n_embd=cfg.n_embd, context=train.K))
     student.bfloat16 = run.bfloat16(cfg)
     update, distances, state = distill.learner(cfg, student, models, train, train.spread(cfg.probe_windows), torch.Generator().manual_seed(cfg.seed))
     curve, rows, seconds = [], [], 0.0

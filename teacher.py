@@ -81,7 +81,8 @@ def main(cfg: Config):
         held_out = data.Windows([ds.held_out], [task], cfg.context, device, cfg.data_device).spread(256)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    model = dt.DecisionTransformer(dt.ModelConfig((task.obs_dim,), (task.act_dim,), cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context, cfg.dropout)).to(device)
+    model = dt.DecisionTransformer(dt.ModelConfig.of([task], n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, context=cfg.context, dropout=cfg.dropout))
+    model = model.to(device)
     model.bfloat16 = run.bfloat16(cfg)
     theta = dt.flatten(model)
     if run.rank():
@@ -90,7 +91,7 @@ def main(cfg: Config):
           f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)  # fmt: skip
 
     def nll(b):
-        return dt.gaussian_nll(*model(0, *b[1:6]), b.actions, b.mask)
+        return dt.mean_nll(*model(0, *b[1:6]), b.actions, b.mask, task.discrete)
 
     def held_out_nll():
         model.eval()

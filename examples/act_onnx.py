@@ -27,11 +27,11 @@ env = gym.make(card["environment"], max_episode_steps=card["max_steps"], **card[
 returns = []
 for i in range(args.episodes):
     observation, _ = env.reset(seed=args.seed + i)
-    left, action, memory = args.target or card["targets"]["p95"], np.zeros((1, card["action"])), np.zeros((1, card["memory"]), np.float32)
+    left, action, memory = args.target or card["targets"]["p95"], np.zeros((1, *card["action_shape"]), card["action_type"]), np.zeros((1, card["memory"]), np.float32)
     returns.append(0.0)
     for t in range(card["max_steps"]):
         action, memory = session.run(None, {
-            "observation": np.float32(observation).reshape(1, -1), "return_to_go": np.float32([left]), "last_action": np.float32(action),
+            "observation": np.float32(observation).reshape(1, -1), "return_to_go": np.float32([left]), "last_action": action,
             "timestep": np.array([t]), "memory": memory})  # fmt: skip
         observation, reward, terminated, truncated, _ = env.step(action[0].reshape(env.action_space.shape))
         left, returns[-1] = left - reward, returns[-1] + reward

@@ -1,8 +1,10 @@
-"""KL divergence between diagonal Gaussian policies, summed per teacher.
+"""KL divergence between policies, diagonal Gaussians or categoricals, summed per teacher.
 
     KL(N(m, s) || N(n, t)) = log(t / s) + (s^2 + (m - n)^2) / (2 t^2) - 1/2        per action dimension
+    KL(p || q) = sum_a p_a log(p_a / q_a)                                          of discrete actions
 
-Called by distill.py, where student and teacher are the two Gaussians and a batch mixes windows of any of N teachers.
+Called by distill.py, where student and teacher are the two policies and a batch mixes windows of any of N teachers.
+A policy is two arrays (B, K, A): mean and log_std of a Gaussian, or a categorical's log-probabilities and nothing (zeros).
 """
 
 import torch
@@ -11,6 +13,7 @@ import kernels
 from kernels import tl, triton
 
 LOG_STD = (-4.0, 0.0)  # bounds of the head's log-std, in units of half the action range
+NEVER = -1e9  # logit of an action that a task does not have; not -inf, whose gradient would be NaN
 DIRECTIONS = ("reverse", "forward")  # reverse: KL(student || teacher), the proposal's; forward: KL(teacher || student), Rusu et al.'s
 
 
@@ -29,24 +32,51 @@ def divergence(mean, log_std, t_mean, t_log_std, direction="reverse", sigma_floo
     return 0.5 * (x - torch.log1p(x) + (mean - t_mean).square() / t_var)
 
 
-def per_teacher(x, mask, task, act_dims):
+def categorical_divergence(logp, t_logp, direction="reverse", temperature=1.0):
+    """Terms, one for each action, of the KL between student and teacher, log-probabilities (..., A). temperature divides the teacher's logits."""
+    t_logp = (t_logp / temperature).log_softmax(-1)
+    return t_logp.exp() * (t_logp - logp) if direction == "forward" else logp.exp() * (logp - t_logp)
+
+
+def real(A, task, act_dims):
+    """(B, 1, A) bool: which of the A columns are actions of each window's task."""
+    return torch.arange(A, device=task.device) < act_dims[task][:, None, None]
+
+
+def policies(x, task, act_dims, discrete=None):
+    """The head's affine map x (B, K, 2A), padded to the widest task's actions -> policies, two arrays (B, K, A).
+    task (B,), act_dims (N,); discrete (N,) bool: which tasks' are categorical, None: no task's."""
+    mean, log_std = x.chunk(2, dim=-1)
+    if discrete is None:
+        return mean.tanh(), bounded(log_std)
+    categorical = discrete[task][:, None, None]  # (B, 1, 1)
+    logp = mean.masked_fill(~real(mean.shape[-1], task, act_dims), NEVER).log_softmax(-1)
+    return torch.where(categorical, logp, mean.tanh()), torch.where(categorical, 0.0, bounded(log_std))
+
+
+def per_teacher(x, mask, task, act_dims, discrete=None):
     """x (B, K, A) elementwise, mask (B, K) bool, task (B,), act_dims (N,) -> sums (N,) of x over a token's real action dimensions
-    divided by their number, and counts (N,) of valid tokens."""
+    divided by their number (a discrete action is one dimension), and counts (N,) of valid tokens."""
     A, N = act_dims[task], len(act_dims)  # (B,)
-    real = torch.arange(x.shape[-1], device=x.device) < A[:, None]  # (B, A)
-    x = x.masked_fill(~(mask[..., None] & real[:, None, :]), 0.0).sum((1, 2)) / A  # (B,)
+    x = x.masked_fill(~(mask[..., None] & real(x.shape[-1], task, act_dims)), 0.0).sum((1, 2))  # (B,)
+    x = x / (A if discrete is None else A.masked_fill(discrete[task], 1))
     sums = torch.zeros(N, dtype=x.dtype, device=x.device).index_add(0, task, x)
     counts = torch.zeros(N, dtype=x.dtype, device=x.device).index_add(0, task, mask.sum(1).to(x.dtype))
     return sums, counts
 
 
-def gaussian_kl_ref(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0):
-    """Student and teacher, each (B, K, A), padded to the widest action; mask (B, K); task (B,): whose window; act_dims (N,).
+def policy_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0, discrete=None):
+    """Student and teacher, each (B, K, A), padded to the widest action; mask (B, K); task (B,): whose window; act_dims (N,); discrete as in `policies`.
 
     Returns sums (N,) of the KL per action dimension over each teacher's valid tokens, and counts (N,) of those tokens:
     L_i = sums[i] / counts[i]. What is masked or beyond a teacher's action size changes nothing.
     """
-    return per_teacher(divergence(mean, log_std, t_mean, t_log_std, direction, sigma_floor, temperature), mask, task, act_dims)
+    x = divergence(mean, log_std, t_mean, t_log_std, direction, sigma_floor, temperature)
+    if discrete is not None:
+        other = ~real(mean.shape[-1], task, act_dims)
+        terms = categorical_divergence(mean.masked_fill(other, NEVER), t_mean.masked_fill(other, NEVER), direction, temperature)
+        x = torch.where(discrete[task][:, None, None], terms, x)
+    return per_teacher(x, mask, task, act_dims, discrete)
 
 
 def bounded(x):
@@ -55,10 +85,10 @@ def bounded(x):
     return lo + (hi - lo) * torch.sigmoid(x)
 
 
-def head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0):
-    """gaussian_kl_ref of the student's head on hidden states: h (B, K, C), weight (N, C, 2A), bias (N, 2A); the rest as there."""
-    mean, log_std = torch.baddbmm(bias[task][:, None], h, weight[task]).chunk(2, dim=-1)  # (B, K, A) each
-    return gaussian_kl_ref(mean.tanh(), bounded(log_std), t_mean, t_log_std, mask, task, act_dims, direction, sigma_floor, temperature)
+def head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0, discrete=None):
+    """policy_kl of the student's head on hidden states: h (B, K, C), weight (N, C, 2A), bias (N, 2A); the rest as there."""
+    mean, log_std = policies(torch.baddbmm(bias[task][:, None], h, weight[task]), task, act_dims, discrete)
+    return policy_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction, sigma_floor, temperature, discrete)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -222,17 +252,14 @@ class _Tangent(torch.autograd.Function):
         pass  # there is no derivative of the derivative
 
 
-def head_kl(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0):
-    """KL per teacher from the student's hidden states; arguments and results as in head_kl_ref. The kernel takes float32 and bfloat16, up to 128
-    channels, 64 actions and 128 timesteps on a GPU; anything else goes to the reference. Its sums are added atomically: they differ by rounding from run to run."""
+def head_kl(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0, discrete=None):
+    """KL per teacher from the student's hidden states; arguments and results as in head_kl_ref. The kernel takes Gaussians in float32 and bfloat16, up to 128
+    channels, 64 actions and 128 timesteps on a GPU; anything else goes to the reference, a student with a categorical task too. Its sums are added
+    atomically: they differ by rounding from run to run."""
     args, options = (t_mean, t_log_std, mask, task, act_dims), (direction, sigma_floor, temperature)
-    if not kernels.available(h, weight, bias, t_mean, t_log_std) or h.shape[1] > 128 or h.shape[2] > 128 or weight.shape[2] > 128 or len(h) == 0:
-        return head_kl_ref(h, weight, bias, *args, *options)
+    large = h.shape[1] > 128 or h.shape[2] > 128 or weight.shape[2] > 128
+    if not kernels.available(h, weight, bias, t_mean, t_log_std) or large or len(h) == 0 or discrete is not None:
+        return head_kl_ref(h, weight, bias, *args, *options, discrete)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
     args = (t_mean.contiguous(), t_log_std.contiguous(), mask.contiguous().view(torch.uint8), task, act_dims)
     return _HeadKL.apply(h.contiguous(), weight.contiguous(), bias.contiguous(), args, options, gradient)[:2]
-
-
-def gaussian_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0):
-    """KL per teacher; arguments as in gaussian_kl_ref, which it takes everywhere: there is no fused kernel yet."""
-    return gaussian_kl_ref(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction, sigma_floor, temperature)

@@ -285,10 +285,33 @@ def test_nan_or_infinite_values_are_found_with_their_episode_and_field(field, ba
         data.load(name)
 
 
-def test_discrete_actions_are_told_apart():
-    make_dataset("tests/discrete-v0", [3, 3], action_space=gym.spaces.Discrete(4))
-    with pytest.raises(run.UserError, match="has Discrete actions"):
-        data.load("tests/discrete-v0")
+def test_discrete_actions_are_read_one_hot_from_the_spaces_first_number_on():
+    def edit(i, e):
+        e["actions"] = e["actions"] + 5
+
+    episodes = make_dataset("tests/discrete-v0", [3, 4], spec=None, edit=edit, action_space=gym.spaces.Discrete(4, start=5))
+    d = data.load("tests/discrete-v0")
+    assert (d.task.act_dim, d.task.first_action, d.task.discrete, d.saturation) == (4, 5, True, 0.0)
+    table = data.read("tests/discrete-v0")[0]["table"]
+    assert np.array_equal(table[:, 3:7], np.eye(4)[np.concatenate([e["actions"] for e in episodes]) - 5])
+
+
+def test_an_action_outside_its_space_is_told():
+    def edit(i, e):
+        e["actions"][1] += 7 * (i == 2)
+
+    make_dataset("tests/outside-v0", [3, 4, 5], spec=None, edit=edit, action_space=gym.spaces.Discrete(2))
+    with pytest.raises(run.UserError, match=r"past episode 2 \(ValueError: action [78] is not in Discrete\(2\)"):
+        data.load("tests/outside-v0")
+
+
+@pytest.mark.parametrize("what", ["observations", "actions"])
+def test_spaces_that_can_not_be_learnt_from_are_told(what):
+    kind = {"observations": gym.spaces.Discrete(3), "actions": gym.spaces.MultiDiscrete([2, 3])}[what]
+    make_dataset(f"tests/multi-{what}-v0", [3, 3], spec=None, **{f"{what[:-1]}_space": kind},
+                 edit=lambda i, e: e.update({what: np.zeros((len(e[what]), *kind.shape), int)}))  # fmt: skip
+    with pytest.raises(run.UserError, match=f"has {type(kind).__name__} {what}; only"):
+        data.load(f"tests/multi-{what}-v0")
 
 
 def test_too_few_episodes_are_told():
@@ -317,7 +340,7 @@ def test_a_cached_million_steps_are_ready_in_a_fifth_of_a_second(monkeypatch):
     rng, n = np.random.default_rng(0), 250_000
     make_dataset("tests/big-v0", [3, 4])
     table, lengths = rng.random((n, 17 + 6 + 2), np.float32), np.full(250, 1000)
-    about = {"env_id": "Walker2d-v5", "env_kwargs": {}, "max_steps": 1000, "act_low": [0.0] * 6, "act_high": [1.0] * 6}
+    about = {"env_id": "Walker2d-v5", "env_kwargs": {}, "max_steps": 1000, "act_low": [0.0] * 6, "act_high": [1.0] * 6, "first_action": None}
     monkeypatch.setattr(data, "read_minari", lambda *a: (table, lengths, about))
     data.load("tests/big-v0")
     times = []

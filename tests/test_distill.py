@@ -11,7 +11,7 @@ import run
 import surgery
 import teacher
 from conftest import make_dataset
-from kernels.kl import gaussian_kl
+from kernels.kl import policy_kl
 
 ACT = torch.tensor([2, 3, 1])
 
@@ -29,7 +29,7 @@ def problem(dtype=torch.float64, seed=0, B=12):
 
     def losses(vector):
         mean, log_std = torch.func.functional_call(student, dt.unflatten(student, vector), inputs)
-        sums, counts = gaussian_kl(mean, log_std, *targets, mask, task, ACT, "forward", 0.05)
+        sums, counts = policy_kl(mean, log_std, *targets, mask, task, ACT, "forward", 0.05)
         return sums / counts
 
     return theta, losses
@@ -136,7 +136,7 @@ def test_surgery_by_teacher_is_the_sum_of_every_teachers_gradient_projected_by_i
         u, same = state["u"].clone(), torch.Generator().manual_seed(0)
         same.set_state(generator.get_state())
         b = w.sample(B, torch.tensor([0.5, 0.5]), same)
-        sums, counts = gaussian_kl(*m(*b[:6]), *b.targets, b.mask, b.task, act_dims, cfg.kl, cfg.sigma_floor)
+        sums, counts = policy_kl(*m(*b[:6]), *b.targets, b.mask, b.task, act_dims, cfg.kl, cfg.sigma_floor)
         each = [torch.cat([x.flatten() for x in torch.autograd.grad(L, m.parameters(), retain_graph=True)]) for L in sums / counts]
         inner = [g @ u for g in each]
         conflicts += sum(x < 0 for x in inner)
@@ -240,7 +240,7 @@ def test_without_surgery_the_loop_is_plain_adamw_on_the_mixed_loss(teachers, tmp
     opt = torch.optim.AdamW(m.parameters(), lr=1.0, weight_decay=1e-4)
     for step in range(10):
         b = w.sample(16, torch.tensor([0.5, 0.5]), gen)
-        sums, counts = gaussian_kl(*m(*b[:6]), *b.targets, b.mask, b.task, torch.tensor([2, 3]), "forward", 0.05)
+        sums, counts = policy_kl(*m(*b[:6]), *b.targets, b.mask, b.task, torch.tensor([2, 3]), "forward", 0.05)
         opt.zero_grad()
         (sums / counts).mean().backward()
         torch.nn.utils.clip_grad_norm_(m.parameters(), 5.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_evaluate import TASK
 from test_model import make
-from test_policy import HOPPER
+from test_policy import CARTPOLE, HOPPER
 
 import evaluate
 import export
@@ -20,23 +20,25 @@ import model as dt
 import run
 from conftest import ROOT
 
+TASKS = TASK, HOPPER, CARTPOLE
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A student of two tasks, and its files."""
+    """A student of three tasks, the last of them with discrete actions, and its files."""
     home = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
-    m = make(dt.ModelConfig((2, 11), (1, 3), 2, 2, 32, 7))
+    m = make(dt.ModelConfig((2, 11, 4), (1, 3, 2), 2, 2, 32, 7, discrete=(False, False, True)))
     for p in m.parameters():  # biases too, which begin at zero
         p.data += 0.1 * torch.randn_like(p)
-    dt.save(home, m, {"tasks": [dataclasses.asdict(t) for t in (TASK, HOPPER)]})
+    dt.save(home, m, {"tasks": [dataclasses.asdict(t) for t in TASKS]})
     export.main(export.Config(str(home), int8=True))
     return home, m
 
 
 def test_an_exported_file_acts_as_the_model_does_on_a_thousand_windows(exported):
     home, m = exported
-    for index, task in enumerate((TASK, HOPPER)):
+    for index, task in enumerate(TASKS):
         difference, _ = export.compared(export.session(str(home / f"{task.name}.onnx")), export.Step(m, task, index), B=20, T=50)
         assert difference < 1e-5
         card = json.loads((home / f"{task.name}.json").read_text())
@@ -83,9 +85,17 @@ def test_the_example_needs_neither_torch_nor_this_project_and_gets_the_same_retu
     assert got == pytest.approx(returns.mean(), abs=0.06)  # as far as it is printed: these episodes are too short for rounding to grow
 
 
+def test_the_example_acts_by_discrete_actions_too(exported, tmp_path):
+    home, m = exported
+    p = subprocess.run([sys.executable, str(ROOT / "examples/act_onnx.py"), str(home / "cartpole.onnx"), "--episodes", "4"], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    returns, _ = evaluate.rollout(m, CARTPOLE, 2, 500.0, 4, 1000)
+    assert float(re.search(r"return ([-\d.]+)", p.stdout)[1]) == pytest.approx(returns.mean(), abs=0.06)
+
+
 def test_a_fixed_batch_takes_no_other(exported, tmp_path):
     _, m = exported
-    dt.save(tmp_path, m, {"tasks": [dataclasses.asdict(t) for t in (TASK, HOPPER)]})
+    dt.save(tmp_path, m, {"tasks": [dataclasses.asdict(t) for t in TASKS]})
     export.main(export.Config(str(tmp_path), batch=3))
     runtime = export.session(str(tmp_path / "walk.onnx"))
     assert [i.shape[0] for i in runtime.get_inputs()] == [3] * 5

@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 import kernels
 from conftest import ROOT
 from kernels.attention import EVERY, attention, attention_ref, kept
-from kernels.kl import DIRECTIONS, bounded, divergence, gaussian_kl, gaussian_kl_ref, head_kl, head_kl_ref, per_teacher
+from kernels.kl import DIRECTIONS, bounded, categorical_divergence, divergence, head_kl, head_kl_ref, per_teacher, policies, policy_kl
 from kernels.project import project, project_adamw, project_adamw_ref, project_ref
 
 seeds = st.integers(0, 2**32 - 1)
@@ -57,7 +57,7 @@ def test_kl_per_teacher_is_a_loop_over_windows_and_padding_changes_nothing(seed,
     m, s, n, t = gaussians(seed, (B, K, 3))
     gen = torch.Generator().manual_seed(seed)
     task, mask = torch.randint(3, (B,), generator=gen), torch.rand(B, K, generator=gen) < 0.7
-    sums, counts = gaussian_kl(m, s, n, t, mask, task, dims, direction, 0.05, 1.5)
+    sums, counts = policy_kl(m, s, n, t, mask, task, dims, direction, 0.05, 1.5)
     want, n_tokens = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for b in range(B):
         for k in range(K):
@@ -68,12 +68,12 @@ def test_kl_per_teacher_is_a_loop_over_windows_and_padding_changes_nothing(seed,
     assert torch.allclose(sums, want) and torch.equal(counts, n_tokens)
     wild = ~(mask[..., None] & (torch.arange(3) < dims[task][:, None])[:, None])
     m2, s2, n2, t2 = (x.masked_fill(wild, bad) for x, bad in zip((m, s, n, t), (float("nan"), 9e9, float("inf"), -7.0), strict=True))
-    assert torch.equal(gaussian_kl(m2, s2, n2, t2, mask, task, dims, direction, 0.05, 1.5)[0], sums)
+    assert torch.equal(policy_kl(m2, s2, n2, t2, mask, task, dims, direction, 0.05, 1.5)[0], sums)
 
 
 def test_a_teacher_without_windows_has_no_sum_and_no_count():
     m, s, n, t = gaussians(0, (2, 3, 2))
-    sums, counts = gaussian_kl_ref(m, s, n, t, torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.long), torch.tensor([2, 2]))
+    sums, counts = policy_kl(m, s, n, t, torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.long), torch.tensor([2, 2]))
     assert counts.tolist() == [6, 0] and sums[0] > 0 and sums[1] == 0
 
 
@@ -81,6 +81,51 @@ def test_per_teacher_divides_by_the_action_dimension():
     x, mask = torch.ones(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)
     sums, counts = per_teacher(x, mask, torch.tensor([0, 1]), torch.tensor([4, 2]))
     assert sums.tolist() == [5, 5] and counts.tolist() == [5, 5]
+
+
+def categoricals(seed, B=6, K=4):
+    """Student and teacher of three tasks, the first and last of them categorical: two arrays (B, K, 3) each; mask, task, action counts, which are discrete."""
+    gen = torch.Generator().manual_seed(seed)
+    m, s, n, t = gaussians(seed, (B, K, 3))
+    dims, discrete = torch.tensor([2, 3, 1]), torch.tensor([True, False, True])
+    task, mask = torch.arange(B) % 3, torch.rand(B, K, generator=gen) < 0.7
+    x = policies(torch.cat((3 * m, s), -1), task, dims, discrete), policies(torch.cat((3 * n, t), -1), task, dims, discrete)
+    return *x[0], *x[1], mask, task, dims, discrete
+
+
+@given(seeds, st.sampled_from(DIRECTIONS))
+def test_a_categoricals_kl_is_that_of_torch_distributions(seed, direction):
+    logp, _, t_logp, _, mask, task, dims, discrete = everything = categoricals(seed)
+    sums, counts = policy_kl(*everything[:7], direction, 0.05, 1.0, discrete)
+    for i in (0, 2):
+        windows, A = task == i, int(dims[i])
+        student, teacher = (torch.distributions.Categorical(logits=x[windows][..., :A]) for x in (logp, t_logp))
+        pair = (teacher, student) if direction == "forward" else (student, teacher)
+        assert torch.allclose(sums[i], torch.distributions.kl_divergence(*pair)[mask[windows]].sum()) and counts[i] == mask[windows].sum()
+    gaussian = policy_kl(*everything[:7], direction, 0.05, 1.0)
+    assert torch.allclose(sums[1], gaussian[0][1])  # beside them a Gaussian's is what it was
+
+
+@given(seeds, st.sampled_from(DIRECTIONS))
+def test_what_is_masked_or_not_an_action_of_a_categorical_changes_nothing_nor_its_gradient(seed, direction):
+    gen = torch.Generator().manual_seed(seed)
+    *_, mask, task, dims, discrete = categoricals(seed)
+    h, weight, bias = (torch.randn(*shape, generator=gen, dtype=torch.float64, requires_grad=True) for shape in ((6, 4, 8), (3, 8, 6), (3, 6)))
+    target = categoricals(seed + 1)[2:4]
+    real = torch.arange(3) < dims[task][:, None, None]
+    got = []
+    for wild in (0.0, -7.0):
+        t = [x.masked_fill(~(real & mask[..., None]), wild) for x in target]
+        sums, _ = head_kl(h, weight, bias, *t, mask, task, dims, direction, 0.05, 1.5, discrete)
+        got.append((sums, *torch.autograd.grad(sums.sum(), (h, weight, bias))))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*got, strict=True))
+    assert not got[0][2][0, :, 2].any() and not got[0][2][0, :, 3:].any() and got[0][2][0, :, :2].any()  # of the head: two logits, no third, no log-std
+
+
+def test_a_wider_temperature_flattens_a_categorical_teacher():
+    logp = torch.tensor([0.9, 0.1]).log()
+    flat = (logp / 2).log_softmax(-1)
+    assert categorical_divergence(flat, logp, "forward", 2.0).sum() < 1e-6 < categorical_divergence(flat, logp, "forward").sum()
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -282,7 +327,7 @@ def test_the_heads_kl_is_the_kl_of_its_outputs():
     h, weight, bias = torch.randn(4, 5, 8, generator=gen), torch.randn(2, 8, 6, generator=gen), torch.randn(2, 6, generator=gen)
     t_mean, t_log_std, mask, task = torch.rand(4, 5, 3), -torch.rand(4, 5, 3), torch.ones(4, 5, dtype=torch.bool), torch.tensor([0, 1, 1, 0])
     mean, log_std = torch.stack([h[b] @ weight[task[b]] + bias[task[b]] for b in range(4)]).chunk(2, -1)
-    want = gaussian_kl(mean.tanh(), bounded(log_std), t_mean, t_log_std, mask, task, torch.tensor([3, 2]))
+    want = policy_kl(mean.tanh(), bounded(log_std), t_mean, t_log_std, mask, task, torch.tensor([3, 2]))
     got = head_kl(h, weight, bias, t_mean, t_log_std, mask, task, torch.tensor([3, 2]))
     assert torch.allclose(got[0], want[0], rtol=1e-5) and torch.equal(got[1], want[1])
 

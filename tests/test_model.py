@@ -102,7 +102,10 @@ def test_nll_is_that_of_torch_distributions_over_valid_tokens():
     mean, log_std, x = torch.randn(3, 4, 5, 2)
     mask = torch.rand(4, 5) < 0.5
     want = -torch.distributions.Normal(mean, log_std.exp()).log_prob(x)[mask].mean()
-    assert torch.allclose(dt.gaussian_nll(mean, log_std, x, mask), want)
+    assert torch.allclose(dt.mean_nll(mean, log_std, x, mask), want)
+    actions = torch.randint(2, (4, 5))
+    want = -torch.distributions.Categorical(logits=mean).log_prob(actions)[mask].mean()
+    assert torch.allclose(dt.mean_nll(mean.log_softmax(-1), None, torch.eye(2)[actions], mask, discrete=True), want)
 
 
 def test_flat_buffer_and_parameters_are_the_same_memory():

@@ -37,7 +37,6 @@ def test_an_actor_acts_as_forward_does_on_the_window_that_it_shows(f64, K, n_hea
             going = going[still]
 
 
-
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 5, 6]))
 def test_episodes_that_begin_anew_one_by_one_act_as_if_each_were_alone(seed, K):
     E, T, rng = 3, 17, np.random.default_rng(seed)
@@ -102,6 +101,39 @@ def test_a_policy_asks_for_what_is_left_of_the_return():
     assert p.left.tolist() == [43]
     p.reset()
     assert p.left.tolist() == [300]
+
+
+CARTPOLE = data.Task("cartpole", "-", "CartPole-v1", {}, 500, 4, 2, [0.0] * 4, [1.0] * 4, [0.0] * 2, [1.0] * 2, 100.0, {"p95": 500.0}, (0.0, 1.0), "-", 0, 0)
+
+
+@pytest.mark.parametrize("first", [0, -3])
+def test_of_discrete_actions_the_most_likely_is_taken_and_numbered_as_the_environment_does(f64, first):
+    m = make(dt.ModelConfig((4, 3), (3, 2), 2, 1, 16, 8, discrete=(True, False)))
+    task = data.dataclasses.replace(CARTPOLE, act_dim=3, first_action=first)
+    p = policy.Policy.of(m, task, 0)
+    p.reset(episodes=5)
+    states, rtg, taken = torch.randn(5, 4, 4), torch.full((5, 4), 5.0), torch.zeros(5, 4, 3)
+    for t in range(4):
+        action = p.act(states[:, t].numpy(), np.zeros(5))
+        n = t + 1
+        logp, nothing = m(0, states[:, :n], taken[:, :n], rtg[:, :n], torch.arange(n).expand(5, -1), torch.ones(5, n, dtype=torch.bool))
+        assert np.allclose(logp.exp().sum(-1).detach(), 1) and not nothing.any()
+        assert action.dtype == np.int64 and action.tolist() == (logp[:, -1].argmax(-1) + first).tolist()
+        taken[range(5), t, action - first] = 1
+    assert len(set(taken.argmax(-1).flatten().tolist())) > 1  # not always the same
+
+
+def test_discrete_actions_are_taken_in_a_vector_of_environments_and_alone():
+    p = policy.Policy.of(make(dt.ModelConfig((4,), (2,), 1, 1, 16, 6, discrete=(True,))), CARTPOLE, 0)
+    envs = gym.make_vec("CartPole-v1", 3)
+    p.reset(episodes=3)
+    observations, rewards, ended = envs.reset(seed=0)[0], np.zeros(3), np.zeros(3, bool)
+    for _ in range(30):
+        observations, rewards, terminated, truncated, _ = envs.step(p.act(observations, rewards, began=ended))
+        ended = terminated | truncated
+    envs.close()
+    p.reset()
+    assert gym.spaces.Discrete(2).contains(p.act(observations[0]))
 
 
 def test_an_episode_longer_than_its_task_is_told():

@@ -97,6 +97,18 @@ def test_any_minari_dataset_is_distilled_by_its_id(main_job, home):
     assert "teacher of walker2d is there" in out and "1 teachers" in out and run.read_json(home / "out/by-id-student/metrics.json")["tasks"]
 
 
+def test_discrete_actions_are_learnt_and_distilled_beside_continuous_ones(main_job, home):
+    assert "cartpole/mixed-v0: 60 episodes" in call(home, "examples/collect_cartpole.py --episodes 60")
+    assert "actions 2, discrete" in call(home, "data.py --dataset cartpole/mixed-v0")
+    call(home, f"teacher.py --dataset cartpole/mixed-v0 --steps 100 --n-layer 1 --n-embd 32 {TINY}")
+    for loss in ("kl", "mse", "nll"):
+        call(home, f"distill.py --envs hopper --datasets cartpole/mixed-v0 --steps 60 --n-embd 16 --loss {loss} --surgery pcgrad --out-dir out/mixed-{loss} {TINY}")
+        log, metrics = run.read_csv(home / f"out/mixed-{loss}/log.csv"), run.read_json(home / f"out/mixed-{loss}/metrics.json")["tasks"]
+        assert all(log[f"heldout_kl_{t}"][59] < 0.7 * log[f"heldout_kl_{t}"][0] for t in metrics), loss
+    assert metrics["cartpole/mixed-v0"]["return_mean"] >= 8
+    call(home, "evaluate.py out/mixed-kl --eval-episodes 2 --device cpu")
+
+
 def test_distilling_from_teachers_that_are_there(main_job, home):
     call(home, f"distill.py --teachers out/teacher-hopper out/teacher-walker2d --steps 5 --out-dir out/from-teachers {TINY}")
     assert set(run.read_json(home / "out/from-teachers/metrics.json")["tasks"]) == {"hopper", "walker2d"}
