@@ -32,7 +32,7 @@ PPO_STEPS = {"hopper": 3_000_000, "halfcheetah": 2_000_000, "halfcheetah-back": 
 class Config:
     env: str = "hopper"  # a key of data.ENVS
     steps: int = 0  # environment steps of PPO; 0: the task's own number in PPO_STEPS
-    seed: int = 0
+    seed: int = 0  # of PPO and its environments
     eval_episodes: int = 20  # per candidate, without noise
 
 

@@ -48,7 +48,7 @@ class Config:
     peers: str = ""  # python of an environment with requirements-bench.txt; none: what needs no other package
     device: str = "auto"  # cpu, cuda, or auto
     threads: int = 1  # of torch, on a CPU
-    rounds: int = 5
+    rounds: int = 5  # that a row is the median of
     seconds: float = 0.5  # about how long a contender runs in a round
     out: str = ""  # default: results/bench_<device>.csv
 
@@ -639,7 +639,7 @@ def plot(path, rows):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    import distill
+    from report import COLOURS
 
     panels = {"teachers": "teachers N", "surgery": "parameters", "update": "parameters", "kl": "teachers N"}
     panels = {w: label for w, label in panels.items() if any(r["what"] == w for r in rows)}
@@ -650,7 +650,7 @@ def plot(path, rows):
         for i, name in enumerate(ROWS[what][2]):
             points = [(float(r["size"]), float(r["ms"])) for r in rows if r["what"] == what and r["contender"] == name]
             if points:
-                ax.plot(*zip(*points, strict=True), "o-", markersize=3, color=distill.COLOURS[i], label=name)
+                ax.plot(*zip(*points, strict=True), "o-", markersize=3, color=COLOURS[i], label=name)
         ax.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=what)
         low, high = ax.get_ylim()
         ax.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))  # whole decades, lest a flat line look steep

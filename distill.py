@@ -27,6 +27,7 @@ import data
 import evaluate
 import kernels
 import model as dt
+import report
 import run
 import surgery
 import teacher
@@ -36,19 +37,19 @@ from kernels.project import project_adamw
 
 @dataclasses.dataclass
 class Config:
-    # which tasks
+    # tasks
     envs: tuple[str, ...] = ()  # keys of data.ENVS; hopper halfcheetah walker2d where neither this nor the next two are given
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
     teachers: tuple[str, ...] = ()  # run directories of teacher.py; default: out/teacher-<task>, trained first where missing
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
-    # the student
-    n_layer: int = 2
-    n_head: int = 1
-    n_embd: int = 64
-    # the method
-    curriculum: Literal["novelty", "fixed", "uniform", "all", "dro", "least"] = "novelty"
+    # student
+    n_layer: int = 2  # transformer blocks
+    n_head: int = 1  # of attention
+    n_embd: int = 64  # channels
+    # method
+    curriculum: Literal["novelty", "fixed", "uniform", "all", "dro", "least"] = "novelty"  # which teacher next
     novelty_power: float = 2.0  # shares ~ KL^power; inf: the farthest teacher alone; 0: all alike (also least's, inverted)
-    surgery: Literal["previous", "switch", "average", "pcgrad", "none"] = "previous"
+    surgery: Literal["previous", "switch", "average", "pcgrad", "none"] = "previous"  # of a gradient that conflicts
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
     alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update
@@ -64,18 +65,21 @@ class Config:
     batch_size: int = 64  # windows per update, of all teachers together, of each process
     lr: float = 8e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # AdamW's, times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient
-    seed: int = 0
+    # run
+    out_dir: str = "out/student"  # the run's directory
+    eval_episodes: int = 20  # per task; 0: none
+    seed: int = 0  # of weights and windows, and of a teacher trained first
     device: str = "auto"  # cpu, cuda, or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks' matrix products in training; auto: bfloat16 where native
-    out_dir: str = "out/student"
+    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
     log_interval: int = 100  # updates between held-out KLs
-    eval_episodes: int = 20  # per task; 0: none
-    overwrite: bool = False  # replace a finished run of other settings
+    tensorboard: bool = False  # also log there: tensorboard --logdir out
+    wandb: bool = False  # also log to Weights & Biases, project manyteachers
     checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
     resume: bool = False  # go on from the last checkpoint, a teacher's too, if there is one
-    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
+    overwrite: bool = False  # replace a finished run of other settings
 
 
 # ---- teachers and their targets --------------------------------------------------------------------------------------
@@ -95,7 +99,8 @@ def find_teachers(cfg: Config):
             print(f"no teacher in {path}: training it", flush=True)
             which = {"env": names[i]} if names[i] in data.ENVS else {"dataset": names[i]}
             teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, eval_episodes=cfg.eval_episodes,
-                                        checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume, data_device=cfg.data_device))  # fmt: skip
+                                        checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume, data_device=cfg.data_device,
+                                        tensorboard=cfg.tensorboard, wandb=cfg.wandb))  # fmt: skip
         elif not cfg.teachers:
             print(f"teacher of {names[i]} is there: {path}")
         model, meta = dt.load(path, run.device(cfg))
@@ -314,7 +319,7 @@ def main(cfg: Config):
     out = Path(cfg.out_dir)
     if not run.start(out, cfg):
         print(f"student is there: {out} (--overwrite to train it again)")
-        return None if run.rank() else report(out)
+        return None if run.rank() else summary(out)
 
     # ---- teachers, data, student -------------------------------------------------------------------------------------
     clock, device = run.Clock(), run.device(cfg)
@@ -404,69 +409,21 @@ def main(cfg: Config):
                                           "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
     saved.finish()
     run.meet()
-    report(out)
+    summary(out)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito's, told apart by all eyes
 
-
-def report(out: Path):
+def summary(out: Path):
     """Print a finished run's table and draw its plots.png."""
-    metrics, log = run.read_json(out / "metrics.json"), run.read_csv(out / "log.csv")
-    teachers = json.loads((out / "model.json").read_bytes())["teachers"]
-    rows = []
-    for name, m in metrics["tasks"].items():
-        t = teachers[name]
-        rows.append({"task": name, "target": m["target"], "teacher": t.get("return_mean"), "student": m["return_mean"], "+-": m["return_std"],
-                     "teacher score": t.get("normalized_score"), "student score": m["normalized_score"], "retention": m["retention"],
-                     "held-out KL": m["heldout_kl"]})  # fmt: skip
-    print(run.table(rows))
-    kept = [m["retention"] for m in metrics["tasks"].values() if m["retention"] is not None]
-    if kept:
-        print(f"retention: mean {sum(kept) / len(kept):.3f}, worst {min(kept):.3f}")
-    print(f"compression: {metrics['compression']:.1f} times ({metrics['parameters']:,} parameters); seconds: {metrics['seconds']}")
-    plot(out, list(metrics["tasks"]), log, rows)
-    print(f"plots in {out / 'plots.png'}")
-
-
-def plot(out: Path, names, log, rows):
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    fig, ((kl, shares), (conflict, returns)) = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
-    step, n = log["step"], len(log["step"])
-    window = max(1, min(100, n // 10))  # updates averaged in the noisy curves
-
-    def smooth(x):
-        return np.convolve(x, np.ones(window) / window, "valid"), step[window - 1 :]
-
-    for i, name in enumerate(names):
-        style = {"color": COLOURS[i % len(COLOURS)], "label": name, "linestyle": ("-", "--", ":", "-.")[i // len(COLOURS) % 4]}
-        known = ~np.isnan(log[f"heldout_kl_{name}"])
-        kl.plot(step[known], log[f"heldout_kl_{name}"][known], **style)
-        y, x = smooth(log[f"share_{name}"])
-        shares.plot(x, y, **style)
-    kl.set(yscale="log", xlabel="update", ylabel="KL per action dimension (nats)", title="Distance from each teacher, held-out episodes")
-    shares.set(xlabel="update", ylabel="share of the batch", ylim=(0, 1), title=f"What the curriculum chose (mean of {window} updates)")
-    for key, label, colour in (("cosine", "cosine to the previous update", COLOURS[0]), ("projected", "share of updates projected", COLOURS[5])):
-        y, x = smooth(log[key])
-        conflict.plot(x, y, label=label, color=colour)
-    conflict.axhline(0, color="grey", linewidth=0.8)
-    conflict.set(xlabel="update", ylabel="cosine; share", ylim=(-1, 1), title=f"Conflict with the previous update (mean of {window} updates)")
-    at = np.arange(len(names))
-    for j, (who, colour) in enumerate((("teacher", COLOURS[0]), ("student", COLOURS[1]))):
-        returns.bar(at + 0.4 * j - 0.2, [r[f"{who} score"] or 0 for r in rows], 0.38, label=who, color=colour)
-    returns.set_xticks(at, [n.replace("/", "\n") for n in names])
-    returns.set(ylabel="normalised score (100 = expert)", title="Return at the dataset's 95th percentile as target")
-    for ax in (kl, shares, conflict, returns):
-        ax.legend(frameon=False)
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(out / "plots.png", dpi=120)
-    plt.close(fig)
+    r = report.Run(out)
+    print(run.table(r.rows()))
+    if r.retention:
+        print(f"retention: mean {np.mean(list(r.retention.values())):.3f}, worst {min(r.retention.values()):.3f}")
+    print(f"compression: {r.metrics['compression']:.1f} times ({r.metrics['parameters']:,} parameters); seconds: {r.metrics['seconds']}")
+    report.plots(out)
+    print(f"plots in {out / 'plots.png'}; python report.py {out} makes a page of it")
 
 
 if __name__ == "__main__":

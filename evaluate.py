@@ -9,6 +9,8 @@ Writes RUN/evaluation.json.
 """
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +31,7 @@ class Config:
     eval_episodes: int = 20  # per task
     target: str = "p95"  # return to ask for: p95 or median of the dataset's returns, or a number
     seed: int = 1000  # of the first episode; episode i has seed + i
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, or auto
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
 
 
@@ -69,17 +71,22 @@ def scores(returns, task: data.Task) -> dict:
     return {"return_mean": mean, "return_std": float(returns.std()), "normalized_score": 100 * (mean - low) / (high - low)}
 
 
-def film(model, task, index, target, seed, path):
-    """One episode as an animated gif, 25 frames a second of simulated time at most; says why where rendering does not work."""
+def film(model, task, index, target, seed, file, width=320, **options):
+    """One episode as an animated picture, every fourth step of it, in `file`; options as pillow's save takes them. Returns its return and number of steps.
+    Raises run.UserError where rendering does not work."""
     from PIL import Image
 
+    if not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ) and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # GLFW, which is tried first, needs a display, and what comes after it can crash
     try:
-        _, frames = rollout(model, task, index, target, 1, seed, film=True)
-        pictures = [Image.fromarray(f).resize((320, 320)) for f in frames[::4]]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40, loop=0)
-        print(f"film of {task.name} in {path}")
+        got, frames = rollout(model, task, index, target, 1, seed, film=True)
+        pictures = [Image.fromarray(f) for f in frames[::4]]
+        pictures = [p.resize((width, width * p.height // p.width)) for p in pictures]
+        pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=40, loop=0, **options)
+        return got[0], len(frames)
     except Exception as e:  # no display, no EGL, no GL library: each platform fails in its own way
-        print(f"no film of {task.name}: rendering does not work here ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); try MUJOCO_GL=egl or osmesa")
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        raise run.UserError(f"no film of {task.name}: rendering does not work here ({why}); try MUJOCO_GL=egl or osmesa") from None
 
 
 def main(cfg: Config):
@@ -103,7 +110,12 @@ def main(cfg: Config):
             row["retention"] = out[task.name]["retention"] = row["score"] / teacher["normalized_score"]
         rows.append(row)
         if cfg.video:
-            film(model, task, i, target, cfg.seed, Path(cfg.run) / f"{task.name.replace('/', '-')}.gif")
+            path = Path(cfg.run) / f"{task.name.replace('/', '-')}.gif"
+            try:
+                film(model, task, i, target, cfg.seed, path)
+                print(f"film of {task.name} in {path}")
+            except run.UserError as e:
+                print(e)
     if rows:
         print(run.table(rows))
         run.write_json(Path(cfg.run) / "evaluation.json", {"eval_episodes": cfg.eval_episodes, "seed": cfg.seed, "tasks": out})

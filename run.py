@@ -1,11 +1,14 @@
 """A run's directory and its command line: what teacher.py, distill.py, data.py and evaluate.py share and no method depends on."""
 
+import atexit
 import contextlib
 import csv
 import ctypes
 import dataclasses
 import datetime
 import hashlib
+import importlib.util
+import inspect
 import io
 import json
 import os
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +36,6 @@ class UserError(ValueError):
 
 def cli(main, config, doc):
     """Run main(config) with options from the command line; a UserError becomes one line and exit code 2."""
-    import tyro
-
     keep_memory()
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, _stop)
@@ -42,7 +44,7 @@ def cli(main, config, doc):
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         with contextlib.redirect_stderr(silence if rank() else sys.stderr):
-            cfg = tyro.cli(config, description=doc)
+            cfg = parsed(config, doc)
         try:
             main(cfg)
             code = 0
@@ -59,6 +61,26 @@ def cli(main, config, doc):
             dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def parsed(config, doc):
+    """A dataclass from the command line. Its fields' comments are their --help; lines of comment alone are headings, under which --help groups them."""
+    import tyro
+
+    fields, types = {f.name: f for f in dataclasses.fields(config)}, typing.get_type_hints(config, include_extras=True)
+    groups = []  # (heading, [field])
+    for line in inspect.getsource(config).splitlines():
+        if m := re.fullmatch(r"    # (\w+)", line):
+            groups.append((m[1], []))
+        elif groups and (m := re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line)) and m[1] in fields:
+            option = typing.Annotated[types[m[1]], tyro.conf.arg(help=m[2])]
+            groups[-1][1].append((m[1], option, dataclasses.field(default=fields[m[1]].default)))
+    if not groups:
+        return tyro.cli(config, description=doc)
+    groups = [(h, dataclasses.make_dataclass(h, options, namespace={"__doc__": " "})) for h, options in groups]
+    given = tyro.cli(dataclasses.make_dataclass("Options", [(h, g, dataclasses.field(default_factory=g)) for h, g in groups]), description=doc,
+                     config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
+    return config(**{k: v for h, _ in groups for k, v in vars(getattr(given, h)).items()})
 
 
 class Stopped(BaseException):
@@ -88,11 +110,14 @@ def keep_memory():
 
 
 def check(cfg, **at_least):
-    """Raise UserError where a field of cfg is below its least value, or the device is not there."""
+    """Raise UserError where a field of cfg is below its least value, or the device or a package is not there."""
     for name, least in at_least.items():
         value = getattr(cfg, name)
         if not value >= least:  # NaN too
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for package in ("tensorboard", "wandb"):
+        if getattr(cfg, package, False) and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{package} needs a package that is not here: pip install {package}")
     if not hasattr(cfg, "device"):
         return
     try:
@@ -289,7 +314,7 @@ def write_json(path, x):
 
 
 _locks = {}  # open files by path, whose locks the system gives back when the process ends, however it ends
-NOT_OF_A_RUN = ("overwrite", "resume", "checkpoint_interval", "data_device")  # options that don't change what comes out
+NOT_OF_A_RUN = ("overwrite", "resume", "checkpoint_interval", "data_device", "tensorboard", "wandb")  # options that don't change what comes out
 
 
 def settings(cfg) -> dict:
@@ -355,10 +380,10 @@ def lock(out_dir: Path):
 
 
 class Log:
-    """log.csv, a row at a time; the columns are those of the first row. at: go on after so many bytes."""
+    """log.csv, a row at a time; the columns are those of the first row. at: go on after so many bytes. trackers: where else rows go to."""
 
-    def __init__(self, path, at=0):
-        self.path, self.at, self.waiting, self.full = Path(path), at, io.StringIO(newline=""), False
+    def __init__(self, path, at=0, trackers=()):
+        self.path, self.at, self.waiting, self.full, self.trackers = Path(path), at, io.StringIO(newline=""), False, trackers
         if self.path.is_symlink() or not at:
             self.path.unlink(missing_ok=True)
         elif not self.path.exists() or self.path.stat().st_size < at:
@@ -375,6 +400,11 @@ class Log:
             self.writer = csv.DictWriter(self.waiting, values)
             self.writer.writeheader()
         self.writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in values.items()})
+        self.track(**values)
+
+    def track(self, step, **values):
+        for t in self.trackers:
+            t.track(step, {k: v for k, v in values.items() if v is not None})
 
     def flush(self):
         """Put the waiting rows into the file: all, or, where the disk is full, none, which then wait for the next time."""
@@ -393,6 +423,40 @@ class Log:
         self.at, self.full = self.at + len(text), False
         self.waiting.seek(0)
         self.waiting.truncate()
+
+
+class TensorBoard:
+    """--tensorboard: the log's columns as scalars, in RUN."""
+
+    def __init__(self, cfg, out, step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out), purge_step=step)
+        atexit.register(self.close)
+
+    def track(self, step, values):
+        for k, v in values.items():
+            self.writer.add_scalar(k, v, step)
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """--wandb: the log's columns in a run of project manyteachers, whose id RUN/wandb.json keeps for --resume; `WANDB_MODE=offline` for want of a network."""
+
+    def __init__(self, cfg, out, step):
+        import wandb
+
+        known = read_json(out / "wandb.json") if step else None
+        self.run = wandb.init(project="manyteachers", name=str(out), dir=str(out), config=settings(cfg), id=known and known["id"], resume="allow")
+        write_json(out / "wandb.json", {"id": self.run.id})
+
+    def track(self, step, values):
+        self.run.log(values, step=step)
+
+    def close(self):
+        self.run.finish()
 
 
 class Checkpoint:
@@ -414,7 +478,7 @@ class Checkpoint:
     def __init__(self, out, cfg, state, generators, about):
         self.path, self.cfg, self.state, self.generators = Path(out) / self.NAME, cfg, state, generators
         self.about = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.log, self.written, self.before, self.start = None, None, 0.0, time.perf_counter()
+        self.log, self.bytes, self.written, self.before, self.start = None, 0, None, 0.0, time.perf_counter()
 
     @property
     def seconds(self):
@@ -428,8 +492,9 @@ class Checkpoint:
             for x in self.state.values():
                 with together():
                     dist.broadcast(x, 0)
-        if not step and not rank():
-            self.log = Log(self.path.with_name("log.csv"))
+        if not rank():
+            trackers = [t(self.cfg, self.path.parent, step) for t, on in ((TensorBoard, self.cfg.tensorboard), (WandB, self.cfg.wandb)) if on]
+            self.log = Log(self.path.with_name("log.csv"), self.bytes, trackers)
         return step, self.log
 
     def _restored(self):
@@ -448,13 +513,11 @@ class Checkpoint:
             python, numpy = at["python"], at["numpy"]
             random.setstate((python[0], tuple(python[1]), python[2]))
             np.random.set_state((numpy[0], tensors["generator numpy"].numpy().view(np.uint32), *numpy[1:]))
-            self.before, step, bytes_ = float(at["seconds"]), int(at["step"]), int(at["log"])
+            self.before, step, self.bytes = float(at["seconds"]), int(at["step"]), int(at["log"])
         except UserError:
             raise
         except Exception as e:  # a damaged file can fail in any of these steps, each with its own exception
             raise UserError(f"{self.path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); begin anew without --resume") from None
-        if not rank():
-            self.log = Log(self.path.with_name("log.csv"), bytes_)
         print(f"resumed from {self.path} after {step} updates", flush=True)
         return step
 
@@ -500,8 +563,12 @@ class Checkpoint:
         _asked = None
 
     def finish(self):
-        """The run is whole: its checkpoint has done its work."""
+        """The run is whole, its metrics.json written: its checkpoint has done its work."""
         self.path.unlink(missing_ok=True)
+        tasks = read_json(self.path.with_name("metrics.json"))["tasks"]
+        self.log.track(self.cfg.steps, **{f"{name}/{k}": v for name, m in tasks.items() for k, v in m.items() if isinstance(v, float)})
+        for t in self.log.trackers:
+            t.close()
 
 
 def read_csv(path) -> dict[str, np.ndarray]:
@@ -568,13 +635,14 @@ def captured(f, state, generator):
     return replay
 
 
+def cell(v) -> str:
+    """A number, text or None as a table shows it."""
+    return v if isinstance(v, str) else "-" if v is None else f"{v:.0f}" if abs(v) >= 100 else f"{v:.3g}"
+
+
 def table(rows: list[dict]) -> str:
     """Rows of one set of columns as aligned text, numbers to the right."""
-
-    def text(v):
-        return v if isinstance(v, str) else "-" if v is None else f"{v:.0f}" if abs(v) >= 100 else f"{v:.3g}"
-
-    cells = [list(rows[0]), *([text(v) for v in r.values()] for r in rows)]
+    cells = [list(rows[0]), *(list(map(cell, r.values())) for r in rows)]
     width = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width, strict=True))) for r in cells)
 

@@ -41,6 +41,7 @@ import model as dt
 import run
 import surgery
 import teacher
+from report import COLOURS
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class Config:
     cases: tuple[str, ...] = ("builtin", "conflict", "thirdparty")  # keys of CASES
     only: tuple[str, ...] = ()  # keys of VARIANTS; none: all
     without: tuple[str, ...] = ()  # keys of VARIANTS to leave out
-    budgets: tuple[str, ...] = ("updates", "half", "time", "acting")
+    budgets: tuple[str, ...] = ("updates", "half", "time", "acting")  # as listed above
     seeds: int = 10  # of the runs that count: 0, 1, ...
     tune_seeds: int = 1  # of those that learning rates are chosen by: 100, 101, ...
     teachers: int = 3  # trained for each task, on seeds 0, 1, ...
@@ -156,8 +157,8 @@ class Config:
     acting_steps: int = 4000  # the same where it acts
     compression: float = 15.0  # of the runs that do not act: the teachers' parameters over the student's
     jobs: int = 2  # runs at a time, one thread each
-    out: str = "results/study.csv"
-    work_dir: str = "out/study"  # teachers
+    out: str = "results/study.csv"  # a row per run; figures go beside it
+    work_dir: str = "out/study"  # where teachers are, or are trained
     report: bool = False  # no runs
 
 
@@ -537,7 +538,7 @@ def plot_orders(path, by_case):
 
 
 def style(i):
-    return distill.COLOURS[i % 8], ("-", "--")[i // 8 % 2]
+    return COLOURS[i % 8], ("-", "--")[i // 8 % 2]
 
 
 def plot_surgery(path, by_case):
@@ -551,8 +552,8 @@ def plot_surgery(path, by_case):
             for v in (base, *with_surgery):
                 if v in runs and base in runs:
                     value, (low, high) = iqm(scores(runs[v])), interval(lambda s: iqm(s[0]), [scores(runs[v])])
-                    ax.plot([low, high], [y, y], color=distill.COLOURS[i], linewidth=2)
-                    ax.plot(value, y, "o" if v != base else "s", color=distill.COLOURS[i])
+                    ax.plot([low, high], [y, y], color=COLOURS[i], linewidth=2)
+                    ax.plot(value, y, "o" if v != base else "s", color=COLOURS[i])
                     names.append(f"{v}, none" if v == base else f"{v} ({100 * np.mean([r['projected'] for r in runs[v]]):.0f} %)")
                     y -= 1
         ax.set_yticks(range(0, -len(names), -1), names, fontsize=7)
@@ -569,7 +570,7 @@ def plot_retention(path, retention):
                 points = [(t, np.array([r["retention"] for r in by_case[case][v]])) for t, by_case in retention.items() if v in by_case.get(case, {})]
                 x, y = [t for t, _ in points], [iqm(pick(k)) for _, k in points]
                 bars = np.array([interval(lambda s, pick=pick: iqm(pick(s[0])), [k]) for _, k in points])
-                ax.errorbar(np.array(x) * (1 + 0.03 * i), y, [np.array(y) - bars[:, 0], bars[:, 1] - np.array(y)], color=distill.COLOURS[i],
+                ax.errorbar(np.array(x) * (1 + 0.03 * i), y, [np.array(y) - bars[:, 0], bars[:, 1] - np.array(y)], color=COLOURS[i],
                             linestyle=("-", ":")[j], marker="o", markersize=3, capsize=2, label=f"{v}, {label}")  # fmt: skip
         ax.axhline(1, color="grey", linewidth=0.8)
         ax.set(xscale="log", xlabel="compression (teachers' parameters over the student's)", title=case, ylabel="retention" if ax is axes[0] else None)

@@ -25,29 +25,35 @@ from kernels.project import project_adamw
 
 @dataclasses.dataclass
 class Config:
+    # task
     env: str = "hopper"  # a key of data.ENVS
     dataset: str = ""  # a Minari id, in place of --env
+    # model
+    context: int = 20  # K, timesteps
+    n_layer: int = 3  # transformer blocks
+    n_head: int = 1  # of attention
+    n_embd: int = 128  # channels
+    dropout: float = 0.0  # share of activations; 0.1 in kzl's code; in this short a training on 200,000 steps there is nothing to regularise
+    # optimisation
     steps: int = 5000  # updates
     batch_size: int = 32  # windows per update, of each process; 64 and half the updates learn less from as many windows
     lr: float = 3e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # AdamW's, times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient
-    context: int = 20  # K, timesteps
-    n_layer: int = 3
-    n_head: int = 1
-    n_embd: int = 128
-    dropout: float = 0.0  # 0.1 in kzl's code; in this short a training on 200,000 steps there is nothing to regularise
+    # run
+    out_dir: str = ""  # default: out/teacher-<task>
+    eval_episodes: int = 20  # per target return; 0: none
     seed: int = 0  # of weights, windows and the held-out split
     device: str = "auto"  # cpu, cuda, or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks' matrix products in training; auto: bfloat16 where native
-    out_dir: str = ""  # default: out/teacher-<task>
+    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
     log_interval: int = 100  # updates between rows of log.csv
-    eval_episodes: int = 20  # per target return; 0: none
-    overwrite: bool = False  # replace a finished run of other settings
+    tensorboard: bool = False  # also log there: tensorboard --logdir out
+    wandb: bool = False  # also log to Weights & Biases, project manyteachers
     checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
     resume: bool = False  # go on from the last checkpoint, if there is one
-    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
+    overwrite: bool = False  # replace a finished run of other settings
 
 
 def directory(name: str) -> Path:

@@ -1,6 +1,8 @@
 """Each README command, tiny, as a user would call it: in a process of its own, in an empty directory."""
 
 import csv
+import importlib
+import inspect
 import json
 import os
 import re
@@ -143,6 +145,22 @@ def test_a_student_is_exported_and_acts_without_us(main_job, home):
     assert "hopper: return" in call(home, "examples/act_onnx.py out/student/hopper.onnx --episodes 2")
 
 
+def test_a_run_is_made_into_a_page_with_films_where_rendering_works(main_job, home):
+    said = call(home, "report.py out/student --film-steps 8")
+    page = (home / "out/student/report.html").read_text()
+    films = page.count("data:image/webp")
+    assert f"films of {films} of 3 tasks" in said and films + page.count("rendering does not work here") == 3 and page.count("<svg") == 5
+
+
+@pytest.mark.parametrize("script", ["data", "teacher", "distill", "evaluate", "export", "report", "study", "bench", "behaviour"])
+def test_help_fits_a_screen_for_each_topic_and_says_what_every_option_is(home, script):
+    said = call(home, f"{script}.py --help", COLUMNS="120")
+    boxes = re.findall(r"╭─ .*?(?:options|arguments) ─+╮\n(.*?)╰", said, re.S)
+    options = [line for line in inspect.getsource(importlib.import_module(script).Config).splitlines() if re.match(r"    \w+: ", line)]
+    assert boxes and all(box.count("\n") <= 40 for box in boxes) and sum(box.count(" --") for box in boxes) >= len(options)
+    assert all("  # " in line for line in options), [line for line in options if "  # " not in line]
+
+
 BAD = [
     ("teacher.py --env hoper", "unknown env 'hoper'; choose from ant, halfcheetah, halfcheetah-back, hopper, walker2d"),
     ("data.py --env hoper", "unknown env 'hoper'"),
@@ -161,6 +179,7 @@ BAD = [
     ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
     ("evaluate.py out/nothing", "no model in out/nothing"),
     ("export.py out/nothing", "no model in out/nothing"),
+    ("report.py out/nothing", "out/nothing holds no finished run"),
     ("evaluate.py out/student --target best", "--target best: must be p95 or median or a number"),
 ]
 
