@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -35,13 +34,18 @@ class Config:
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
 
 
-@torch.inference_mode()
 def rollout(model, task: data.Task, index: int, target: float, episodes: int, seed: int, film=False):
-    """Act by the mean, all episodes as one batch. index: the task's among the model's. Returns (E,) returns, and the first episode's frames."""
+    """A model's episodes in its index-th task; see `play`."""
+    return play(Policy.of(model, task, index), task, target, episodes, seed, film)
+
+
+def play(policy, task: data.Task, target: float, episodes: int, seed: int, film=False):
+    """A policy's episodes, all as one batch. policy: a policy.Policy, or anything with its reset, act and keep. Returns (E,) returns, and the first
+    episode's frames."""
     limit = task.max_steps
     envs = [data.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
             for i in range(episodes)]  # fmt: skip
-    shape, policy = envs[0].action_space.shape, Policy.of(model, task, index)
+    shape = envs[0].action_space.shape
     policy.reset(target_return=target, episodes=episodes)
     obs = np.stack([np.reshape(e.reset(seed=seed + i)[0], -1) for i, e in enumerate(envs)])
     rewards, returns, alive, frames = np.zeros(episodes), np.zeros(episodes), np.arange(episodes), []

@@ -2,6 +2,7 @@
 
     python export.py out/student                 # out/student/hopper.onnx, hopper.json, ...
     python export.py out/student --int8          # and hopper.int8.onnx: weights quantised to 8 bits
+    python export.py out/student --int8 --eval-episodes 20    # and what the files' own episodes return
 
 Inputs, all with a batch in front (of any size, or of --batch): observation (B, O) and return_to_go (B,) in the environment's units, last_action (B, A), or (B,)
 int64 of discrete ones (any at first), timestep (B,) int64, 0 at first, memory (B, M), zeros at first. Outputs: action, as last_action, in the environment's
@@ -27,6 +28,7 @@ import torch
 import tyro
 
 import data
+import evaluate
 import model as dt
 import run
 from policy import Actor, Policy
@@ -39,6 +41,7 @@ class Config:
     run: Annotated[str, tyro.conf.Positional]  # a run directory of teacher.py or distill.py
     batch: int = 0  # size of the batch; 0: any
     int8: bool = False  # also write a file of weights in 8 bits (onnxruntime's dynamic quantisation)
+    eval_episodes: int = 0  # of each file, in its task's environment; 0: none
     overwrite: bool = False  # replace files that are there
 
 
@@ -107,6 +110,27 @@ def session(file):
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
+class Exported:
+    """An exported file, acting as policy.Policy does."""
+
+    def __init__(self, runtime, step: Step):
+        self.runtime, self.step = runtime, step
+
+    def reset(self, target_return, episodes):
+        self.given = {k: x.numpy() for k, x in zip(NAMES[0], self.step.inputs(episodes), strict=True)}
+        self.given["return_to_go"] += target_return
+
+    def act(self, observation, reward):
+        self.given["observation"] = observation.astype(np.float32)
+        self.given["return_to_go"] = (self.given["return_to_go"] - reward).astype(np.float32)
+        self.given["last_action"], self.given["memory"] = self.runtime.run(None, self.given)
+        self.given["timestep"] = self.given["timestep"] + 1
+        return self.given["last_action"]
+
+    def keep(self, rows):
+        self.given = {k: x[rows] for k, x in self.given.items()}
+
+
 def compared(runtime, step: Step, B: int, T=50):
     """Largest difference between the file's actions and Policy's, in units of half the action range (of discrete ones, the share that differs), over B random
     episodes of T steps; and microseconds per call."""
@@ -127,7 +151,9 @@ def compared(runtime, step: Step, B: int, T=50):
 
 
 def main(cfg: Config):
-    run.check(cfg, batch=0)
+    run.check(cfg, batch=0, eval_episodes=0)
+    if cfg.batch and cfg.eval_episodes:
+        raise run.UserError(f"--batch {cfg.batch}: files are evaluated with batches that shrink as episodes end; export with any size, --batch 0")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise run.UserError(f"exporting needs {package}: pip install onnx onnxscript onnxruntime")
@@ -155,9 +181,16 @@ def main(cfg: Config):
                 "batch": cfg.batch or "any", "parameters_of_the_whole_model": model.n_params, "measured": metrics.get(task.name), "opset": OPSET,
                 "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "machine": platform.machine(), "files": {}}  # fmt: skip
         for name, content in files.items():
-            difference, us = compared(session(content), step, cfg.batch or 1)
-            card["files"][name] = {"bytes": len(content), "largest_difference": difference, "microseconds": us}
+            runtime = session(content)
+            difference, us = compared(runtime, step, cfg.batch or 1)
+            told = card["files"][name] = {"bytes": len(content), "largest_difference": difference, "microseconds": us}
             rows.append({"file": name, "KB": len(content) / 1024, "largest difference": difference, "microseconds": us})
+            if cfg.eval_episodes and task.env_id:
+                returns, _ = evaluate.play(Exported(runtime, step), task, task.targets["p95"], cfg.eval_episodes, 1000)
+                told |= evaluate.scores(returns, task)
+                rows[-1] |= {"return": told["return_mean"], "+-": told["return_std"], "score": told["normalized_score"]}
+                if teacher := meta.get("teachers", {}).get(task.name, {}).get("normalized_score"):
+                    rows[-1]["retention"] = told["retention"] = told["normalized_score"] / teacher
         run.write_json(path.with_suffix(".json"), card)
     print(run.table(rows))
 

@@ -641,8 +641,9 @@ def cell(v) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of one set of columns as aligned text, numbers to the right."""
-    cells = [list(rows[0]), *(list(map(cell, r.values())) for r in rows)]
+    """Rows as aligned text, numbers to the right; a row may lack a column."""
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    cells = [columns, *([cell(r.get(k)) for k in columns] for r in rows)]
     width = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width, strict=True))) for r in cells)
 

@@ -93,6 +93,22 @@ def test_the_example_acts_by_discrete_actions_too(exported, tmp_path):
     assert float(re.search(r"return ([-\d.]+)", p.stdout)[1]) == pytest.approx(returns.mean(), abs=0.06)
 
 
+def test_files_are_evaluated_as_the_model_is(exported, tmp_path, capsys):
+    _, m = exported
+    tasks = [dataclasses.replace(TASK, env_id=None), HOPPER, CARTPOLE]
+    dt.save(tmp_path, m, {"tasks": [dataclasses.asdict(t) for t in tasks], "teachers": {"hopper": {"normalized_score": 500.0}}})
+    export.main(export.Config(str(tmp_path), eval_episodes=3, int8=True))
+    for index, task in ((1, HOPPER), (2, CARTPOLE)):
+        card = json.loads((tmp_path / f"{task.name}.json").read_text())["files"]
+        want = evaluate.scores(evaluate.rollout(m, task, index, task.targets["p95"], 3, 1000)[0], task)
+        assert card[f"{task.name}.onnx"]["return_mean"] == pytest.approx(want["return_mean"], abs=0.05) and "return_mean" in card[f"{task.name}.int8.onnx"]
+    card = json.loads((tmp_path / "hopper.json").read_text())["files"]["hopper.onnx"]
+    assert card["retention"] == pytest.approx(card["normalized_score"] / 500) and "return_mean" not in (tmp_path / "walk.json").read_text()
+    assert re.search(r"walk\.onnx .* -\n", capsys.readouterr().out)
+    with pytest.raises(run.UserError, match="--batch 3: files are evaluated with batches that shrink"):
+        export.main(export.Config(str(tmp_path), eval_episodes=3, batch=3))
+
+
 def test_a_fixed_batch_takes_no_other(exported, tmp_path):
     _, m = exported
     dt.save(tmp_path, m, {"tasks": [dataclasses.asdict(t) for t in TASKS]})
