@@ -36,14 +36,22 @@ from minari.storage.datasets_root_dir import get_dataset_path
 import behaviour
 import run
 
-# Built-in tasks: Gymnasium id, its options, and the returns of a random and an expert policy that D4RL normalises scores with
-# (github.com/Farama-Foundation/D4RL/blob/71a9549/d4rl/infos.py); None: the data's own lowest and highest. Scores on v5 data are not comparable with D4RL's v2 tables.
+
+class Env(NamedTuple):
+    id: str  # Gymnasium's
+    options: dict
+    reference: tuple[float, float] | None = None  # returns of score 0 and 100; None: the data's own lowest and highest
+    dataset: str | None = None  # Minari id; None: collected with the policies in behaviours/
+
+
+# Tasks by name. Reference returns are those of a random and an expert policy that D4RL normalises scores with
+# (github.com/Farama-Foundation/D4RL/blob/71a9549/d4rl/infos.py). Scores on v5 data are not comparable with D4RL's v2 tables.
 ENVS = {
-    "hopper": ("Hopper-v5", {}, (-20.272305, 3234.3)),
-    "halfcheetah": ("HalfCheetah-v5", {}, (-280.178953, 12135.0)),
-    "walker2d": ("Walker2d-v5", {}, (1.629008, 4592.3)),
-    "ant": ("Ant-v5", {"include_cfrc_ext_in_observation": False}, (-325.6, 3879.7)),  # 27-dimensional observations
-    "halfcheetah-back": ("HalfCheetah-v5", {"forward_reward_weight": -1.0}, None),  # halfcheetah's opposite: the same body, paid for running backwards
+    "hopper": Env("Hopper-v5", {}, (-20.272305, 3234.3)),
+    "halfcheetah": Env("HalfCheetah-v5", {}, (-280.178953, 12135.0)),
+    "walker2d": Env("Walker2d-v5", {}, (1.629008, 4592.3)),
+    "ant": Env("Ant-v5", {"include_cfrc_ext_in_observation": False}, (-325.6, 3879.7)),  # 27-dimensional observations
+    "halfcheetah-back": Env("HalfCheetah-v5", {"forward_reward_weight": -1.0}),  # halfcheetah's opposite: the same body, paid for running backwards
 }
 COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
@@ -120,7 +128,7 @@ def make_env(env_id, env_kwargs, **kwargs):
 def dataset_id(env: str) -> str:
     if env not in ENVS:
         raise run.UserError(f"unknown env {env!r}; choose from {', '.join(sorted(ENVS))}, or name a Minari dataset with --dataset(s)")
-    return f"manyteachers/{env}/replay-v0"
+    return ENVS[env].dataset or f"manyteachers/{env}/replay-v0"
 
 
 def task_name(id_: str) -> str:
@@ -131,8 +139,7 @@ def task_name(id_: str) -> str:
 def collect(env: str, steps: int = COLLECT_STEPS):
     """Roll the bundled behaviour policies out and write manyteachers/<env>/replay-v0, a Minari dataset like any other."""
     name, final = dataset_id(env), get_dataset_path(dataset_id(env))
-    env_id, kwargs, _ = ENVS[env]
-    world = make_env(env_id, kwargs)
+    world = make_env(ENVS[env].id, ENVS[env].options)
     buffers = [EpisodeBuffer(id=i, **ep) for i, ep in enumerate(behaviour.collect(world, env, steps))]
     root = get_dataset_path()
     for old in root.glob(".collect-*"):  # of a killed process, unless it is alive
@@ -171,7 +178,7 @@ def find(name: str) -> Path:
     except (ValueError, OSError) as e:
         raise run.UserError(f"dataset {name!r}: {str(e).splitlines()[0]}; an id looks like mujoco/hopper/medium-v0") from None
     if not path.exists():
-        if task_name(name) in ENVS:
+        if task_name(name) in ENVS and ENVS[task_name(name)].dataset is None:
             print(f"{name} is not there: collecting {COLLECT_STEPS:,} steps", flush=True)
             collect(task_name(name))
             return path
@@ -413,9 +420,12 @@ def load(name: str, seed: int = 0) -> Dataset:
         x[:, : len(mean)] -= mean.astype(np.float32)
         x[:, : len(mean)] /= std.astype(np.float32)
         x[:, -2] /= rtg_scale
-    alike = [(kwargs, r) for id_, kwargs, r in ENVS.values() if about["env_id"] and id_.split("-")[0] == about["env_id"].split("-")[0]]
-    reference = next((r for kwargs, r in alike if kwargs == about["env_kwargs"]), alike[0][1] if alike else None)
-    reference, source = (reference, "D4RL constants") if reference else ((float(returns.min()), float(returns.max())), "the dataset's lowest and highest return")
+    alike = [e for e in ENVS.values() if about["env_id"] and e.id.split("-")[0] == about["env_id"].split("-")[0]]
+    known = next((e for e in alike if e.options == about["env_kwargs"]), alike[0] if alike else None)
+    if known and known.reference:
+        reference, source = known.reference, "D4RL constants" if known.dataset is None else "data.ENVS"
+    else:
+        reference, source = (float(returns.min()), float(returns.max())), "the dataset's lowest and highest return"
     saturation = about.pop("saturation")
     task = Task(
         name=task_name(id_), dataset=id_, obs_dim=len(mean), act_dim=len(about["act_low"]),

@@ -34,6 +34,8 @@ import teacher
 from kernels.kl import head_kl, per_teacher, policies
 from kernels.project import project_adamw
 
+ORDERS, SURGERIES = Literal[tuple(curriculum.METHODS)], Literal[tuple(surgery.METHODS)]
+
 
 @dataclasses.dataclass
 class Config:
@@ -47,9 +49,9 @@ class Config:
     n_head: int = 1  # of attention
     n_embd: int = 64  # channels
     # method
-    curriculum: Literal["novelty", "fixed", "uniform", "all", "dro", "least"] = "novelty"  # which teacher next
+    curriculum: ORDERS = "novelty"  # which teacher next
     novelty_power: float = 2.0  # shares ~ KL^power; inf: the farthest teacher alone; 0: all alike (also least's, inverted)
-    surgery: Literal["previous", "switch", "average", "pcgrad", "none"] = "previous"  # of a gradient that conflicts
+    surgery: SURGERIES = "previous"  # of a gradient that conflicts
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
     alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update

@@ -233,7 +233,7 @@ def test_the_bundled_policies_make_a_minari_dataset_and_go_from_poor_to_good(env
     assert ds.total_steps >= 2000 and ds.recover_environment().observation_space.shape == ds.observation_space.shape
     assert name in minari.list_local_datasets()
     d = data.load(env)
-    assert d.task.name == env and d.task.reference == (data.ENVS[env][2] or (d.returns.min(), d.returns.max()))
+    assert d.task.name == env and d.task.reference == (data.ENVS[env].reference or (d.returns.min(), d.returns.max()))
     assert (d.task.obs_dim, d.task.act_dim) == {"hopper": (11, 3), "halfcheetah": (17, 6), "halfcheetah-back": (17, 6), "walker2d": (17, 6), "ant": (27, 8)}[env]
     assert sum(f.stat().st_size for f in behaviour.HERE.iterdir()) < 1_000_000 and len(behaviour.load(env)) == behaviour.SNAPSHOTS
     shutil.rmtree(get_dataset_path(name))
