@@ -119,7 +119,11 @@ def make_env(env_id, env_kwargs, **kwargs):
         mujoco.set_mju_user_warning(lambda text: None if "is deprecated" in text else print(f"MuJoCo: {text}"))
     except ImportError:
         pass
-    return gym.make(env_id, disable_env_checker=True, **env_kwargs, **kwargs)
+    try:
+        return gym.make(env_id, disable_env_checker=True, **env_kwargs, **kwargs)
+    except Exception as e:  # a package that it needs, an option that it does not know
+        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise run.UserError(f"environment {env_id!r} can't be made ({why}); install what it needs, or use --eval-episodes 0") from None
 
 
 # ---- Minari ----------------------------------------------------------------------------------------------------------

@@ -329,6 +329,8 @@ def main(cfg: Config):
         found = find_teachers(cfg)
     teachers, tasks, N = [m for m, _, _ in found], [t for _, t, _ in found], len(found)
     with clock("data"):
+        if cfg.eval_episodes:
+            evaluate.check(tasks)
         with run.first():
             sets = [data.load(t.dataset, t.split_seed) for t in tasks]
         for t, s in zip(tasks, sets, strict=True):

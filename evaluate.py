@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import gymnasium as gym
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -34,14 +35,27 @@ class Config:
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
 
 
+def check(tasks):
+    """Raise run.UserError, before hours of training, where a task's environment can't be made or is not what its data came from."""
+    for t in tasks:
+        if t.env_id is None:
+            continue
+        env = data.make_env(t.env_id, t.env_kwargs)
+        there = [int(s.n if isinstance(s, gym.spaces.Discrete) else np.prod(s.shape)) for s in (env.observation_space, env.action_space)]
+        env.close()
+        if there != [t.obs_dim, t.act_dim]:
+            raise run.UserError(f"environment {t.env_id} {t.env_kwargs} has {there[0]} observations and {there[1]} actions, dataset {t.dataset} {t.obs_dim} and "
+                                f"{t.act_dim}: no evaluation there; use --eval-episodes 0")  # fmt: skip
+
+
 def rollout(model, task: data.Task, index: int, target: float, episodes: int, seed: int, film=False):
     """A model's episodes in its index-th task; see `play`."""
     return play(Policy.of(model, task, index), task, target, episodes, seed, film)
 
 
 def play(policy, task: data.Task, target: float, episodes: int, seed: int, film=False):
-    """A policy's episodes, all as one batch. policy: a policy.Policy, or anything with its reset, act and keep. Returns (E,) returns, and the first
-    episode's frames."""
+    """A policy's episodes, all as one batch. policy: a policy.Policy, or anything with its reset, act and keep. Returns (E,) returns, and every fourth
+    frame of the first episode."""
     limit = task.max_steps
     envs = [data.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
             for i in range(episodes)]  # fmt: skip
@@ -50,12 +64,12 @@ def play(policy, task: data.Task, target: float, episodes: int, seed: int, film=
     obs = np.stack([np.reshape(e.reset(seed=seed + i)[0], -1) for i, e in enumerate(envs)])
     rewards, returns, alive, frames = np.zeros(episodes), np.zeros(episodes), np.arange(episodes), []
     bar = tqdm(range(limit), desc=f"evaluate {task.name} at {target:.0f}", unit="step", disable=None, leave=False)
-    for _ in bar:
+    for t in bar:
         going = np.ones(len(alive), bool)
         for j, (i, action) in enumerate(zip(alive, policy.act(obs[alive], rewards[alive]), strict=True)):
             o, rewards[i], terminated, truncated, _ = envs[i].step(action.reshape(shape))
             obs[i], returns[i] = np.reshape(o, -1), returns[i] + rewards[i]
-            if film and i == 0:
+            if film and i == 0 and t % 4 == 0:
                 frames.append(envs[0].render())
             going[j] = not (terminated or truncated)
         if not going.all():
@@ -76,7 +90,7 @@ def scores(returns, task: data.Task) -> dict:
 
 
 def film(model, task, index, target, seed, file, width=320, **options):
-    """One episode as an animated picture, every fourth step of it, in `file`; options as pillow's save takes them. Returns its return and number of steps.
+    """One episode as an animated picture, every fourth step of it, in `file`; options as pillow's save takes them. Returns its return.
     Raises run.UserError where rendering does not work."""
     from PIL import Image
 
@@ -84,10 +98,10 @@ def film(model, task, index, target, seed, file, width=320, **options):
         os.environ.setdefault("MUJOCO_GL", "egl")  # GLFW, which is tried first, needs a display, and what comes after it can crash
     try:
         got, frames = rollout(model, task, index, target, 1, seed, film=True)
-        pictures = [Image.fromarray(f) for f in frames[::4]]
+        pictures = [Image.fromarray(f) for f in frames]
         pictures = [p.resize((width, width * p.height // p.width)) for p in pictures]
         pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=40, loop=0, **options)
-        return got[0], len(frames)
+        return got[0]
     except Exception as e:  # no display, no EGL, no GL library: each platform fails in its own way
         why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         raise run.UserError(f"no film of {task.name}: rendering does not work here ({why}); try MUJOCO_GL=egl or osmesa") from None

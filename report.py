@@ -226,11 +226,11 @@ def film(model, task, index, cfg: Config):
         return f"<p>no film of {html.escape(task.name)}: its dataset names no environment</p>"
     short, out = dataclasses.replace(task, max_steps=min(cfg.film_steps, task.max_steps)), io.BytesIO()
     try:
-        got, steps = evaluate.film(model, short, index, task.targets["p95"], 1000, out, cfg.width, format="webp", quality=60)
+        got = evaluate.film(model, short, index, task.targets["p95"], 1000, out, cfg.width, format="webp", quality=60)
     except run.UserError as e:
         return f"<p>{html.escape(str(e))}</p>"
     source = f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
-    caption = html.escape(f"{task.name}: the first {steps} steps, asked for {task.targets['p95']:.0f}, {got:.0f} so far")
+    caption = html.escape(f"{task.name}: the first {short.max_steps} steps, asked for {task.targets['p95']:.0f}, {got:.0f} so far")
     return f'<figure><img src="{source}" width="{cfg.width}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 

@@ -83,6 +83,8 @@ def main(cfg: Config):
         with run.first():
             ds = data.load(name, cfg.seed)
         task = ds.task
+        if cfg.eval_episodes:
+            evaluate.check([task])
         train = data.Windows([ds.train], [task], cfg.context, device, cfg.data_device)
         held_out = data.Windows([ds.held_out], [task], cfg.context, device, cfg.data_device).spread(256)
     torch.manual_seed(cfg.seed)

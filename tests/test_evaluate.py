@@ -1,11 +1,17 @@
+import dataclasses
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import data
+import distill
 import evaluate
 import model as dt
+import run
+import teacher
+from conftest import make_dataset
 
 
 class Walk(gym.Env):
@@ -66,3 +72,33 @@ def test_episodes_are_the_same_alone_and_in_a_batch():
 def test_scores():
     s = evaluate.scores(np.array([2.0, 4.0]), TASK)
     assert s == {"return_mean": 3.0, "return_std": 1.0, "normalized_score": 50.0}
+
+
+class Broken(gym.Env):
+    def __init__(self):
+        raise ImportError("no module named simulator\nand more")
+
+
+gym.register("tests/Broken-v0", Broken)
+
+
+def test_an_environment_that_can_not_be_played_in_is_told_before_training():
+    evaluate.check([TASK, dataclasses.replace(TASK, env_id=None)])
+    for change, message in (
+        ({"env_id": "tests/Nowhere-v0"}, "'tests/Nowhere-v0' is not registered with Gymnasium; .*--eval-episodes 0"),
+        ({"env_id": "tests/Broken-v0"}, r"'tests/Broken-v0' can't be made \(no module named simulator\); .*--eval-episodes 0"),
+        ({"obs_dim": 3}, "tests/Walk-v0 {} has 2 observations and 1 actions, dataset - 3 and 1.*--eval-episodes 0"),
+    ):
+        with pytest.raises(run.UserError, match=message):
+            evaluate.check([dataclasses.replace(TASK, **change)])
+
+
+def test_teacher_and_student_are_checked_before_they_are_trained(tmp_path):
+    make_dataset("tests/elsewhere-v0", [5, 6, 7], obs_dim=3, spec="Hopper-v5")
+    out = tmp_path / "teacher"
+    with pytest.raises(run.UserError, match="Hopper-v5 {} has 11 observations and 3 actions, dataset tests/elsewhere-v0 3 and 2"):
+        teacher.main(teacher.Config(dataset="tests/elsewhere-v0", out_dir=str(out), device="cpu"))
+    teacher.main(teacher.Config(dataset="tests/elsewhere-v0", out_dir=str(out), device="cpu", eval_episodes=0, steps=2, n_embd=8, context=4))
+    with pytest.raises(run.UserError, match="has 11 observations"):
+        distill.main(distill.Config(teachers=(str(out),), out_dir=str(tmp_path / "student"), device="cpu"))
+    assert not (tmp_path / "student/log.csv").exists()
