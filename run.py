@@ -51,6 +51,11 @@ def cli(main, config, doc):
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
             code = 2
+        except (RuntimeError, MemoryError) as e:
+            if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
+                raise
+            print(f"error: out of memory ({(str(e).splitlines() or [''])[0][:150]}); try a smaller --batch-size, or --data-device host", file=sys.stderr)
+            code = 2
         except Stopped as e:
             print(e, file=sys.stderr if not rank() else sys.stdout)
             code = 128 + e.signum

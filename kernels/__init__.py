@@ -1,10 +1,12 @@
 """The hot loop's three operations. Each file: the formula, a plain PyTorch reference, the Triton kernels, the public functions.
 
-Kernels run on a GPU; everything else takes the references: a CPU, float64, no Triton (macOS, Windows), sizes a kernel was not made for.
+Kernels run on a GPU; everything else takes the references: a CPU, float64, no Triton (macOS, Windows), no C compiler, which Triton's launchers are built with,
+sizes a kernel was not made for.
 Tests run them on a CPU too, in Triton's interpreter (TRITON_INTERPRET=1, and `on_cpu` set).
 """
 
 import os
+import shutil
 
 import torch
 
@@ -22,25 +24,26 @@ except ImportError:
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it when a kernel is decorated
+MISSING = "Triton" if triton.__version__ is None else "" if INTERPRET or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else "C compiler"
 DTYPES = (torch.float32, torch.bfloat16)
 on_cpu = False  # tests alone set it
 
 
 def available(*tensors) -> bool:
     """Whether the kernels can take these tensors."""
-    return triton.__version__ is not None and all(x.dtype in DTYPES and (x.is_cuda or (on_cpu and INTERPRET)) for x in tensors)
+    return not MISSING and all(x.dtype in DTYPES and (x.is_cuda or (on_cpu and INTERPRET)) for x in tensors)
 
 
 def compiled(device) -> bool:
     """Whether kernels run on `device`, compiled: a step can then be captured as a CUDA graph."""
-    return triton.__version__ is not None and not INTERPRET and torch.device(device).type == "cuda"
+    return not MISSING and not INTERPRET and torch.device(device).type == "cuda"
 
 
 def path(device) -> str:
     """Which path runs on `device`, in words, for the line a script prints at its start."""
     if torch.device(device).type != "cuda":
         return "plain PyTorch, no GPU"
-    return f"Triton {triton.__version__}" if triton.__version__ else "plain PyTorch, no Triton"
+    return f"plain PyTorch, no {MISSING}" if MISSING else f"Triton {triton.__version__}"
 
 
 def precision() -> str:

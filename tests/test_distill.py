@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -348,3 +350,17 @@ def test_sizes_that_can_not_be_are_told_with_the_value(script, option, tmp_path)
     with pytest.raises(run.UserError, match=f"--{name.replace('_', '-')} {value}: must be"):
         script.main(script.Config(out_dir=str(tmp_path / "x"), **option))
     assert not (tmp_path / "x").exists()
+
+
+def test_running_out_of_memory_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["distill.py"])
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1")):
+
+        def main(cfg, error=error):
+            raise error
+
+        with pytest.raises(SystemExit, match="2"):
+            run.cli(main, distill.Config, "-")
+        assert re.fullmatch(r"error: out of memory \(.*\); try a smaller --batch-size, or --data-device host\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="something else"):
+        run.cli(lambda cfg: (_ for _ in ()).throw(RuntimeError("something else")), distill.Config, "-")

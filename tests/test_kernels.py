@@ -415,3 +415,10 @@ assert kernels.path("cuda") == "plain PyTorch, no Triton" and kernels.path("cpu"
 assert attention(torch.randn(1, 3, 12), torch.ones(1, 3, dtype=torch.bool), 1).shape == (1, 3, 4) and project(torch.ones(3), -torch.ones(3)).abs().max() == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@triton_needed
+def test_without_a_c_compiler_the_references_run():
+    code = "import kernels; assert kernels.path('cuda') == 'plain PyTorch, no C compiler' and not kernels.compiled('cuda')"
+    env = {k: v for k, v in os.environ.items() if k not in ("CC", "TRITON_INTERPRET")} | {"PATH": "/nowhere"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)

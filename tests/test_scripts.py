@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,17 +15,15 @@ import pytest
 import data
 import model as dt
 import run
-from conftest import ROOT
+from conftest import ROOT, make_dataset
 
 TINY = "--batch-size 16 --eval-episodes 2 --device cpu"
-CALLED = set()
 
 
-def call(cwd, command, code=0, **env):
-    """Run `python SCRIPT ...` in cwd; returns its output."""
-    CALLED.add(command.split()[0])
+def call(cwd, command, code=0, root=ROOT, **env):
+    """Run `python SCRIPT ...` of the tree at `root` in cwd; returns its output."""
     script, *rest = command.split()
-    p = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    p = subprocess.run([sys.executable, str(root / script), *rest], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     assert p.returncode == code, f"{command}\n{p.stdout}\n{p.stderr}"
     return p.stdout + p.stderr
 
@@ -202,9 +201,65 @@ def test_a_damaged_teacher_is_told_and_the_others_are_untouched(main_job, home):
     assert "error: the model in out/teacher-hopper is damaged" in out and not (home / "out/never/metrics.json").exists()
 
 
-def test_every_command_of_the_readme_is_called_here():
-    named = set(re.findall(r"python (\w+\.py)", (ROOT / "README.md").read_text()))
-    assert named and named <= CALLED, f"in the README and not tested: {sorted(named - CALLED)}"
+def test_the_readmes_three_changes_apply_and_run(main_job, home, tmp_path):
+    changes = re.findall(r"`(python [^`]*)`\n\n```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(changes) == 3 and all(diff.count("\n") <= 15 for _, diff in changes)
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "results"))
+    call(home, "examples/collect_cartpole.py --episodes 20 --id cartpole/mixed-v0") if not (home / "out/mixed-kl").exists() else None
+    for i, (command, diff) in enumerate(changes):
+        p = subprocess.run(["git", "apply", "-"], cwd=tmp_path / "tree", input=diff, capture_output=True, text=True)
+        assert p.returncode == 0, diff + p.stderr
+        command = command.removeprefix("python ") + f" --steps 3 --out-dir out/change{i} --n-embd 16 {TINY}"
+        call(home, command, root=tmp_path / "tree")
+        assert run.read_json(home / f"out/change{i}/metrics.json")["tasks"]
+    assert run.read_json(home / "out/change0/model.json")["tasks"][0]["reference"] == [22.0, 500.0]
+
+
+SMALL = {  # what makes a README command tiny
+    "teacher.py": f"--steps 3 --n-embd 16 {TINY}", "distill.py": f"--teacher-steps 3 --steps 3 --n-embd 16 --log-interval 2 {TINY} --overwrite",
+    "evaluate.py": "--eval-episodes 1 --device cpu", "report.py": "--film-steps 8", "examples/act_onnx.py": "--episodes 1",
+    "examples/collect_cartpole.py": "--episodes 10", "export.py": "--overwrite",
+}  # fmt: skip
+ELSEWHERE = {"python study.py": "test_study.py", "python behaviour.py --env hopper": "test_training_behaviour_policies_without_its_library"}
+
+
+def test_every_command_of_the_readme_runs_in_its_order(home, tmp_path):
+    said = (ROOT / "README.md").read_text().split("\n## Use\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", said, re.S)
+    commands = [line.split(" #")[0].strip() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    for name, O, A in (("hopper", 11, 3), ("ant", 27, 8)):  # stand-ins for those that would be downloaded
+        env = data.make_env(*data.ENVS[name][:2])
+        make_dataset(f"mujoco/{name}/medium-v0", [9, 12, 7], obs_dim=O, act_dim=A, spec=env.spec)
+    for command in commands:
+        if command in ELSEWHERE:
+            continue
+        if command.startswith("torchrun --nproc_per_node=8 "):
+            p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "distill.py"), *SMALL["distill.py"].split()],
+                               cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+            assert p.returncode == 0, p.stdout + p.stderr
+            continue
+        python, script, *_ = command.split()
+        assert python == "python", command
+        call(tmp_path, f"{command.removeprefix('python ')} {SMALL.get(script, '')}", MUJOCO_GL="off")  # films take minutes without a GPU; other tests make some
+    assert len(commands) >= 17 and (tmp_path / "out/student/report.html").exists()
+    scripts = {path.name for path in ROOT.glob("*.py") if "run.cli(" in path.read_text()}
+    assert scripts - {c.split()[1] for c in commands} == {"bench.py"}  # whose commands stand with its figures
+    code = [block for kind, block in blocks if kind == "python"]
+    assert len(code) == 1 and "from policy import Policy" in code[0]
+    test = "import numpy as np; observation, reward = np.zeros(11), 1.0\n" + code[0] + "\nassert action.shape == (3,)"
+    p = subprocess.run([sys.executable, "-c", test], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert p.returncode == 0, p.stderr
+
+
+def test_the_readmes_troubleshooting_has_the_words_that_the_program_prints():
+    said = (ROOT / "README.md").read_text().split("## Troubleshooting")[1]
+    source = " ".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings over several lines
+    quoted = re.findall(r"^\| `(.*?)`", said, re.M)
+    assert len(quoted) >= 15
+    for text in quoted:
+        words = max(re.split(r"\b[XYN]\b|\.\.\.|^error: (?:--\w+ )?|^kernels: |^error: environment|nan|Triton|C compiler| a finished", text), key=len).strip(" ;,'()")
+        assert len(words) > 7 and words in source, (text, words)
 
 
 def test_the_readmes_figures_come_from_the_runs_kept():
