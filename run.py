@@ -436,6 +436,8 @@ class TensorBoard:
     def __init__(self, cfg, out, step):
         from torch.utils.tensorboard import SummaryWriter
 
+        for old in () if step else out.glob("events.out.tfevents.*"):  # of a run that this one replaces
+            old.unlink()
         self.writer = SummaryWriter(str(out), purge_step=step)
         atexit.register(self.close)
 

@@ -94,6 +94,7 @@ VARIANTS = {  # options of distill.py
 }
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty, previous", "novelty, average")
+DEFAULT = "novelty, previous"  # what distill.py does unasked
 ACTING = {"all": (15.0,), "novelty, previous": (5.0, 15.0, 50.0)}  # the teachers' parameters over the student's
 POINTS = 10  # of a curve
 
@@ -446,7 +447,10 @@ def report(cfg: Config):
             by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if v not in vs}, **vs} for c, vs in by_case.items()}
         if by_case:
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
-            print(table(by_case, reference, sorted({v for c in by_case.values() for v in c}, key=order.get)))
+            variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
+            print(table(by_case, reference, variants))
+            print("\nof the same runs: learning rate in thousandths, area under the curve and mean KL over fixed order's, milliseconds of an update\n")
+            print(details(by_case, reference, variants))
     retention = {times: by_case for (budget, times), by_case in sorted(of.items()) if budget == "acting"}
     if retention:
         print(f"\nretention\n\n{retention_table(retention)}")
@@ -469,23 +473,46 @@ def curve(r):
 
 
 def table(by_case, reference, variants):
-    """A line for each variant. Columns: each case; what is pooled over cases: KL over fixed order's, probability of improvement over it, area under the curve."""
+    """A line for each variant. Columns: each case; what is pooled over cases: KL over fixed order's, probability that it is better than fixed order, and that
+    the default is better than it, of any two runs and of two on the same seed."""
     cases = [c for c in by_case if "fixed" in reference.get(c, {})]
-    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | area | lr | ms | projected |", "|---" * (len(cases) + 8) + "|"]
+    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | default better | on the same seed |", "|---" * (len(cases) + 6) + "|"]
     for v in variants:
         there = [c for c in cases if v in by_case[c]]
-        runs = {c: by_case[c][v] for c in there}
-        cells = [cell(lambda s: iqm(s[0]), [scores(runs[c])]) if c in there else "" for c in cases]
-        if there:
-            fixed = {c: reference[c]["fixed"] for c in there}
-            ratio = [scores(runs[c]) / iqm(scores(fixed[c])) for c in there]
-            pairs = [x for c in there for x in (scores(runs[c]), scores(fixed[c]))]
-            area = [np.exp(np.mean([np.log(curve(r)[1:] / curve(f)[1:].mean()) for r, f in zip(runs[c], fixed[c], strict=False)], 1)) for c in there]
-            every = [r for c in there for r in runs[c]]
-            cells += [cell(lambda s: iqm(np.concatenate(s)), ratio, "{:.2f}"), cell(lambda s: improvement(zip(s[::2], s[1::2], strict=True)), pairs, "{:.2f}"),
-                      f"{iqm(np.concatenate(area)):.2f}", "/".join(f"{1000 * runs[c][0]['lr']:g}" for c in there),
-                      f"{np.median([r['ms'] for r in every]):.0f}", f"{100 * np.mean([r['projected'] for r in every]):.0f} %"]  # fmt: skip
-            out.append(f"| {v} | {'/'.join(str(len(runs[c])) for c in there)} | " + " | ".join(cells) + " |")
+        if not there:
+            continue
+        x = {c: scores(by_case[c][v]) for c in there}
+        fixed = [y for c in there for y in (x[c], scores(reference[c]["fixed"]))]
+        both = [c for c in there if DEFAULT in by_case[c] and v != DEFAULT]
+        default = [y for c in both for y in (scores(by_case[c][DEFAULT]), x[c])]
+        same = [scores(by_case[c][DEFAULT])[:n] < x[c][:n] for c in both for n in (min(len(x[c]), len(by_case[c][DEFAULT])),)]
+        cells = [cell(lambda s: iqm(s[0]), [x[c]]) if c in there else "" for c in cases]
+        cells += [cell(lambda s: iqm(np.concatenate(s)), [y / iqm(scores(reference[c]["fixed"])) for c, y in x.items()], "{:.2f}"), cell(in_pairs, fixed, "{:.2f}"),
+                  cell(in_pairs, default, "{:.2f}") if both else "", cell(lambda s: np.concatenate(s).mean(), same, "{:.2f}") if both else ""]  # fmt: skip
+        out.append(f"| {v} | {'/'.join(str(len(x[c])) for c in there)} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def in_pairs(s):
+    """`improvement` of strata that are first, second, first, second, ..."""
+    return improvement(zip(s[::2], s[1::2], strict=True))
+
+
+def details(by_case, reference, variants):
+    """A line for each variant: of what its runs are made, and what else was measured; pooled over cases."""
+    out = ["| | lr | area | mean KL | ms | projected | cosine: 5 %, median, 95 % |", "|---" * 7 + "|"]
+    for v in variants:
+        there = [c for c in by_case if v in by_case[c] and "fixed" in reference.get(c, {})]
+        runs, fixed = {c: by_case[c][v] for c in there}, {c: reference[c]["fixed"] for c in there}
+        if not there:
+            continue
+        area = [np.exp(np.mean(np.log(curve(r) / curve(f))[1:])) for c in there for r, f in zip(runs[c], fixed[c], strict=False)]
+        mean = [r["kl"][-1].mean() / iqm([f["kl"][-1].mean() for f in fixed[c]]) for c in there for r in runs[c]]
+        every = [r for c in there for r in runs[c]]
+        cosine = ", ".join(f"{x:.2f}" for x in np.nanmean([r["cosine"] for r in every], 0)[[0, 2, 4]])
+        lrs = "/".join(f"{1000 * runs[c][0]['lr']:g}" for c in there)
+        out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {np.median([r['ms'] for r in every]):.0f} | "
+                   f"{100 * np.mean([r['projected'] for r in every]):.0f} % | {cosine} |")  # fmt: skip
     return "\n".join(out)
 
 

@@ -117,7 +117,8 @@ def train(path, **options):
 
 def test_tensorboard_shows_what_the_log_holds(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = train(tmp_path, tensorboard=True)
+    train(tmp_path, tensorboard=True, seed=1)
+    log = train(tmp_path, tensorboard=True, overwrite=True)  # what was there is replaced
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     for column in set(log) - {"step"}:
         scalars = events.Scalars(column)
