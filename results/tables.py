@@ -61,9 +61,20 @@ def processes(device: str, bandwidth=50e9, latency=10e-6, update=2e-3) -> str:
     return "\n".join(out)
 
 
+def exported(run: str) -> str:
+    """What export.py's files do: float32 beside weights in 8 bits."""
+    out = ["| file | KB | furthest from the model's actions | return | retention |", "|---|---|---|---|---|"]
+    for card in sorted(HERE.glob(f"{run}/*.json")):
+        for name, f in json.loads(card.read_bytes()).get("files", {}).items():
+            out.append(f"| {name} | {f['bytes'] / 1024:.0f} | {f['largest_difference']:.1g} | {f['return_mean']:.0f} ± {f['return_std']:.0f} | {f['retention']:.2f} |")
+    return "\n".join(out)
+
+
 def main():
     for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
         print(f"\n{run}\n\n{student(run)}")
+        if "onnx" in (files := exported(run)):
+            print(f"\n{files}")
     for f in sorted(HERE.glob("bench_*.csv")):
         print(f"\n{f.stem}\n\n{speed(f.stem.removeprefix('bench_'))}")
         print(f"\n{processes(f.stem.removeprefix('bench_'))}")

@@ -165,8 +165,8 @@ BUGS = [
     ("teacher.py", "            evaluate.check([task])", "            pass", "test_evaluate.py", "checked"),
     ("distill.py", "            evaluate.check(tasks)", "            pass", "test_evaluate.py", "checked"),
     ("kernels/__init__.py", "or shutil.which(\"gcc\") or shutil.which(\"clang\") else \"C compiler\"", "or True else \"C compiler\"", "test_kernels.py", "compiler"),
-    ("export.py", "        self.given = {k: x[rows] for k, x in self.given.items()}", "        self.given = {k: x[: rows.sum()] for k, x in self.given.items()}", "test_export.py", "are_evaluated"),
-    ("export.py", "self.given[\"return_to_go\"] - reward", "self.given[\"return_to_go\"]", "test_export.py", "are_evaluated"),
+    ("export.py", "        self.given = {k: x[rows] for k, x in self.given.items()}", "        self.given = {k: x[: rows.sum()] for k, x in self.given.items()}", "test_export.py", "keeps_context"),
+    ("export.py", "self.given[\"return_to_go\"] - reward", "self.given[\"return_to_go\"]", "test_export.py", "keeps_context"),
 ]  # fmt: skip
 
 

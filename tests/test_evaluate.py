@@ -95,10 +95,11 @@ def test_an_environment_that_can_not_be_played_in_is_told_before_training():
 
 def test_teacher_and_student_are_checked_before_they_are_trained(tmp_path):
     make_dataset("tests/elsewhere-v0", [5, 6, 7], obs_dim=3, spec="Hopper-v5")
-    out = tmp_path / "teacher"
+    options = {"dataset": "tests/elsewhere-v0", "out_dir": str(tmp_path / "teacher"), "device": "cpu", "steps": 2, "n_embd": 8, "context": 4}
     with pytest.raises(run.UserError, match="Hopper-v5 {} has 11 observations and 3 actions, dataset tests/elsewhere-v0 3 and 2"):
-        teacher.main(teacher.Config(dataset="tests/elsewhere-v0", out_dir=str(out), device="cpu"))
-    teacher.main(teacher.Config(dataset="tests/elsewhere-v0", out_dir=str(out), device="cpu", eval_episodes=0, steps=2, n_embd=8, context=4))
+        teacher.main(teacher.Config(**options))
+    assert not (tmp_path / "teacher/log.csv").exists()
+    teacher.main(teacher.Config(**options, eval_episodes=0))
     with pytest.raises(run.UserError, match="has 11 observations"):
-        distill.main(distill.Config(teachers=(str(out),), out_dir=str(tmp_path / "student"), device="cpu"))
+        distill.main(distill.Config(teachers=(options["out_dir"],), out_dir=str(tmp_path / "student"), device="cpu", steps=2))
     assert not (tmp_path / "student/log.csv").exists()

@@ -17,6 +17,7 @@ from test_policy import CARTPOLE, HOPPER
 import evaluate
 import export
 import model as dt
+import policy
 import run
 from conftest import ROOT
 
@@ -91,6 +92,24 @@ def test_the_example_acts_by_discrete_actions_too(exported, tmp_path):
     assert p.returncode == 0, p.stderr
     returns, _ = evaluate.rollout(m, CARTPOLE, 2, 500.0, 4, 1000)
     assert float(re.search(r"return ([-\d.]+)", p.stdout)[1]) == pytest.approx(returns.mean(), abs=0.06)
+
+
+def test_an_exported_policy_keeps_context_and_what_is_left_of_the_return_as_ours_does(exported):
+    home, m = exported
+    ours, rng = policy.Policy.of(m, HOPPER, 1), np.random.default_rng(0)
+    theirs = export.Exported(export.session(str(home / "hopper.onnx")), export.Step(m, HOPPER, 1))
+    ours.reset(target_return=500, episodes=4)
+    theirs.reset(target_return=500, episodes=4)
+    n, last = 4, None
+    for t in range(25):
+        observation, reward = 2 * rng.normal(size=(n, 11)), 40 * rng.normal(size=n)
+        a, b = ours.act(observation, reward), theirs.act(observation, reward)
+        assert np.allclose(a, b, atol=1e-4) and (last is None or not np.allclose(a, last, atol=1e-3))
+        if t == 12:
+            rows = np.array([False, True, False, True])
+            ours.keep(rows)
+            theirs.keep(rows)
+        n, last = len(ours.left), a[rows] if t == 12 else a
 
 
 def test_files_are_evaluated_as_the_model_is(exported, tmp_path, capsys):

@@ -81,11 +81,11 @@ def test_a_page_holds_all_it_shows_and_the_runs_own_numbers(student):
 def test_names_are_text(student):
     r = evaluated(student)
     r.meta["tasks"][0]["name"] = "<script>alert(1)</script>"
-    bad = r.tasks["$x^{2"] = dict(r.tasks["tests/report-a-v0"])
-    r.teachers["$x^{2"], r.retention["$x^{2"] = {}, bad["retention"]
-    r.log |= {f"{k}_$x^{{2": r.log[f"{k}_tests/report-a-v0"] for k in ("heldout_kl", "share", "alignment")}
+    bad = r.tasks["$x^{2$"] = dict(r.tasks["tests/report-a-v0"])
+    r.teachers["$x^{2$"], r.retention["$x^{2$"] = {}, bad["retention"]
+    r.log |= {f"{k}_$x^{{2$": r.log[f"{k}_tests/report-a-v0"] for k in ("heldout_kl", "share", "alignment")}
     page = report.page([r], [])
-    assert "<script" not in page and "&lt;script&gt;" in page and "$x^{2" in page
+    assert "<script" not in page and "&lt;script&gt;" in page and "$x^{2$" in page
 
 
 def test_a_run_that_is_not_there_or_not_finished_is_told(student, tmp_path):
