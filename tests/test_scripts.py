@@ -262,13 +262,23 @@ def test_the_readmes_troubleshooting_has_the_words_that_the_program_prints():
         assert len(words) > 7 and words in source, (text, words)
 
 
+def test_the_readme_says_how_long_each_file_is():
+    said = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {path.name for path in ROOT.glob("*.py")} <= {name for name, _ in said}
+    for name, lines in said:
+        files = [ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py")
+        there = sum(len(f.read_text().splitlines()) for f in files)
+        assert abs(there - int(lines)) < 0.15 * there, f"{name} has {there} lines, README says {lines}"
+
+
 def test_the_readmes_figures_come_from_the_runs_kept():
     said = (ROOT / "README.md").read_text()
     printed = call(ROOT, "results/tables.py")
     for figure in re.findall(r"\d+ ± \d+", said):
         assert figure in printed, figure
     results = said.split("## Results")[1].split("\n## ")[0]
-    speed = said.split("## Speed")[1].split("What the figures say")[0]
+    speed = said.split("<summary>All rows</summary>")[1].split("</details>")[0]
+    files = said.split("**Export.**")[1].split("\n## ")[0]
     several = said.split("## Several processes")[1].split("\n## ")[0]
-    tables = [line for line in (results + speed + several).splitlines() if line.startswith("| ")]
+    tables = [line for line in (results + speed + several + files).splitlines() if line.startswith("| ")]
     assert tables and all(line in printed for line in tables)
