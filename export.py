@@ -74,8 +74,9 @@ class Step(torch.nn.Module):
 
     def inputs(self, B):
         t = self.task
-        action, first = torch.zeros(B, dtype=torch.long) if t.discrete else torch.zeros(B, t.act_dim), torch.zeros(B, dtype=torch.long)
-        return torch.zeros(B, t.obs_dim), torch.zeros(B), action, first, torch.zeros(B, int(np.prod(self.shape)))
+        timestep = torch.zeros(B, dtype=torch.long)
+        action = torch.zeros(B, dtype=torch.long) if t.discrete else torch.zeros(B, t.act_dim)
+        return torch.zeros(B, t.obs_dim), torch.zeros(B), action, timestep, torch.zeros(B, int(np.prod(self.shape)))
 
 
 NAMES = ("observation", "return_to_go", "last_action", "timestep", "memory"), ("action", "next_memory")
