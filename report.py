@@ -73,9 +73,9 @@ def plain(name):
 
 
 def smooth(r: Run, column):
-    """A noisy column averaged over a window of updates: steps, values, and the window."""
-    window = max(1, min(100, len(r.step) // 10))
-    return r.step[window - 1 :], np.convolve(r.log[column], np.ones(window) / window, "valid"), window
+    """A noisy column averaged over a window: steps, values, and how many updates the window spans."""
+    rows = max(1, min(100, len(r.step) // 10))
+    return r.step[rows - 1 :], np.convolve(r.log[column], np.ones(rows) / rows, "valid"), int(r.step[rows - 1] - r.step[0]) + 1
 
 
 def distance(r: Run, ax):
@@ -123,6 +123,7 @@ def returns(r: Run, ax):
 
 
 def compression(runs: list[Run], ax):
+    runs = [r for r in runs if r.retention]  # teachers have none
     names = list(dict.fromkeys(n for r in runs for n in r.retention))
     for i, name in enumerate(names):
         points = sorted((r.metrics["compression"], r.retention[name]) for r in runs if name in r.retention)
@@ -164,7 +165,8 @@ def finish(fig, axes, file, **options):
     import matplotlib.pyplot as plt
 
     for ax in axes:
-        ax.legend(frameon=False)
+        if len(ax.get_legend_handles_labels()[1]) <= 20:  # of a hundred tasks nobody could tell the lines apart
+            ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(file, **options)
     plt.close(fig)

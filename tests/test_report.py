@@ -61,7 +61,7 @@ def opened(html, tmp_path, width=1100):
 @pytest.mark.parametrize("width", [1100, 500])
 def test_a_browser_shows_every_figure_and_no_error(student, tmp_path, width):
     r = evaluated(student)
-    figures, too_wide, console = opened(report.page([r, r], []), tmp_path, width)
+    figures, too_wide, console = opened(report.page([r, report.Run(student.parent / "teacher0")], []), tmp_path, width)
     assert len(figures) == 6 and all(w > 300 and h > 200 and drawn for w, h, drawn in figures) and not too_wide and not console
     _, _, console = opened(report.page([r], ["<figure><img src=x></figure><script src='http://nowhere.invalid/x.js'></script>"]), tmp_path)
     assert any("Content Security Policy" in line for line in console)  # errors are seen, and nothing is fetched
