@@ -110,11 +110,6 @@ def test_discrete_actions_are_learnt_and_distilled_beside_continuous_ones(main_j
     call(home, "evaluate.py out/mixed-kl --eval-episodes 2 --device cpu")
 
 
-def test_distilling_from_teachers_that_are_there(main_job, home):
-    call(home, f"distill.py --teachers out/teacher-hopper out/teacher-walker2d --steps 5 --out-dir out/from-teachers {TINY}")
-    assert set(run.read_json(home / "out/from-teachers/metrics.json")["tasks"]) == {"hopper", "walker2d"}
-
-
 def test_data_shows_what_a_dataset_holds(home):
     out = call(home, "data.py --env hopper")
     assert re.search(r"episodes \d+, steps \d+", out) and "median" in out and "saturated" in out and (home / "out/data-hopper.png").stat().st_size > 5000
@@ -135,13 +130,6 @@ def test_bench_times_ours_says_where_and_keeps_the_rows_not_asked_for(home):
     assert [(r["what"], r["size"], r["contender"].split(",")[0]) for r in rows] == [
         ("rollout", "1", "ours"), ("rollout", "64", "ours"), ("distil", "3", "fixed"), *3 * [("distil", "3", "novelty")]]  # fmt: skip
     assert all(float(r["ms"]) > 0 and int(r["memory_mib"]) > 0 and r["torch"] and r["device"] for r in rows)
-
-
-def test_a_student_is_exported_and_acts_without_us(main_job, home):
-    said = call(home, "export.py out/student")
-    assert all(f"{t}.onnx" in said for t in ("hopper", "halfcheetah", "walker2d"))
-    assert (home / "out/student/hopper.onnx").stat().st_size < 1e6
-    assert "hopper: return" in call(home, "examples/act_onnx.py out/student/hopper.onnx --episodes 2")
 
 
 def test_a_run_is_made_into_a_page_with_films_where_rendering_works(main_job, home):
@@ -241,7 +229,7 @@ def test_every_command_of_the_readme_runs_in_its_order(home, tmp_path):
         python, script, *_ = command.split()
         assert python == "python", command
         call(tmp_path, f"{command.removeprefix('python ')} {SMALL.get(script, '')}", MUJOCO_GL="off")  # films take minutes without a GPU; other tests make some
-    assert len(commands) >= 17 and (tmp_path / "out/student/report.html").exists()
+    assert len(commands) >= 17 and (tmp_path / "out/student/report.html").exists() and (tmp_path / "out/student/hopper.onnx").stat().st_size < 1e6
     scripts = {path.name for path in ROOT.glob("*.py") if "run.cli(" in path.read_text()}
     assert scripts - {c.split()[1] for c in commands} == {"bench.py"}  # whose commands stand with its figures
     code = [block for kind, block in blocks if kind == "python"]
