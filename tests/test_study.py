@@ -78,7 +78,7 @@ def work(tmp_path_factory):
 @pytest.fixture
 def tiny(work, tmp_path, monkeypatch):
     """A configuration of the study that takes seconds."""
-    monkeypatch.setitem(study.CASES, "tests", (("tests/study-0-v0", "tests/study-1-v0"), 10))
+    monkeypatch.setitem(study.CASES, "tests", ("tests/study-0-v0", "tests/study-1-v0"))
     monkeypatch.setattr(study, "LRS", (1e-3, 8e-3))
     monkeypatch.setattr(curriculum, "METHODS", dict(curriculum.METHODS))
     monkeypatch.setattr(surgery, "METHODS", dict(surgery.METHODS))
