@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import run
 import study
 import surgery
 import teacher
-from conftest import make_dataset
+from conftest import ROOT, make_dataset
 
 numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40).map(np.array)
 
@@ -164,3 +165,12 @@ def test_a_run_that_is_lost_to_nan_counts_as_the_worst_there_is(tiny):
 def test_mistakes_are_told_in_one_line(tiny, change, said):
     with pytest.raises(run.UserError, match=said):
         study.main(study.dataclasses.replace(tiny, **change))
+
+
+def test_the_readmes_study_is_what_the_report_prints(tmp_path, capsys):
+    shutil.copy(ROOT / "results/study.csv", tmp_path)
+    study.report(study.Config(out=str(tmp_path / "study.csv")))
+    printed = capsys.readouterr().out.splitlines()
+    said = (ROOT / "README.md").read_text().split("\n## The study\n")[1].split("\n## ")[0]
+    rows = [line for line in said.splitlines() if line.startswith("| ") and "|---" not in line]
+    assert len(rows) > 20 and all(row in printed for row in rows), [row for row in rows if row not in printed][:3]
