@@ -354,6 +354,8 @@ def test_sizes_that_can_not_be_are_told_with_the_value(script, option, tmp_path)
 
 def test_running_out_of_memory_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["distill.py"])
+    monkeypatch.setattr(run, "keep_memory", lambda: None)  # these two are for a process of its own
+    monkeypatch.setattr(run.signal, "signal", lambda *args: None)
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1")):
 
         def main(cfg, error=error):
