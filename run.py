@@ -407,9 +407,9 @@ class Log:
         self.writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in values.items()})
         self.track(**values)
 
-    def track(self, step, **values):
+    def track(self, **values):
         for t in self.trackers:
-            t.track(step, {k: v for k, v in values.items() if v is not None})
+            t.track(values["step"], {k: v for k, v in values.items() if k != "step" and v is not None})
 
     def flush(self):
         """Put the waiting rows into the file: all, or, where the disk is full, none, which then wait for the next time."""
@@ -573,7 +573,7 @@ class Checkpoint:
         """The run is whole, its metrics.json written: its checkpoint has done its work."""
         self.path.unlink(missing_ok=True)
         tasks = read_json(self.path.with_name("metrics.json"))["tasks"]
-        self.log.track(self.cfg.steps, **{f"{name}/{k}": v for name, m in tasks.items() for k, v in m.items() if isinstance(v, float)})
+        self.log.track(step=self.cfg.steps, **{f"{name}/{k}": v for name, m in tasks.items() for k, v in m.items() if isinstance(v, float)})
         for t in self.log.trackers:
             t.close()
 
