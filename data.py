@@ -110,6 +110,11 @@ def tasks(meta: dict, path) -> list[Task]:
         raise run.UserError(f"the model in {path} is damaged (tasks: {e}); train it again") from None
 
 
+def size(space) -> int:
+    """How many numbers a Box's element holds, or how many actions a Discrete space has."""
+    return int(space.n if isinstance(space, gym.spaces.Discrete) else np.prod(space.shape))
+
+
 def make_env(env_id, env_kwargs, **kwargs):
     if env_id not in gym.registry:  # also keeps a dataset from naming an entry point of its own to import
         raise run.UserError(f"environment {env_id!r} is not registered with Gymnasium; install and import its package, or use --eval-episodes 0")
@@ -323,7 +328,7 @@ def read_minari(name, path):
         raise run.UserError(f"dataset {name} has {type(act_space).__name__} actions; only continuous (Box) and Discrete ones can be learnt from")
     if n == 0:
         raise run.UserError(f"dataset {name} has no episode; collect or download it again")
-    O, A, at = int(np.prod(obs_space.shape)), int(act_space.n if discrete else np.prod(act_space.shape)), 0
+    O, A, at = size(obs_space), size(act_space), 0
     try:
         table, lengths = np.empty((total, O + A + 2), np.float32), np.zeros(n, np.int64)
         for i, ep in enumerate(ds.iterate_episodes()):

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import gymnasium as gym
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -41,7 +40,7 @@ def check(tasks):
         if t.env_id is None:
             continue
         env = data.make_env(t.env_id, t.env_kwargs)
-        there = [int(s.n if isinstance(s, gym.spaces.Discrete) else np.prod(s.shape)) for s in (env.observation_space, env.action_space)]
+        there = [data.size(env.observation_space), data.size(env.action_space)]
         env.close()
         if there != [t.obs_dim, t.act_dim]:
             raise run.UserError(f"environment {t.env_id} {t.env_kwargs} has {there[0]} observations and {there[1]} actions, dataset {t.dataset} {t.obs_dim} and "

@@ -85,10 +85,16 @@ def distance(r: Run, ax):
     ax.set(yscale="log", xlabel="update", ylabel="KL per action dimension (nats)", title="Distance from each teacher, held-out episodes")
 
 
+def lines(r: Run, ax, labels):
+    """Smooth columns, {column: label}, a line each; how many updates their window spans."""
+    for i, (column, label) in enumerate(labels.items()):
+        x, y, window = smooth(r, column)
+        ax.plot(x, y, label=label, **style(i))
+    return window
+
+
 def timeline(r: Run, ax):
-    for i, name in enumerate(r.tasks):
-        x, y, window = smooth(r, f"share_{name}")
-        ax.plot(x, y, label=plain(name), **style(i))
+    window = lines(r, ax, {f"share_{name}": plain(name) for name in r.tasks})
     ax.set(xlabel="update", ylabel="share of the batch", ylim=(0, 1), title=f"What the curriculum chose (mean of {window} updates)")
 
 
@@ -101,9 +107,7 @@ def conflict(r: Run, ax):
 
 
 def alignments(r: Run, ax):
-    for i, name in enumerate(r.tasks):
-        x, y, window = smooth(r, f"alignment_{name}")
-        ax.plot(x, y, label=plain(name), **style(i))
+    window = lines(r, ax, {f"alignment_{name}": plain(name) for name in r.tasks})
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set(xlabel="update", ylabel="alignment", ylim=(-1, 1), title=f"How much of the last update each teacher would take (mean of {window} updates)")
 

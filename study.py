@@ -41,7 +41,7 @@ import model as dt
 import run
 import surgery
 import teacher
-from report import COLOURS
+from report import COLOURS, style
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
@@ -551,8 +551,8 @@ def plot_orders(path, by_case):
         for i, v in enumerate(o for o in orders if o in runs):
             curves, at = np.array([curve(r) for r in runs[v]]), runs[v][0]["steps_at"]
             band = np.array([interval(lambda s: iqm(s[0]), [curves[:, k]], 300) for k in range(len(at))]).T
-            ax.plot(at[1:], [iqm(c) for c in curves.T][1:], color=style(i)[0], linestyle=style(i)[1], label=v)
-            ax.fill_between(at[1:], *band[:, 1:], color=style(i)[0], alpha=0.12, linewidth=0)
+            ax.plot(at[1:], [iqm(c) for c in curves.T][1:], **style(i), label=v)
+            ax.fill_between(at[1:], *band[:, 1:], color=COLOURS[i % 8], alpha=0.12, linewidth=0)
         seeds = "/".join(str(n) for n in sorted({len(runs[o]) for o in orders if o in runs}))
         ax.set(yscale="log", xlabel="update", title=f"{case} ({seeds} seeds)")
         logarithmic(ax.yaxis)
@@ -563,7 +563,7 @@ def plot_orders(path, by_case):
     for i, v in enumerate(orders):
         x = [scores(by_case[c][v]) / iqm(scores(by_case[c]["fixed"])) for c in cases if v in by_case[c]]
         if x:
-            axes[-1].plot(tau, [np.mean([(s <= t).mean() for s in x]) for t in tau], color=style(i)[0], linestyle=style(i)[1], label=v)
+            axes[-1].plot(tau, [np.mean([(s <= t).mean() for s in x]) for t in tau], **style(i), label=v)
     axes[-1].set(xscale="log", xlabel="last KL over fixed order's (τ)", ylabel="share of runs at or below τ", title="performance profiles")
     logarithmic(axes[-1].xaxis)
     fig.savefig(path, dpi=120)
@@ -576,10 +576,6 @@ def logarithmic(axis):
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda x, _: f"{x:g}")
-
-
-def style(i):
-    return COLOURS[i % 8], ("-", "--")[i // 8 % 2]
 
 
 def plot_surgery(path, by_case):

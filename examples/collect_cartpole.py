@@ -15,6 +15,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--id", default="cartpole/mixed-v0")
 parser.add_argument("--episodes", type=int, default=300)
 args = parser.parse_args()
+if args.id in minari.list_local_datasets():
+    parser.error(f"there is a dataset {args.id} already; give another --id, or delete it (minari delete {args.id})")
 
 env, rng, buffers = gym.make("CartPole-v1"), np.random.default_rng(0), []
 for i in range(args.episodes):

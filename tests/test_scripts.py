@@ -100,6 +100,7 @@ def test_any_minari_dataset_is_distilled_by_its_id(main_job, home):
 
 def test_discrete_actions_are_learnt_and_distilled_beside_continuous_ones(main_job, home):
     assert "cartpole/mixed-v0: 60 episodes" in call(home, "examples/collect_cartpole.py --episodes 60")
+    assert "there is a dataset cartpole/mixed-v0 already; give another --id" in call(home, "examples/collect_cartpole.py", code=2)
     assert "actions 2, discrete" in call(home, "data.py --dataset cartpole/mixed-v0")
     call(home, f"teacher.py --dataset cartpole/mixed-v0 --steps 100 --n-layer 1 --n-embd 32 {TINY}")
     for loss in ("kl", "mse", "nll"):
@@ -211,7 +212,8 @@ SMALL = {  # what makes a README command tiny
 ELSEWHERE = {"python study.py": "test_study.py", "python behaviour.py --env hopper": "test_training_behaviour_policies_without_its_library"}
 
 
-def test_every_command_of_the_readme_runs_in_its_order(home, tmp_path):
+def test_every_command_of_the_readme_runs_in_its_order(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     said = (ROOT / "README.md").read_text().split("\n## Use\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```(bash|python)\n(.*?)```", said, re.S)
     commands = [line.split(" #")[0].strip() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
