@@ -39,6 +39,19 @@ def one_gibibyte():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+def put(path, blob):
+    """As a new file: ext4 makes whoever overwrites one wait."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(blob)
+
+
 def read_or_told(f):
     """f() succeeds or raises UserError of one line, in at most two seconds."""
     start = time.perf_counter()
@@ -98,22 +111,22 @@ def load(path):
 def test_a_hostile_model_is_read_or_told(saved, draws):
     path, files = saved
     for name, blob in files.items():
-        (path / name).write_bytes(blob)
+        put(path / name, blob)
     kind = draws.draw(st.integers(0, 3))
     if kind == 0:
         name = draws.draw(st.sampled_from(sorted(files)))
-        (path / name).write_bytes(draws.draw(damage(files[name])))
+        put(path / name, draws.draw(damage(files[name])))
     elif kind == 1:  # weights damaged and signed for all the same
         blob, meta = draws.draw(damage(files["model.safetensors"])), json.loads(files["model.json"])
-        (path / "model.safetensors").write_bytes(blob)
-        (path / "model.json").write_text(json.dumps({**meta, "blake2b": dt.hashlib.blake2b(blob).hexdigest()}))
+        put(path / "model.safetensors", blob)
+        put(path / "model.json", json.dumps({**meta, "blake2b": dt.hashlib.blake2b(blob).hexdigest()}).encode())
     else:  # any field of model.json anything
         meta = json.loads(files["model.json"])
         where = draws.draw(st.sampled_from([meta, meta["config"], meta["tasks"][0], meta["tasks"][0]["targets"]]))
         where[draws.draw(st.sampled_from(sorted(where) + ["../x"]))] = draws.draw(JUNK)
         if kind == 3 and isinstance(meta["config"], dict):
             meta["config"][draws.draw(st.sampled_from(["n_layer", "n_embd", "context", "dropout"]))] = draws.draw(JUNK)
-        (path / "model.json").write_text(json.dumps(meta))
+        put(path / "model.json", json.dumps(meta).encode())
     read_or_told(lambda: load(path))
 
 
@@ -163,7 +176,7 @@ def test_a_hostile_cache_is_read_or_made_again(dataset, draws):
         blob = safetensors.numpy.save({**arrays, name: np.ascontiguousarray(wrong)}, {"about": json.dumps(about)})
     else:
         blob = safetensors.numpy.save(arrays, {"about": json.dumps({**about, draws.draw(st.sampled_from(sorted(about))): draws.draw(JUNK)})})
-    cached.write_bytes(blob)
+    put(cached, blob)
     read_or_told(lambda: data.load(NAME))
 
 
@@ -174,10 +187,10 @@ def test_a_hostile_minari_dataset_is_read_or_told(dataset, draws):
     f = path / draws.draw(st.sampled_from(["main_data.hdf5", "main_data.hdf5", "metadata.json"]))
     blob = f.read_bytes()
     try:
-        f.write_bytes(draws.draw(damage(blob)))
+        put(f, draws.draw(damage(blob)))
         read_or_told(lambda: data.load(NAME))
     finally:
-        f.write_bytes(blob)
+        put(f, blob)
 
 
 def test_no_file_is_written_through_a_link(tmp_path):
