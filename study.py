@@ -61,7 +61,7 @@ VARIANTS = {  # options of distill.py
     "all": {"curriculum": "all", "surgery": "none"},
     "uniform": {"curriculum": "uniform", "surgery": "none"},
     "dro": {"curriculum": "dro", "surgery": "none"},
-    "least": {"curriculum": "least", "surgery": "none"},
+    "least": {**P2, "curriculum": "least", "surgery": "none"},
     "novelty p=1": {"novelty_power": 1.0, "surgery": "none"},
     "novelty p=2": {**P2, "surgery": "none"},
     "novelty p=4": {"novelty_power": 4.0, "surgery": "none"},
@@ -99,8 +99,9 @@ VARIANTS = {  # options of distill.py
 }
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
-DEFAULT = "novelty, previous"  # what distill.py does unasked
-ACTING = {"all": (15.0,), "all, previous": (15.0,), "novelty p=4": (15.0,), DEFAULT: (5.0, 15.0, 50.0)}  # the teachers' parameters over the student's
+DEFAULT = "novelty p=4, previous"  # what distill.py does unasked
+WITHOUT = {"without curriculum": "all, previous", "without surgery": "novelty p=4", "without both": "all"}
+ACTING = {DEFAULT: (5.0, 15.0, 50.0), **dict.fromkeys(WITHOUT.values(), (15.0,))}  # the teachers' parameters over the student's
 POINTS = 10  # of a curve
 
 
@@ -280,6 +281,7 @@ def one_run(spec):
         **{k: spec[k] for k in KEY}, "n_embd": C, "compression": f"{total / parameters:.2f}", "seconds": f"{seconds:.1f}", "ms": f"{1000 * seconds / spec['steps']:.2f}",
         "projected": f"{log[:, 1].mean():.4f}", "cosine": dumps(np.quantile(log[1:, 0], [0.05, 0.25, 0.5, 0.75, 0.95])), "weights": dumps(spec["weights"]),
         "steps_at": dumps([s for s, _ in curve]), "kl": dumps([kl for _, kl in curve]), "retention": dumps(retention),
+        "teacher_scores": dumps([m["normalized_score"] for m in metrics]),
         **{k: machine[k] for k in ("device", "dtype", "torch", "commit")}}  # fmt: skip
 
 
@@ -304,7 +306,7 @@ def read(path):
             r[k] = int(r[k])
         for k in ("lr", "times", "compression", "seconds", "ms", "projected"):
             r[k] = float(r[k])
-        for k in ("cosine", "weights", "steps_at", "kl", "retention"):
+        for k in ("cosine", "weights", "steps_at", "kl", "retention", "teacher_scores"):
             r[k] = np.array(json.loads(r[k]))
     return rows
 
@@ -471,6 +473,9 @@ def report(cfg: Config):
     retention = {times: by_case for (budget, times), by_case in sorted(of.items()) if budget == "acting"}
     if retention:
         print(f"\nretention\n\n{retention_table(retention)}")
+        for case, by_variant in retention.get(cfg.compression, {}).items():
+            if DEFAULT in by_variant:
+                print(f"\n{case}: scores of teachers and students, {cfg.compression:g} times smaller\n\n{score_table(case, by_variant)}")
     by_case = of.get(("updates", cfg.compression), {})
     if by_case:
         folder = Path(cfg.out).parent
@@ -540,6 +545,20 @@ def retention_table(retention):
             for v, runs in by_variant.items():
                 kept = np.array([r["retention"] for r in runs])  # (seeds, tasks)
                 out.append(f"| {case} | {times:g} | {v} | {len(runs)} | {cell(lambda s: iqm(s[0].mean(1)), [kept])} | {cell(lambda s: iqm(s[0].min(1)), [kept])} |")
+    return "\n".join(out)
+
+
+def score_table(case, by_variant):
+    """A line for each task: its teachers' score and the students', of the method and of the method without its parts."""
+    columns = {name: by_variant[v] for name, v in (("student", DEFAULT), *WITHOUT.items()) if v in by_variant}
+    out = [f"| task | teacher | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    teachers = np.array([r["teacher_scores"] for r in by_variant[DEFAULT]])  # (seeds, tasks)
+    for i, task in enumerate(CASES[case]):
+        students = [np.array([r["teacher_scores"][i] * r["retention"][i] for r in runs]) for runs in columns.values()]
+        out.append(f"| {task} | {' | '.join(cell(lambda s: iqm(s[0]), [x], '{:.1f}') for x in (teachers[:, i], *students))} |")
+    for what, pick in (("mean", lambda x: x.mean(1)), ("worst task", lambda x: x.min(1))):
+        kept = [pick(np.array([r["retention"] for r in runs])) for runs in columns.values()]
+        out.append(f"| retention, {what} | | {' | '.join(cell(lambda s: iqm(s[0]), [x], '{:.2f}') for x in kept)} |")
     return "\n".join(out)
 
 
