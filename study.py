@@ -9,7 +9,7 @@ A run is one student: one row, with all that made it. Its seed draws teachers to
 are tuned for each variant and case on seeds of their own (rows of budget "tune"), then fixed. Budgets:
 
     updates    as many updates for each variant
-    time       as many seconds: what scoring and projecting cost is taken off the updates
+    time       as many seconds: what scoring and projecting cost (budget "cost": a few updates of each variant in turns) is taken off the updates
     half       half the updates
     acting     `acting_steps` updates, then 20 episodes of each task: retention, at three sizes
 
@@ -342,13 +342,13 @@ def weights(rows, case, variant):
 
 
 def cost(rows, case, variant):
-    """Milliseconds of one core for an update, median over the runs of budget "updates"."""
-    return np.median([r["ms"] for r in rows if (r["case"], r["variant"], r["budget"]) == (case, variant, "updates")] or [math.nan])
+    """Milliseconds of one core for an update, median over the runs of budget "cost": what other budgets took, a machine took that was now more, now less busy."""
+    return np.median([r["ms"] for r in rows if (r["case"], r["variant"], r["budget"]) == (case, variant, "cost")] or [math.nan])
 
 
 def plan(cfg: Config, rows, stage):
-    """The runs of a stage (0: tuning, 1: tuning of what needs the first, 2: those that count, 3: those whose updates are counted from their costs), as one_run
-    takes them."""
+    """The runs of a stage (0: tuning, 1: tuning of what needs the first, 2: those that count, and what they cost, 3: those whose updates are counted from
+    that), as one_run takes them."""
     names = [v for v in cfg.only or VARIANTS if v not in cfg.without]
     fixed = {"steps": cfg.steps, "times": cfg.compression, "teachers": cfg.teachers, "work_dir": cfg.work_dir}
     if stage < 2:
@@ -359,14 +359,16 @@ def plan(cfg: Config, rows, stage):
                     if ("w=" in v) == (stage == 1):
                         yield from ({"case": case, "variant": v, "budget": "tune", "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed} for lr in LRS)
         return
-    for budget in [b for b in cfg.budgets if (b == "time") == (stage == 3)]:
-        for seed in range(cfg.seeds):
+    for budget in ["cost" if b == "time" else b for b in cfg.budgets] if stage == 2 else {"time"} & set(cfg.budgets):
+        for seed in range(5 if budget == "cost" else cfg.seeds):
             for case in cfg.cases:
-                for v in names:
+                for v in dict.fromkeys(("fixed", *names)) if budget == "cost" else names:
                     lr, slower = tuned(rows, case, v)[0], cost(rows, case, v) / cost(rows, case, "fixed")
                     spec = {"case": case, "variant": v, "budget": budget, "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed}
                     if budget == "updates" or (budget == "half" and v in HALF):
                         yield {**spec, "steps": cfg.steps // (1 + (budget == "half"))}
+                    elif budget == "cost":
+                        yield {**spec, "steps": 4 * POINTS}
                     elif budget == "time" and slower > 1.1:
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
                     elif budget == "acting" and v in ACTING:
@@ -468,8 +470,9 @@ def report(cfg: Config):
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
             variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
             print(table(by_case, reference, variants))
-            print("\nof the same runs: learning rate in thousandths, area under the curve and mean KL over fixed order's, milliseconds of an update\n")
-            print(details(by_case, reference, variants))
+            print(f"\n{title}, on the same seeds\n\n{same_seeds(by_case, variants)}")
+            print("\nof the same runs: learning rate in thousandths; area under the curve, mean KL and time of an update over fixed order's\n")
+            print(details(by_case, reference, variants, rows))
     retention = {times: by_case for (budget, times), by_case in sorted(of.items()) if budget == "acting"}
     if retention:
         print(f"\nretention\n\n{retention_table(retention)}")
@@ -495,10 +498,10 @@ def curve(r):
 
 
 def table(by_case, reference, variants):
-    """A line for each variant. Columns: each case; what is pooled over cases: KL over fixed order's, probability that it is better than fixed order, and that
-    the default is better than it; and, for a seed's teachers differ more than most variants do, the default's KL over its on the same seed."""
+    """A line for each variant. Columns: each case; then what is pooled over the cases it has runs of: KL over fixed order's, probability that it is better than
+    fixed order, and that the default is better than it."""
     cases = [c for c in by_case if "fixed" in reference.get(c, {})]
-    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | default better | default's over its, same seed |", "|---" * (len(cases) + 6) + "|"]
+    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | default better |", "|---" * (len(cases) + 5) + "|"]
     for v in variants:
         there = [c for c in cases if v in by_case[c]]
         if not there:
@@ -507,11 +510,23 @@ def table(by_case, reference, variants):
         fixed = [y for c in there for y in (x[c], scores(reference[c]["fixed"]))]
         both = [c for c in there if DEFAULT in by_case[c] and v != DEFAULT]
         default = [y for c in both for y in (scores(by_case[c][DEFAULT]), x[c])]
-        same = [np.array([worst(a) / worst(b) for a in by_case[c][DEFAULT] for b in by_case[c][v] if a["seed"] == b["seed"]]) for c in both]
         cells = [cell(lambda s: iqm(s[0]), [x[c]]) if c in there else "" for c in cases]
         cells += [cell(lambda s: iqm(np.concatenate(s)), [y / iqm(scores(reference[c]["fixed"])) for c, y in x.items()], "{:.2f}"), cell(in_pairs, fixed, "{:.2f}"),
-                  cell(in_pairs, default, "{:.2f}") if both else "", cell(lambda s: iqm(np.concatenate(s)), same, "{:.2f}") if both else ""]  # fmt: skip
+                  cell(in_pairs, default, "{:.2f}") if both else ""]  # fmt: skip
         out.append(f"| {v} | {'/'.join(str(len(x[c])) for c in there)} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def same_seeds(by_case, variants):
+    """A line for each variant: the default's KL over its on the same seed, for the teachers that a seed draws differ more than most variants do."""
+    cases = [c for c in by_case if DEFAULT in by_case[c]]
+    out = [f"| the default's KL over that of | {' | '.join(cases)} | all of these |", "|---" * (len(cases) + 2) + "|"]
+    for v in variants:
+        ratios = {c: [worst(a) / worst(b) for a in by_case[c][DEFAULT] for b in by_case[c].get(v, []) if a["seed"] == b["seed"]] for c in cases}
+        ratios = {c: np.array(x) for c, x in ratios.items() if x}
+        if ratios and v != DEFAULT:
+            pooled = cell(lambda s: iqm(np.concatenate(s)), list(ratios.values()), "{:.2f}")
+            out.append(f"| {v} | {' | '.join(cell(lambda s: iqm(s[0]), [ratios[c]], '{:.2f}') if c in ratios else '' for c in cases)} | {pooled} |")
     return "\n".join(out)
 
 
@@ -520,9 +535,9 @@ def in_pairs(s):
     return improvement(zip(s[::2], s[1::2], strict=True))
 
 
-def details(by_case, reference, variants):
+def details(by_case, reference, variants, rows):
     """A line for each variant: of what its runs are made, and what else was measured; pooled over cases."""
-    out = ["| | lr | area | mean KL | ms | projected | cosine: 5 %, median, 95 % |", "|---" * 7 + "|"]
+    out = ["| | lr | area | mean KL | time | projected | cosine: 5 %, median, 95 % |", "|---" * 7 + "|"]
     for v in variants:
         there = [c for c in by_case if v in by_case[c] and "fixed" in reference.get(c, {})]
         runs, fixed = {c: by_case[c][v] for c in there}, {c: reference[c]["fixed"] for c in there}
@@ -533,7 +548,8 @@ def details(by_case, reference, variants):
         every = [r for c in there for r in runs[c]]
         cosine = ", ".join(f"{x:.2f}" for x in np.nanmean([r["cosine"] for r in every], 0)[[0, 2, 4]])
         lrs = "/".join(f"{1000 * runs[c][0]['lr']:g}" for c in there)
-        out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {np.median([r['ms'] for r in every]):.0f} | "
+        times = [x for c in there if not math.isnan(x := cost(rows, c, v) / cost(rows, c, "fixed"))]
+        out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {f'{np.mean(times):.2f}' if times else ''} | "
                    f"{100 * np.mean([r['projected'] for r in every]):.0f} % | {cosine} |")  # fmt: skip
     return "\n".join(out)
 

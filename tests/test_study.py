@@ -145,9 +145,10 @@ def test_a_learning_rate_is_chosen_by_the_worst_teachers_last_kl_on_the_tuning_s
 def test_equal_time_takes_what_a_variant_costs_off_its_updates(tiny):
     cfg = study.dataclasses.replace(tiny, budgets=("updates", "time"), only=("fixed", "novelty, pcgrad", "all"), seeds=1, steps=100)
     rows = [{"case": "tests", "variant": v, "budget": b, "lr": 8e-3, "ms": ms, "kl": np.ones((2, 2))}
-            for v, ms in (("fixed", 10.0), ("novelty, pcgrad", 25.0), ("all", 10.5)) for b in ("tune", "updates")]  # fmt: skip
+            for v, ms in (("fixed", 10.0), ("novelty, pcgrad", 25.0), ("all", 10.5)) for b in ("tune", "cost")]  # fmt: skip
     assert [(s["variant"], s["budget"], s["steps"]) for s in study.plan(cfg, rows, 3)] == [("novelty, pcgrad", "time", 40)]
-    assert [s["budget"] for s in study.plan(cfg, rows, 2)] == ["updates"] * 3
+    assert [s["budget"] for s in study.plan(cfg, rows, 2)] == ["updates"] * 3 + ["cost"] * 15
+    assert [s["variant"] for s in study.plan(cfg, rows, 2)][3:9] == ["fixed", "novelty, pcgrad", "all"] * 2  # in turns
 
 
 def test_a_run_that_is_lost_to_nan_counts_as_the_worst_there_is(tiny):
