@@ -51,7 +51,7 @@ class Config:
     # method
     curriculum: ORDERS = "novelty"  # which teacher next
     novelty_power: float = 4.0  # shares ~ KL^power; inf: the farthest teacher alone; 0: all alike (also least's, inverted); 4: the worst teacher ends nearest
-    surgery: SURGERIES = "previous"  # of a gradient that conflicts
+    surgery: SURGERIES = "none"  # of a gradient that conflicts; none: README, The study, where each cost as much as it brought, or more
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
     alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update

@@ -65,6 +65,7 @@ VARIANTS = {  # options of distill.py
     "novelty p=1": {"novelty_power": 1.0, "surgery": "none"},
     "novelty p=2": {**P2, "surgery": "none"},
     "novelty p=4": {"novelty_power": 4.0, "surgery": "none"},
+    "novelty p=8": {"novelty_power": 8.0, "surgery": "none"},
     "novelty p=inf": {"novelty_power": math.inf, "surgery": "none"},
     # surgery
     "novelty, previous": {**P2, "surgery": "previous"},
@@ -99,9 +100,9 @@ VARIANTS = {  # options of distill.py
 }
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
-DEFAULT = "novelty p=4, previous"  # what distill.py does unasked
-WITHOUT = {"without curriculum": "all, previous", "without surgery": "novelty p=4", "without both": "all"}
-ACTING = {DEFAULT: (5.0, 15.0, 50.0), **dict.fromkeys(WITHOUT.values(), (15.0,))}  # the teachers' parameters over the student's
+DEFAULT = "novelty p=4"  # what distill.py does unasked
+BESIDE = {"with surgery": "novelty p=4, previous", "without curriculum": "all", "a teacher at a time": "fixed"}  # it, in the table of scores
+ACTING = {DEFAULT: (5.0, 15.0, 50.0), **dict.fromkeys(BESIDE.values(), (15.0,))}  # the teachers' parameters over the student's
 POINTS = 10  # of a curve
 
 
@@ -565,8 +566,8 @@ def retention_table(retention):
 
 
 def score_table(case, by_variant):
-    """A line for each task: its teachers' score and the students', of the method and of the method without its parts."""
-    columns = {name: by_variant[v] for name, v in (("student", DEFAULT), *WITHOUT.items()) if v in by_variant}
+    """A line for each task: its teachers' score and the students', of the default and of what stands beside it."""
+    columns = {name: by_variant[v] for name, v in (("student", DEFAULT), *BESIDE.items()) if v in by_variant}
     out = [f"| task | teacher | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     teachers = np.array([r["teacher_scores"] for r in by_variant[DEFAULT]])  # (seeds, tasks)
     for i, task in enumerate(CASES[case]):

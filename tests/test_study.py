@@ -159,13 +159,13 @@ def test_a_run_that_is_lost_to_nan_counts_as_the_worst_there_is(tiny):
     assert study.worst(study.read(tiny.out)[0]) > 1e3
 
 
-def test_what_students_keep_is_counted_by_task_by_compression_and_without_each_part(tmp_path):
+def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
     def runs(kept):  # by seed and task
         return [{"teacher_scores": np.array([100.0, 50.0]), "retention": np.array(k), "seed": i} for i, k in enumerate(kept)]
 
-    by_variant = {study.DEFAULT: runs([(0.9, 1.1)] * 4), "all, previous": runs([(0.8, 1.0)] * 4), "novelty p=4": runs([(0.0, 1.0), (0.7, 1.0), (0.9, 1.0), (9.0, 1.0)])}
+    by_variant = {study.DEFAULT: runs([(0.9, 1.1)] * 4), "novelty p=4, previous": runs([(0.8, 1.0)] * 4), "all": runs([(0.0, 1.0), (0.7, 1.0), (0.9, 1.0), (9.0, 1.0)])}
     lines = study.score_table("conflict", by_variant).splitlines()
-    assert lines[0] == "| task | teacher | student | without curriculum | without surgery |"
+    assert lines[0] == "| task | teacher | student | with surgery | without curriculum |"
     assert lines[2] == "| halfcheetah | 100.0 (100.0-100.0) | 90.0 (90.0-90.0) | 80.0 (80.0-80.0) | 80.0 (0.0-900.0) |"
     assert lines[3].startswith("| halfcheetah-back | 50.0 (50.0-50.0) | 55.0 (55.0-55.0) | 50.0 (50.0-50.0) |")
     assert lines[4].startswith("| retention, mean | | 1.00 (1.00-1.00) | 0.90 (0.90-0.90) |")
