@@ -214,7 +214,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
         order = functools.partial(order, power=cfg.novelty_power)
     farthest = cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf
     one_at_a_time, probe_interval = farthest or cfg.curriculum in curriculum.ONE_AT_A_TIME, cfg.probe_interval if farthest else cfg.log_interval
-    by_teacher = cfg.surgery_scope == "teacher" and cfg.surgery not in ("none", *surgery.EACH)
+    by_teacher = cfg.surgery_scope == "teacher"
     estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
     fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
 
@@ -316,6 +316,8 @@ def main(cfg: Config):
               teacher_steps=1, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1, checkpoint_interval=1)  # fmt: skip
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
+    if cfg.surgery_scope == "teacher" and cfg.surgery in ("none", *surgery.EACH):
+        raise run.UserError(f"--surgery-scope teacher: with --surgery {cfg.surgery} there is nothing to project by teacher; choose previous, switch or average")
     for e in cfg.envs:
         data.dataset_id(e)  # a mistyped one is told before anything is done
     out = Path(cfg.out_dir)

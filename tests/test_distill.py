@@ -170,14 +170,14 @@ def student(teachers, out, **options):
 
 METHODS = [{"curriculum": c} for c in ("novelty", "fixed", "uniform", "all", "dro", "least")] + [
     {"novelty_power": float("inf")},
-    {"surgery": "none"},
+    {"surgery": "previous"},
     {"surgery": "switch", "curriculum": "fixed"},
     {"surgery": "average", "surgery_scope": "teacher"},
     {"surgery": "pcgrad"},
-    {"surgery_scope": "teacher"},
+    {"surgery": "previous", "surgery_scope": "teacher"},
     {"alignment_weight": 0.5},
     {"alignment_weight": 0.5, "novelty_power": float("inf")},
-    {"alignment_weight": 0.5, "alignment": "estimate", "surgery_scope": "teacher"},
+    {"alignment_weight": 0.5, "alignment": "estimate", "surgery": "previous", "surgery_scope": "teacher"},
     {"kl": "reverse", "temperature": 2.0},
     {"targets": "live"},
     {"loss": "mse"},
@@ -207,7 +207,7 @@ def test_the_same_seed_gives_the_same_log_to_the_bit_and_another_seed_another(te
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        logs = [student(teachers, tmp_path / str(i), steps=20, seed=s, surgery_scope="teacher") for i, s in enumerate((0, 0, 1))]
+        logs = [student(teachers, tmp_path / str(i), steps=20, seed=s, surgery="previous", surgery_scope="teacher") for i, s in enumerate((0, 0, 1))]
     finally:
         torch.set_num_threads(threads)
     for k in logs[0]:
@@ -349,6 +349,13 @@ def test_sizes_that_can_not_be_are_told_with_the_value(script, option, tmp_path)
     name, value = next(iter(option.items()))
     with pytest.raises(run.UserError, match=f"--{name.replace('_', '-')} {value}: must be"):
         script.main(script.Config(out_dir=str(tmp_path / "x"), **option))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+def test_a_scope_without_anything_to_project_is_told(surgery, tmp_path):
+    with pytest.raises(run.UserError, match=f"--surgery {surgery} there is nothing to project by teacher; choose previous"):
+        distill.main(distill.Config(surgery=surgery, surgery_scope="teacher", out_dir=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
 
 

@@ -94,8 +94,8 @@ def teachers(tmp_path_factory):
 
 VARIANTS = {
     "default": {},
-    "exact": {"alignment_weight": 1.0, "surgery_scope": "teacher"},
-    "argmax": {"novelty_power": "inf", "alignment_weight": 1.0, "alignment": "estimate"},
+    "exact": {"alignment_weight": 1.0, "surgery": "previous", "surgery_scope": "teacher"},
+    "argmax": {"surgery": "previous", "novelty_power": "inf", "alignment_weight": 1.0, "alignment": "estimate"},
     "pcgrad": {"surgery": "pcgrad", "curriculum": "dro"},
     "live": {"targets": "live", "surgery": "average", "curriculum": "uniform"},
     "host": {"data_device": "host"},

@@ -95,7 +95,7 @@ def runs(tmp_path_factory):
     teachers = (str(home / "teacher0"), str(home / "teacher1"))
     runs = {
         "teacher": ("teacher", {"dataset": DATASETS[0], "dropout": 0.1, **TINY}),
-        "student": ("distill", {"teachers": teachers, **TINY}),
+        "student": ("distill", {"teachers": teachers, "surgery": "previous", **TINY}),
         "pcgrad": ("distill", {"teachers": teachers, "surgery": "pcgrad", "curriculum": "uniform", **TINY}),
         "estimate": ("distill", {"teachers": teachers, "alignment_weight": 1.0, "alignment": "estimate", "surgery": "average", **TINY}),
     }
