@@ -162,7 +162,7 @@ def figure(rows, columns, size):
 
     plt.rcParams["svg.hashsalt"] = "manyteachers"  # the same figure is the same bytes
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    return fig, axes.flat
+    return fig, list(axes.flat)
 
 
 def finish(fig, axes, file, **options):

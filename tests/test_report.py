@@ -67,6 +67,19 @@ def test_a_browser_shows_every_figure_and_no_error(student, tmp_path, width):
     assert any("Content Security Policy" in line for line in console)  # errors are seen, and nothing is fetched
 
 
+def test_every_plot_says_what_its_lines_are(student, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)  # what is not closed can be looked at
+    shutil.copytree(student, tmp_path / "run")
+    report.plots(tmp_path / "run")
+    report.page([report.Run(student)], [])
+    axes = [ax for fig in drawn for ax in fig.axes]
+    assert len(axes) == 4 + 5
+    for ax in axes:
+        assert [t.get_text() for t in ax.get_legend().get_texts()] == ax.get_legend_handles_labels()[1] != [] and ax.get_title()
+        assert not ax.spines["top"].get_visible()
+
+
 def test_a_page_holds_all_it_shows_and_the_runs_own_numbers(student):
     r = evaluated(student)
     page = report.page([r], [])
