@@ -31,7 +31,7 @@ def proportional(w):
     return (1 - FLOOR) * w / w.sum() + FLOOR / len(w)
 
 
-def novelty(d, step, shares, generator, power: float = 2.0):
+def novelty(d, step, shares, generator, power: float = 4.0):
     """s_i ~ d_i^power: learn next from the teachers the student is most different from. inf: all to argmax_i d_i, the proposal
     to the letter; 0: all teachers at once."""
     top = checked(d).max()

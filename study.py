@@ -120,7 +120,7 @@ def extend(weights, N):
         """Novelty of the KL over its own first value: no teacher is preferred for the scale of its KL."""
         if step == 0:
             first.copy_(d)
-        return curriculum.novelty(d / first, step, shares, generator)
+        return curriculum.novelty(d / first, step, shares, generator, power=2.0)
 
     def stay(d, step, shares, generator):
         """The farthest teacher alone, and then for 20 updates."""
@@ -649,7 +649,7 @@ def plot_surgery(path, by_case):
 
 def plot_retention(path, retention):
     cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
-    fig, axes = figure(path, len(cases))
+    fig, axes = figure(path, len(cases), 7.5)
     for ax, case in zip(axes, cases, strict=True):
         for i, v in enumerate(dict.fromkeys(v for by_case in retention.values() for v in by_case.get(case, {}))):
             for j, (pick, label) in enumerate(((lambda x: x.mean(1), "mean of tasks"), (lambda x: x.min(1), "worst task"))):
@@ -659,10 +659,10 @@ def plot_retention(path, retention):
                 ax.errorbar(np.array(x) * (1 + 0.03 * i), y, [np.array(y) - bars[:, 0], bars[:, 1] - np.array(y)], color=COLOURS[i],
                             linestyle=("-", ":")[j], marker="o", markersize=3, capsize=2, label=f"{v}, {label}")  # fmt: skip
         ax.axhline(1, color="grey", linewidth=0.8)
-        ax.set(xscale="log", xlabel="compression (teachers' parameters over the student's)", title=case, ylabel="retention" if ax is axes[0] else None)
-        ax.set_xticks(x, [f"{t:g}" for t in x])
+        ax.set(xscale="log", xlabel="times fewer parameters than the teachers", title=case, ylabel="retention" if ax is axes[0] else None)
+        ax.set_xticks(sorted(retention), [f"{t:g}" for t in sorted(retention)])
         ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(path, dpi=120)
 
 

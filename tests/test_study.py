@@ -189,6 +189,7 @@ def test_the_readmes_study_is_what_the_report_prints(tmp_path, capsys):
     shutil.copy(ROOT / "results/study.csv", tmp_path)
     study.report(study.Config(out=str(tmp_path / "study.csv")))
     printed = capsys.readouterr().out.splitlines()
-    said = (ROOT / "README.md").read_text().split("\n## The study\n")[1].split("\n## ")[0]
+    readme = (ROOT / "README.md").read_text()
+    said = readme.split("\n## Use\n")[0] + readme.split("\n## The study\n")[1].split("\n## ")[0]
     rows = [line for line in said.splitlines() if line.startswith("| ") and "|---" not in line]
     assert len(rows) > 20 and all(row in printed for row in rows), [row for row in rows if row not in printed][:3]
