@@ -43,6 +43,7 @@ import run
 import surgery
 import teacher
 from report import COLOURS, style
+from report import figure as report_figure
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
@@ -432,6 +433,11 @@ def iqm(x):
     return x[cut : len(x) - cut].mean()
 
 
+def pooled(strata):
+    """The interquartile mean of all strata together."""
+    return iqm(np.concatenate(strata))
+
+
 def interval(statistic, strata, n=2000):
     """95 % percentile bootstrap of statistic(strata); strata: arrays whose first axis is seeds, each resampled by itself."""
     rng = np.random.default_rng(0)
@@ -511,8 +517,8 @@ def table(by_case, reference, variants):
         fixed = [y for c in there for y in (x[c], scores(reference[c]["fixed"]))]
         both = [c for c in there if DEFAULT in by_case[c] and v != DEFAULT]
         default = [y for c in both for y in (scores(by_case[c][DEFAULT]), x[c])]
-        cells = [cell(lambda s: iqm(s[0]), [x[c]]) if c in there else "" for c in cases]
-        cells += [cell(lambda s: iqm(np.concatenate(s)), [y / iqm(scores(reference[c]["fixed"])) for c, y in x.items()], "{:.2f}"), cell(in_pairs, fixed, "{:.2f}"),
+        cells = [cell(pooled, [x[c]]) if c in there else "" for c in cases]
+        cells += [cell(pooled, [y / iqm(scores(reference[c]["fixed"])) for c, y in x.items()], "{:.2f}"), cell(in_pairs, fixed, "{:.2f}"),
                   cell(in_pairs, default, "{:.2f}") if both else ""]  # fmt: skip
         out.append(f"| {v} | {'/'.join(str(len(x[c])) for c in there)} | {' | '.join(cells)} |")
     return "\n".join(out)
@@ -526,8 +532,8 @@ def same_seeds(by_case, variants):
         ratios = {c: [worst(a) / worst(b) for a in by_case[c][DEFAULT] for b in by_case[c].get(v, []) if a["seed"] == b["seed"]] for c in cases}
         ratios = {c: np.array(x) for c, x in ratios.items() if x}
         if ratios and v != DEFAULT:
-            pooled = cell(lambda s: iqm(np.concatenate(s)), list(ratios.values()), "{:.2f}")
-            out.append(f"| {v} | {' | '.join(cell(lambda s: iqm(s[0]), [ratios[c]], '{:.2f}') if c in ratios else '' for c in cases)} | {pooled} |")
+            cells = [cell(pooled, [ratios[c]], "{:.2f}") if c in ratios else "" for c in cases]
+            out.append(f"| {v} | {' | '.join(cells)} | {cell(pooled, list(ratios.values()), '{:.2f}')} |")
     return "\n".join(out)
 
 
@@ -572,33 +578,28 @@ def score_table(case, by_variant):
     teachers = np.array([r["teacher_scores"] for r in by_variant[DEFAULT]])  # (seeds, tasks)
     for i, task in enumerate(CASES[case]):
         students = [np.array([r["teacher_scores"][i] * r["retention"][i] for r in runs]) for runs in columns.values()]
-        out.append(f"| {task} | {' | '.join(cell(lambda s: iqm(s[0]), [x], '{:.1f}') for x in (teachers[:, i], *students))} |")
+        out.append(f"| {task} | {' | '.join(cell(pooled, [x], '{:.1f}') for x in (teachers[:, i], *students))} |")
     for what, pick in (("mean", lambda x: x.mean(1)), ("worst task", lambda x: x.min(1))):
         kept = [pick(np.array([r["retention"] for r in runs])) for runs in columns.values()]
-        out.append(f"| retention, {what} | | {' | '.join(cell(lambda s: iqm(s[0]), [x], '{:.2f}') for x in kept)} |")
+        out.append(f"| retention, {what} | | {' | '.join(cell(pooled, [x], '{:.2f}') for x in kept)} |")
     return "\n".join(out)
 
 
-def figure(path, n, width=4.2, height=3.6):
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, n, figsize=(width * n, height), layout="constrained", squeeze=False)
-    for ax in axes[0]:
+def figure(n, width=4.2, height=3.6):
+    fig, axes = report_figure(1, n, (width * n, height))
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    return fig, axes[0]
+    return fig, axes
 
 
 def plot_orders(path, by_case):
     """Worst teacher's KL over updates by order; and performance profiles of the orders that have runs of every case."""
     orders = ("fixed", "all", "uniform", "dro", "least", "novelty p=1", "novelty p=2", "novelty p=4", "novelty p=inf")
-    fig, axes = figure(path, len(by_case) + 1)
+    fig, axes = figure(len(by_case) + 1)
     for ax, (case, runs) in zip(axes, by_case.items(), strict=False):
         for i, v in [(i, o) for i, o in enumerate(orders) if o in runs]:
             curves, at = np.array([curve(r) for r in runs[v]]), runs[v][0]["steps_at"]
-            band = np.array([interval(lambda s: iqm(s[0]), [curves[:, k]], 300) for k in range(len(at))]).T
+            band = np.array([interval(pooled, [curves[:, k]], 300) for k in range(len(at))]).T
             ax.plot(at[1:], [iqm(c) for c in curves.T][1:], **style(i), label=v)
             ax.fill_between(at[1:], *band[:, 1:], color=COLOURS[i % 8], alpha=0.12, linewidth=0)
         seeds = "/".join(str(n) for n in sorted({len(runs[o]) for o in orders if o in runs}))
@@ -630,13 +631,13 @@ def plot_surgery(path, by_case):
     """Last worst KL of each surgery, beside none, under novelty and under one teacher at a time; and what share of updates it changed."""
     groups = {"novelty p=2": [v for v in VARIANTS if v.startswith("novelty, ") and "alignment" not in v],
               **{base: [v for v in VARIANTS if v.startswith(f"{base}, ")] for base in ("novelty p=4", "all", "uniform", "fixed", "novelty p=inf")}}  # fmt: skip
-    fig, axes = figure(path, len(by_case), 4.6, 4.2)
+    fig, axes = figure(len(by_case), 4.6, 4.2)
     for ax, (case, runs) in zip(axes, by_case.items(), strict=True):
         y, names = 0, []
         for i, (base, with_surgery) in enumerate(groups.items()):
             for v in (base, *with_surgery):
                 if v in runs and base in runs:
-                    value, (low, high) = iqm(scores(runs[v])), interval(lambda s: iqm(s[0]), [scores(runs[v])])
+                    value, (low, high) = iqm(scores(runs[v])), interval(pooled, [scores(runs[v])])
                     ax.plot([low, high], [y, y], color=COLOURS[i], linewidth=2)
                     ax.plot(value, y, "o" if v != base else "s", color=COLOURS[i])
                     names.append(f"{v}, none" if v == base else f"{v} ({100 * np.mean([r['projected'] for r in runs[v]]):.0f} %)")
@@ -649,7 +650,7 @@ def plot_surgery(path, by_case):
 
 def plot_retention(path, retention):
     cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
-    fig, axes = figure(path, len(cases), 7.5)
+    fig, axes = figure(len(cases), 7.5)
     for ax, case in zip(axes, cases, strict=True):
         for i, v in enumerate(dict.fromkeys(v for by_case in retention.values() for v in by_case.get(case, {}))):
             for j, (pick, label) in enumerate(((lambda x: x.mean(1), "mean of tasks"), (lambda x: x.min(1), "worst task"))):
