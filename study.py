@@ -54,6 +54,7 @@ CASES = {
     "conflict": ("halfcheetah", "halfcheetah-back"),  # one body, opposed goals
     "thirdparty": THIRDPARTY,
     "many": (*BUILTIN, "halfcheetah-back", *THIRDPARTY),  # easy ones and hard ones
+    "alone": ("halfcheetah",),  # one teacher: what a surgery does where no two can conflict
 }
 P2 = {"novelty_power": 2.0}
 VARIANTS = {  # options of distill.py
@@ -179,8 +180,8 @@ def teacher_dir(work_dir, name, seed):
 
 
 def targets(path, model, task, table):
-    """What a teacher says of every row of its data, (n, 2A); computed once."""
-    if not path.exists():
+    """What a teacher says of every row of its data, (n, 2A); computed once, and again where the teacher beside it was trained anew."""
+    if not path.exists() or path.stat().st_mtime_ns < (path.parent / "model.safetensors").stat().st_mtime_ns:
         one = data.Windows([table], [task], model.cfg.context, targets=True)
         distill.cache_targets([model], one)
         run.write(path, safetensors.torch.save({"targets": one.table[:, -2 * task.act_dim :].contiguous()}))
@@ -473,13 +474,14 @@ def report(cfg: Config):
         reference = of.get(("updates", cfg.compression), {})  # `fixed` is its own time budget
         if budget == "time":
             by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if v not in vs}, **vs} for c, vs in by_case.items()}
-        if by_case:
+        variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
+        if any("fixed" in reference.get(c, {}) for c in by_case):
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
-            variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
             print(table(by_case, reference, variants))
-            print(f"\n{title}, on the same seeds\n\n{same_seeds(by_case, variants)}")
             print("\nof the same runs: learning rate in thousandths; area under the curve, mean KL and time of an update over fixed order's\n")
             print(details(by_case, reference, variants, rows))
+        if by_case:
+            print(f"\n{title}, on the same seeds\n\n{same_seeds(by_case, variants)}")
     retention = {times: by_case for (budget, times), by_case in sorted(of.items()) if budget == "acting"}
     if retention:
         print(f"\nretention\n\n{retention_table(retention)}")
@@ -489,7 +491,8 @@ def report(cfg: Config):
     by_case = of.get(("updates", cfg.compression), {})
     if by_case:
         folder = Path(cfg.out).parent
-        plot_orders(folder / "study_orders.png", by_case)
+        if any("fixed" in runs for runs in by_case.values()):
+            plot_orders(folder / "study_orders.png", by_case)
         plot_surgery(folder / "study_surgery.png", by_case)
         if retention:
             plot_retention(folder / "study_retention.png", retention)
@@ -593,7 +596,8 @@ def figure(n, width=4.2, height=3.6):
 
 
 def plot_orders(path, by_case):
-    """Worst teacher's KL over updates by order; and performance profiles of the orders that have runs of every case."""
+    """Worst teacher's KL over updates by order, in the cases with a fixed order; and performance profiles of the orders that have runs of all of them."""
+    by_case = {c: runs for c, runs in by_case.items() if "fixed" in runs}
     orders = ("fixed", "all", "uniform", "dro", "least", "novelty p=1", "novelty p=2", "novelty p=4", "novelty p=inf")
     fig, axes = figure(len(by_case) + 1)
     for ax, (case, runs) in zip(axes, by_case.items(), strict=False):
@@ -608,10 +612,9 @@ def plot_orders(path, by_case):
     axes[0].set_ylabel("KL to the worst teacher, held-out (nats)")
     axes[0].legend(frameon=False, fontsize=8)
     tau = np.geomspace(0.3, 3, 200)
-    cases = [c for c in by_case if "fixed" in by_case[c]]
     for i, v in enumerate(orders):
-        if all(v in by_case[c] for c in cases):
-            x = [scores(by_case[c][v]) / iqm(scores(by_case[c]["fixed"])) for c in cases]
+        if all(v in runs for runs in by_case.values()):
+            x = [scores(runs[v]) / iqm(scores(runs["fixed"])) for runs in by_case.values()]
             axes[-1].plot(tau, [np.mean([(s <= t).mean() for s in x]) for t in tau], **style(i), label=v)
     axes[-1].set(xscale="log", xlabel="last KL over fixed order's (τ)", ylabel="share of runs at or below τ", title="performance profiles, all cases")
     logarithmic(axes[-1].xaxis)

@@ -123,6 +123,22 @@ def test_a_seed_draws_the_teachers_too(tiny):
     assert torch.equal(a, b)
 
 
+def test_a_teacher_trained_anew_is_asked_anew(tiny):
+    def said():
+        study.setup.cache_clear()
+        return study.setup("tests", 0, 2, tiny.work_dir)[3].table
+
+    first = study.teacher_dir(tiny.work_dir, study.CASES["tests"][0], int(np.random.default_rng(0).integers(2)))
+    other = next(d for d in first.parent.iterdir() if d.name[:-1] == first.name[:-1] and d != first)
+    before, files = said(), {n: (first / n).read_bytes() for n in ("model.safetensors", "model.json")}
+    for name in files:
+        run.write(first / name, (other / name).read_bytes())
+    after = said()
+    for name, content in files.items():
+        run.write(first / name, content)
+    assert not torch.equal(before, after) and torch.equal(before, said())
+
+
 def test_students_of_one_task_each_see_their_own_windows(tiny):
     models, tasks, _, train, *_ = study.setup("tests", 0, 2, tiny.work_dir)
     for i, t in enumerate(tasks):
