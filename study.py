@@ -564,13 +564,18 @@ def details(by_case, reference, variants, rows):
     return "\n".join(out)
 
 
+def kept(runs):
+    """Of runs that acted, what is reported of their retention, one number a seed: the mean over tasks and the worst task's."""
+    x = np.array([r["retention"] for r in runs])  # (seeds, tasks)
+    return {"mean": x.mean(1), "worst task": x.min(1)}
+
+
 def retention_table(retention):
     out = ["| case | compression | | seeds | mean | worst task |", "|---|---|---|---|---|---|"]
     for times, by_case in retention.items():
         for case, by_variant in by_case.items():
             for v, runs in by_variant.items():
-                kept = np.array([r["retention"] for r in runs])  # (seeds, tasks)
-                out.append(f"| {case} | {times:g} | {v} | {len(runs)} | {cell(lambda s: iqm(s[0].mean(1)), [kept])} | {cell(lambda s: iqm(s[0].min(1)), [kept])} |")
+                out.append(f"| {case} | {times:g} | {v} | {len(runs)} | {' | '.join(cell(pooled, [x]) for x in kept(runs).values())} |")
     return "\n".join(out)
 
 
@@ -582,9 +587,8 @@ def score_table(case, by_variant):
     for i, task in enumerate(CASES[case]):
         students = [np.array([r["teacher_scores"][i] * r["retention"][i] for r in runs]) for runs in columns.values()]
         out.append(f"| {task} | {' | '.join(cell(pooled, [x], '{:.1f}') for x in (teachers[:, i], *students))} |")
-    for what, pick in (("mean", lambda x: x.mean(1)), ("worst task", lambda x: x.min(1))):
-        kept = [pick(np.array([r["retention"] for r in runs])) for runs in columns.values()]
-        out.append(f"| retention, {what} | | {' | '.join(cell(pooled, [x], '{:.2f}') for x in kept)} |")
+    for what in ("mean", "worst task"):
+        out.append(f"| retention, {what} | | {' | '.join(cell(pooled, [kept(runs)[what]], '{:.2f}') for runs in columns.values())} |")
     return "\n".join(out)
 
 
@@ -656,12 +660,12 @@ def plot_retention(path, retention):
     fig, axes = figure(len(cases), 7.5)
     for ax, case in zip(axes, cases, strict=True):
         for i, v in enumerate(dict.fromkeys(v for by_case in retention.values() for v in by_case.get(case, {}))):
-            for j, (pick, label) in enumerate(((lambda x: x.mean(1), "mean of tasks"), (lambda x: x.min(1), "worst task"))):
-                points = [(t, np.array([r["retention"] for r in by_case[case][v]])) for t, by_case in retention.items() if v in by_case.get(case, {})]
-                x, y = [t for t, _ in points], [iqm(pick(k)) for _, k in points]
-                bars = np.array([interval(lambda s, pick=pick: iqm(pick(s[0])), [k]) for _, k in points])
-                ax.errorbar(np.array(x) * (1 + 0.03 * i), y, [np.array(y) - bars[:, 0], bars[:, 1] - np.array(y)], color=COLOURS[i],
-                            linestyle=("-", ":")[j], marker="o", markersize=3, capsize=2, label=f"{v}, {label}")  # fmt: skip
+            points = {t: kept(by_case[case][v]) for t, by_case in retention.items() if v in by_case.get(case, {})}
+            for what, line, marker in (("mean", "-", "o"), ("worst task", ":", "v")):
+                x, y = np.array(list(points)), np.array([iqm(k[what]) for k in points.values()])
+                bars = np.array([interval(pooled, [k[what]]) for k in points.values()])
+                ax.errorbar(x * (1 + 0.03 * i), y, [y - bars[:, 0], bars[:, 1] - y], color=COLOURS[i], linestyle=line, marker=marker, markersize=4, capsize=2,
+                            label=f"{v}, {what}")  # fmt: skip
         ax.axhline(1, color="grey", linewidth=0.8)
         ax.set(xscale="log", xlabel="times fewer parameters than the teachers", title=case, ylabel="retention" if ax is axes[0] else None)
         ax.set_xticks(sorted(retention), [f"{t:g}" for t in sorted(retention)])
