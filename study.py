@@ -465,9 +465,10 @@ def report(cfg: Config):
     rows = read(cfg.out)
     if not rows:
         raise run.UserError(f"{cfg.out} holds no run; run study.py without --report first")
-    of = {}  # {(budget, times): {case: {variant: runs, by seed}}}
+    of, acting = {}, {}  # {(budget, times): {case: {variant: runs, by seed}}}, {(times, steps): the same}
     for r in sorted(rows, key=lambda r: r["seed"]):
-        of.setdefault((r["budget"], r["times"]), {}).setdefault(r["case"], {}).setdefault(r["variant"], []).append(r)
+        group = acting.setdefault((r["times"], r["steps"]), {}) if r["budget"] == "acting" else of.setdefault((r["budget"], r["times"]), {})
+        group.setdefault(r["case"], {}).setdefault(r["variant"], []).append(r)
     order = {v: i for i, v in enumerate(VARIANTS)}
     for budget, title in (("updates", "equal updates"), ("time", "equal time"), ("half", "half the updates")):
         by_case = of.get((budget, cfg.compression), {})
@@ -478,14 +479,14 @@ def report(cfg: Config):
         if any("fixed" in reference.get(c, {}) for c in by_case):
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
             print(table(by_case, reference, variants))
-            print("\nof the same runs: learning rate in thousandths; area under the curve, mean KL and time of an update over fixed order's\n")
+            print("\nof the same runs: learning rate in thousandths; area under the curve, mean KL and time of an update over fixed order's; the share of the updates "
+                  "after which its last KL is reached\n")  # fmt: skip
             print(details(by_case, reference, variants, rows))
         if by_case:
             print(f"\n{title}, on the same seeds\n\n{same_seeds(by_case, variants)}")
-    retention = {times: by_case for (budget, times), by_case in sorted(of.items()) if budget == "acting"}
-    if retention:
-        print(f"\nretention\n\n{retention_table(retention)}")
-        for case, by_variant in retention.get(cfg.compression, {}).items():
+    if acting:
+        print(f"\nretention\n\n{retention_table(acting)}")
+        for case, by_variant in acting.get((cfg.compression, cfg.acting_steps), {}).items():
             if DEFAULT in by_variant:
                 print(f"\n{case}: scores of teachers and students, {cfg.compression:g} times smaller\n\n{score_table(case, by_variant)}")
     by_case = of.get(("updates", cfg.compression), {})
@@ -494,8 +495,8 @@ def report(cfg: Config):
         if any("fixed" in runs for runs in by_case.values()):
             plot_orders(folder / "study_orders.png", by_case)
         plot_surgery(folder / "study_surgery.png", by_case)
-        if retention:
-            plot_retention(folder / "study_retention.png", retention)
+        if sizes := {times: by_case for (times, steps), by_case in sorted(acting.items()) if steps == cfg.acting_steps}:
+            plot_retention(folder / "study_retention.png", sizes)
 
 
 def scores(runs):
@@ -505,6 +506,16 @@ def scores(runs):
 def curve(r):
     """Worst teacher's KL at each point measured, (POINTS + 1,)."""
     return r["kl"].max(1)
+
+
+def reached(r, kl):
+    """After which share of its updates a run's worst KL is at most `kl` for the first time, along straight lines in log KL; infinite where never."""
+    y, x = np.log(curve(r)), r["steps_at"] / r["steps"]
+    below = np.flatnonzero(y <= math.log(kl))
+    if not len(below):
+        return math.inf
+    around = slice(max(below[0] - 1, 0), below[0] + 1)
+    return float(np.interp(-math.log(kl), -y[around], x[around]))
 
 
 def table(by_case, reference, variants):
@@ -546,10 +557,11 @@ def in_pairs(s):
 
 
 def details(by_case, reference, variants, rows):
-    """A line for each variant: of what its runs are made, and what else was measured; pooled over cases."""
-    out = ["| | lr | area | mean KL | time | projected | cosine: 5 %, median, 95 % |", "|---" * 7 + "|"]
+    """A line for each variant: of what its runs are made, and what else was measured; pooled over cases, but for how soon fixed order's last KL is reached."""
+    cases = [c for c in by_case if "fixed" in reference.get(c, {})]
+    out = [f"| | lr | area | mean KL | {' | '.join(f'{c}: reached at' for c in cases)} | time | projected | cosine: 5 %, median, 95 % |", "|---" * (7 + len(cases)) + "|"]
     for v in variants:
-        there = [c for c in by_case if v in by_case[c] and "fixed" in reference.get(c, {})]
+        there = [c for c in cases if v in by_case[c]]
         runs, fixed = {c: by_case[c][v] for c in there}, {c: reference[c]["fixed"] for c in there}
         if not there:
             continue
@@ -558,8 +570,10 @@ def details(by_case, reference, variants, rows):
         every = [r for c in there for r in runs[c]]
         cosine = ", ".join(f"{x:.2f}" for x in np.nanmean([r["cosine"] for r in every], 0)[[0, 2, 4]])
         lrs = "/".join(f"{1000 * runs[c][0]['lr']:g}" for c in there)
+        soon = {c: np.array([reached(r, worst(f)) for r, f in zip(runs[c], fixed[c], strict=False)]) for c in there}
+        soon = " | ".join(("" if c not in soon else cell(pooled, [soon[c]], "{:.2f}") if np.isfinite(soon[c]).all() else "not by all") for c in cases)
         times = [x for c in there if not math.isnan(x := cost(rows, c, v) / cost(rows, c, "fixed"))]
-        out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {f'{np.mean(times):.2f}' if times else ''} | "
+        out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {soon} | {f'{np.mean(times):.2f}' if times else ''} | "
                    f"{100 * np.mean([r['projected'] for r in every]):.0f} % | {cosine} |")  # fmt: skip
     return "\n".join(out)
 
@@ -570,12 +584,12 @@ def kept(runs):
     return {"mean": x.mean(1), "worst task": x.min(1)}
 
 
-def retention_table(retention):
-    out = ["| case | compression | | seeds | mean | worst task |", "|---|---|---|---|---|---|"]
-    for times, by_case in retention.items():
+def retention_table(acting):
+    out = ["| case | compression | updates | | seeds | mean | worst task |", "|---" * 7 + "|"]
+    for (times, steps), by_case in sorted(acting.items()):
         for case, by_variant in by_case.items():
             for v, runs in by_variant.items():
-                out.append(f"| {case} | {times:g} | {v} | {len(runs)} | {' | '.join(cell(pooled, [x]) for x in kept(runs).values())} |")
+                out.append(f"| {case} | {times:g} | {steps} | {v} | {len(runs)} | {' | '.join(cell(pooled, [x]) for x in kept(runs).values())} |")
     return "\n".join(out)
 
 

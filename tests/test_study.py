@@ -158,6 +158,12 @@ def test_a_learning_rate_is_chosen_by_the_worst_teachers_last_kl_on_the_tuning_s
     assert study.tuned(rows, "c", "v")[0] == 4e-3
 
 
+def test_how_soon_a_kl_is_reached():
+    r = {"kl": np.array([[8.0, 1.0], [1.0, 4.0], [1.0, 1.0], [2.0, 0.1]]), "steps_at": np.array([0, 10, 20, 30]), "steps": 30}
+    assert study.reached(r, 2.0) == pytest.approx(0.5) and study.reached(r, 1.0) == pytest.approx(2 / 3)
+    assert study.reached(r, 9.0) == 0 and study.reached(r, 0.5) == math.inf
+
+
 def test_equal_time_takes_what_a_variant_costs_off_its_updates(tiny):
     cfg = study.dataclasses.replace(tiny, budgets=("updates", "time"), only=("fixed", "novelty, pcgrad", "all"), seeds=1, steps=100)
     rows = [{"case": "tests", "variant": v, "budget": b, "lr": 8e-3, "ms": ms, "kl": np.ones((2, 2))}
@@ -187,7 +193,7 @@ def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
     assert lines[4].startswith("| retention, mean | | 1.00 (1.00-1.00) | 0.90 (0.90-0.90) |")
     assert lines[5].startswith("| retention, worst task | | 0.90 (0.90-0.90) | 0.80 (0.80-0.80) |")
     retention = {5.0: {"conflict": {study.DEFAULT: runs([(1.0, 1.0)] * 3)}}, 15.0: {"conflict": by_variant}}
-    assert f"| conflict | 5 | {study.DEFAULT} | 3 | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) |" in study.retention_table(retention)
+    assert f"| conflict | 5 | 4000 | {study.DEFAULT} | 3 | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) |" in study.retention_table({(5.0, 4000): retention[5.0]})
     study.plot_retention(tmp_path / "retention.png", retention)
     assert (tmp_path / "retention.png").stat().st_size > 10_000
 
