@@ -11,7 +11,7 @@ are tuned for each variant and case on seeds of their own (rows of budget "tune"
     updates    as many updates for each variant
     time       as many seconds: what scoring and projecting cost (budget "cost": a few updates of each variant in turns) is taken off the updates
     half       half the updates
-    acting     `acting_steps` updates, then 20 episodes of each task: retention, at three sizes
+    acting     `acting_steps` updates, then 20 episodes of each task: retention, of the default on the built-in tasks at three sizes
 
 What is measured: KL(teacher || student) on held-out episodes over training, the worst teacher's and the mean; retention. Interquartile means with 95 %
 stratified bootstrap intervals, probability of improvement and performance profiles as rliable defines them (Agarwal et al. 2021, arXiv 2108.13264).
@@ -104,7 +104,8 @@ LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
 DEFAULT = "novelty p=4"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty p=4, previous", "without curriculum": "all", "a teacher at a time": "fixed"}  # it, in the table of scores
-ACTING = {DEFAULT: (5.0, 15.0, 50.0), **dict.fromkeys(BESIDE.values(), (15.0,))}  # the teachers' parameters over the student's
+ACTING = (DEFAULT, *BESIDE.values())
+SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the default's student's, where it acts on the built-in tasks
 POINTS = 10  # of a curve
 
 
@@ -375,7 +376,8 @@ def plan(cfg: Config, rows, stage):
                     elif budget == "time" and slower > 1.1:
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
                     elif budget == "acting" and v in ACTING:
-                        yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in ACTING[v])
+                        sizes = SIZES if (case, v) == ("builtin", DEFAULT) else (cfg.compression,)
+                        yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in sizes)
 
 
 def train_teachers(cfg: Config):
