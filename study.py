@@ -540,16 +540,20 @@ def table(by_case, reference, variants):
     return "\n".join(out)
 
 
+def ratios(runs, others):
+    """Worst teacher's last KL of runs over others', where the seeds are the same."""
+    return np.array([worst(a) / worst(b) for a in runs for b in others if a["seed"] == b["seed"]])
+
+
 def same_seeds(by_case, variants):
     """A line for each variant: the default's KL over its on the same seed, for the teachers that a seed draws differ more than most variants do."""
     cases = [c for c in by_case if DEFAULT in by_case[c]]
     out = [f"| the default's KL over that of | {' | '.join(cases)} | all of these |", "|---" * (len(cases) + 2) + "|"]
     for v in variants:
-        ratios = {c: [worst(a) / worst(b) for a in by_case[c][DEFAULT] for b in by_case[c].get(v, []) if a["seed"] == b["seed"]] for c in cases}
-        ratios = {c: np.array(x) for c, x in ratios.items() if x}
-        if ratios and v != DEFAULT:
-            cells = [cell(pooled, [ratios[c]], "{:.2f}") if c in ratios else "" for c in cases]
-            out.append(f"| {v} | {' | '.join(cells)} | {cell(pooled, list(ratios.values()), '{:.2f}')} |")
+        x = {c: y for c in cases if len(y := ratios(by_case[c][DEFAULT], by_case[c].get(v, [])))}
+        if x and v != DEFAULT:
+            cells = [cell(pooled, [x[c]], "{:.2f}") if c in x else "" for c in cases]
+            out.append(f"| {v} | {' | '.join(cells)} | {cell(pooled, list(x.values()), '{:.2f}')} |")
     return "\n".join(out)
 
 
@@ -651,23 +655,28 @@ def logarithmic(axis):
 
 
 def plot_surgery(path, by_case):
-    """Last worst KL of each surgery, beside none, under novelty and under one teacher at a time; and what share of updates it changed."""
-    groups = {"novelty p=2": [v for v in VARIANTS if v.startswith("novelty, ") and "alignment" not in v],
-              **{base: [v for v in VARIANTS if v.startswith(f"{base}, ")] for base in ("novelty p=4", "all", "uniform", "fixed", "novelty p=inf")}}  # fmt: skip
-    fig, axes = figure(len(by_case), 4.6, 4.2)
-    for ax, (case, runs) in zip(axes, by_case.items(), strict=True):
-        y, names = 0, []
-        for i, (base, with_surgery) in enumerate(groups.items()):
-            for v in (base, *with_surgery):
-                if v in runs and base in runs:
-                    value, (low, high) = iqm(scores(runs[v])), interval(pooled, [scores(runs[v])])
-                    ax.plot([low, high], [y, y], color=COLOURS[i], linewidth=2)
-                    ax.plot(value, y, "o" if v != base else "s", color=COLOURS[i])
-                    names.append(f"{v}, none" if v == base else f"{v} ({100 * np.mean([r['projected'] for r in runs[v]]):.0f} %)")
-                    y -= 1
-        ax.set_yticks(range(0, -len(names), -1), names, fontsize=7)
-        ax.set(xscale="log", xlabel="last KL to the worst teacher (nats)", title=f"{case} (share of updates projected)")
-        logarithmic(ax.xaxis)
+    """What each surgery changes: a run's last worst KL over that of the same order without surgery, on the same seeds; and (grey) what share of updates it changed."""
+    without = {v: {**{k: x for k, x in options.items() if k != "surgery_scope"}, "surgery": "none"} for v, options in VARIANTS.items()}
+    base = {v: next(b for b in VARIANTS if VARIANTS[b] == without[v]) for v in VARIANTS if VARIANTS[v]["surgery"] != "none"}
+    there = {c: [v for v in base if len(ratios(runs.get(v, []), runs.get(base[v], [])))] for c, runs in by_case.items()}
+    rows, cases = [v for v in base if any(v in vs for vs in there.values())], [c for c, vs in there.items() if vs]
+    if not cases:
+        return
+    fig, axes = figure(len(cases), 3.2, 1.4 + 0.25 * len(rows))
+    for ax, case in zip(axes, cases, strict=True):
+        for v in there[case]:
+            x, y = ratios(by_case[case][v], by_case[case][base[v]]), -rows.index(v)
+            colour = COLOURS[list(dict.fromkeys(base.values())).index(base[v]) % 8]
+            ax.plot(interval(pooled, [x]), [y, y], color=colour, linewidth=2)
+            ax.plot(iqm(x), y, "o", color=colour)
+            ax.annotate(f"{100 * np.mean([r['projected'] for r in by_case[case][v]]):.0f} %", (1.0, y), (2, 0), xycoords=("axes fraction", "data"),
+                        textcoords="offset points", va="center", fontsize=7, color="grey")  # fmt: skip
+        ax.axvline(1, color="grey", linewidth=0.8)
+        ax.set_yticks([-i for i in range(len(rows))], rows if ax is axes[0] else [], fontsize=8)
+        ax.set(xlabel="last KL over that without surgery", title=case, ylim=(-len(rows) + 0.5, 0.5))
+    widest = [f(ends) for f, ends in zip((min, max), zip(*(ax.get_xlim() for ax in axes), strict=True), strict=True)]
+    for ax in axes:
+        ax.set_xlim(widest)
     fig.savefig(path, dpi=120)
 
 

@@ -85,8 +85,9 @@ def tiny(work, tmp_path, monkeypatch):
     monkeypatch.setattr(surgery, "METHODS", dict(surgery.METHODS))
     monkeypatch.setattr(surgery, "EACH", surgery.EACH)
     monkeypatch.setattr(study, "prepare", lambda real=study.prepare: (real(), torch.set_num_threads(torch.get_num_threads())))
-    return study.Config(cases=("tests",), only=("fixed", "all", "novelty p=2", "weights w=1", "one student per task"), without=("upgrad", "cagrad"), seeds=2, teachers=2,
-                        budgets=("updates", "half"), steps=20, compression=1.0, jobs=1, out=str(tmp_path / "results/study.csv"), work_dir=str(work))  # fmt: skip
+    only = ("fixed", "all", "novelty p=2", "all, previous", "weights w=1", "one student per task")
+    return study.Config(cases=("tests",), only=only, without=("upgrad", "cagrad"), budgets=("updates", "half"), seeds=2, teachers=2, steps=20, compression=1.0, jobs=1,
+                        out=str(tmp_path / "results/study.csv"), work_dir=str(work))  # fmt: skip
 
 
 def rows_of(path):
@@ -97,7 +98,7 @@ def rows_of(path):
 def test_a_study_makes_the_runs_that_are_missing_and_no_others(tiny, capsys):
     study.main(tiny)
     rows = rows_of(tiny.out)
-    assert len(rows) == 5 * 2 + 2 * (5 + 3)  # tuned at two rates; two seeds of all, and three of them with half the updates
+    assert len(rows) == 6 * 2 + 2 * (6 + 3)  # tuned at two rates; two seeds of all, and three of them with half the updates
     assert len({tuple(r[k] for k in study.KEY) for r in rows}) == len(rows)
     said = capsys.readouterr().out
     assert "| novelty p=2 | 2 |" in said and "equal updates" in said
