@@ -376,7 +376,7 @@ def plan(cfg: Config, rows, stage):
                     elif budget == "time" and slower > 1.1:
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
                     elif budget == "acting" and v in ACTING:
-                        sizes = SIZES if (case, v) == ("builtin", DEFAULT) else (cfg.compression,)
+                        sizes = SIZES if (case, v, cfg.acting_steps) == ("builtin", DEFAULT, Config.acting_steps) else (cfg.compression,)
                         yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in sizes)
 
 
