@@ -51,8 +51,8 @@ BUILTIN = ("hopper", "halfcheetah", "walker2d", "ant")
 THIRDPARTY = tuple(f"thirdparty/{t}/trpo-replay-v0" for t in BUILTIN)  # 26 TRPO policies a task that nobody here trained (README, Results)
 CASES = {
     "builtin": BUILTIN,
-    "conflict": ("halfcheetah", "halfcheetah-back"),  # one body, opposed goals
     "thirdparty": THIRDPARTY,
+    "conflict": ("halfcheetah", "halfcheetah-back"),  # one body, opposed goals
     "many": (*BUILTIN, "halfcheetah-back", *THIRDPARTY),  # easy ones and hard ones
     "alone": ("halfcheetah",),  # one teacher: what a surgery does where no two can conflict
 }
@@ -468,7 +468,7 @@ def report(cfg: Config):
     if not rows:
         raise run.UserError(f"{cfg.out} holds no run; run study.py without --report first")
     of, acting = {}, {}  # {(budget, times): {case: {variant: runs, by seed}}}, {(times, steps): the same}
-    for r in sorted(rows, key=lambda r: r["seed"]):
+    for r in sorted(rows, key=lambda r: (list(CASES).index(r["case"]), r["seed"])):
         group = acting.setdefault((r["times"], r["steps"]), {}) if r["budget"] == "acting" else of.setdefault((r["budget"], r["times"]), {})
         group.setdefault(r["case"], {}).setdefault(r["variant"], []).append(r)
     order = {v: i for i, v in enumerate(VARIANTS)}
