@@ -456,7 +456,7 @@ def improvement(pairs):
 def cell(statistic, strata, form="{:.3f}"):
     """A value with its interval, as text; strata: a list of arrays."""
     low, high = interval(statistic, strata)
-    return f"{form.format(statistic(strata))} ({form.format(low)}-{form.format(high)})"
+    return f"{form.format(statistic(strata))} ({form.format(low)}{' to ' if low < 0 else '-'}{form.format(high)})"
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -540,9 +540,14 @@ def table(by_case, reference, variants):
     return "\n".join(out)
 
 
+def paired(f, runs, others):
+    """f(run, other) where the seeds are the same."""
+    return np.array([f(a, b) for a in runs for b in others if a["seed"] == b["seed"]])
+
+
 def ratios(runs, others):
-    """Worst teacher's last KL of runs over others', where the seeds are the same."""
-    return np.array([worst(a) / worst(b) for a in runs for b in others if a["seed"] == b["seed"]])
+    """Worst teacher's last KL of runs over others'."""
+    return paired(lambda a, b: worst(a) / worst(b), runs, others)
 
 
 def same_seeds(by_case, variants):
@@ -591,11 +596,14 @@ def kept(runs):
 
 
 def retention_table(acting):
-    out = ["| case | compression | updates | | seeds | mean | worst task |", "|---" * 7 + "|"]
+    """A line for each variant: mean and worst task, and how much more the default's mean is on the same seeds."""
+    out = ["| case | compression | updates | | seeds | mean | worst task | the default's mean less this one |", "|---" * 8 + "|"]
     for (times, steps), by_case in sorted(acting.items()):
         for case, by_variant in by_case.items():
             for v, runs in by_variant.items():
-                out.append(f"| {case} | {times:g} | {steps} | {v} | {len(runs)} | {' | '.join(cell(pooled, [x]) for x in kept(runs).values())} |")
+                more = paired(lambda a, b: a["retention"].mean() - b["retention"].mean(), by_variant.get(DEFAULT, []) if v != DEFAULT else [], runs)
+                out.append(f"| {case} | {times:g} | {steps} | {v} | {len(runs)} | {' | '.join(cell(pooled, [x]) for x in kept(runs).values())} | "
+                           f"{cell(pooled, [more], '{:.3f}') if len(more) else ''} |")  # fmt: skip
     return "\n".join(out)
 
 
