@@ -692,8 +692,10 @@ def plot_retention(path, retention):
     cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
     fig, axes = figure(len(cases), 7.5)
     for ax, case in zip(axes, cases, strict=True):
-        for i, v in enumerate(dict.fromkeys(v for by_case in retention.values() for v in by_case.get(case, {}))):
+        for i, v in enumerate(ACTING):
             points = {t: kept(by_case[case][v]) for t, by_case in retention.items() if v in by_case.get(case, {})}
+            if not points:
+                continue
             for what, line, marker in (("mean", "-", "o"), ("worst task", ":", "v")):
                 x, y = np.array(list(points)), np.array([iqm(k[what]) for k in points.values()])
                 bars = np.array([interval(pooled, [k[what]]) for k in points.values()])
