@@ -478,12 +478,12 @@ def report(cfg: Config):
         if budget == "time":
             by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if v not in vs}, **vs} for c, vs in by_case.items()}
         variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
-        if any("fixed" in reference.get(c, {}) for c in by_case):
+        if compared := {c: runs for c, runs in by_case.items() if "fixed" in reference.get(c, {})}:
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
-            print(table(by_case, reference, variants))
+            print(table(compared, reference, variants))
             print("\nof the same runs: learning rate in thousandths; area under the curve, mean KL and time of an update over fixed order's; the share of the updates "
                   "after which its last KL is reached\n")  # fmt: skip
-            print(details(by_case, reference, variants, rows))
+            print(details(compared, reference, variants, rows))
         if by_case:
             print(f"\n{title}, on the same seeds\n\n{same_seeds(by_case, variants)}")
     if acting:
@@ -494,8 +494,8 @@ def report(cfg: Config):
     by_case = of.get(("updates", cfg.compression), {})
     if by_case:
         folder = Path(cfg.out).parent
-        if any("fixed" in runs for runs in by_case.values()):
-            plot_orders(folder / "study_orders.png", by_case)
+        if compared := {c: runs for c, runs in by_case.items() if "fixed" in runs}:
+            plot_orders(folder / "study_orders.png", compared)
         plot_surgery(folder / "study_surgery.png", by_case)
         if sizes := {times: by_case for (times, steps), by_case in sorted(acting.items()) if steps == cfg.acting_steps}:
             plot_retention(folder / "study_retention.png", sizes)
@@ -523,7 +523,7 @@ def reached(r, kl):
 def table(by_case, reference, variants):
     """A line for each variant. Columns: each case; then what is pooled over the cases it has runs of: KL over fixed order's, probability that it is better than
     fixed order, and that the default is better than it."""
-    cases = [c for c in by_case if "fixed" in reference.get(c, {})]
+    cases = list(by_case)
     out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | default better |", "|---" * (len(cases) + 5) + "|"]
     for v in variants:
         there = [c for c in cases if v in by_case[c]]
@@ -569,7 +569,7 @@ def in_pairs(s):
 
 def details(by_case, reference, variants, rows):
     """A line for each variant: of what its runs are made, and what else was measured; pooled over cases, but for how soon fixed order's last KL is reached."""
-    cases = [c for c in by_case if "fixed" in reference.get(c, {})]
+    cases = list(by_case)
     out = [f"| | lr | area | mean KL | {' | '.join(f'{c}: reached at' for c in cases)} | time | projected | cosine: 5 %, median, 95 % |", "|---" * (7 + len(cases)) + "|"]
     for v in variants:
         there = [c for c in cases if v in by_case[c]]
@@ -628,8 +628,7 @@ def figure(n, width=4.2, height=3.6):
 
 
 def plot_orders(path, by_case):
-    """Worst teacher's KL over updates by order, in the cases with a fixed order; and performance profiles of the orders that have runs of all of them."""
-    by_case = {c: runs for c, runs in by_case.items() if "fixed" in runs}
+    """Worst teacher's KL over updates by order; and performance profiles of the orders that have runs of every case."""
     orders = ("fixed", "all", "uniform", "dro", "least", "novelty p=1", "novelty p=2", "novelty p=4", "novelty p=inf")
     fig, axes = figure(len(by_case) + 1)
     for ax, (case, runs) in zip(axes, by_case.items(), strict=False):
@@ -666,15 +665,15 @@ def plot_surgery(path, by_case):
     """What each surgery changes: a run's last worst KL over that of the same order without surgery, on the same seeds; and (grey) what share of updates it changed."""
     without = {v: {**{k: x for k, x in options.items() if k != "surgery_scope"}, "surgery": "none"} for v, options in VARIANTS.items()}
     base = {v: next(b for b in VARIANTS if VARIANTS[b] == without[v]) for v in VARIANTS if VARIANTS[v]["surgery"] != "none"}
-    there = {c: [v for v in base if len(ratios(runs.get(v, []), runs.get(base[v], [])))] for c, runs in by_case.items()}
-    rows, cases = [v for v in base if any(v in vs for vs in there.values())], [c for c, vs in there.items() if vs]
-    if not cases:
+    changed = {c: {v: x for v in base if len(x := ratios(runs.get(v, []), runs.get(base[v], [])))} for c, runs in by_case.items()}
+    changed = {c: by_variant for c, by_variant in changed.items() if by_variant}
+    if not changed:
         return
-    fig, axes = figure(len(cases), 3.2, 1.4 + 0.25 * len(rows))
-    for ax, case in zip(axes, cases, strict=True):
-        for v in there[case]:
-            x, y = ratios(by_case[case][v], by_case[case][base[v]]), -rows.index(v)
-            colour = COLOURS[list(dict.fromkeys(base.values())).index(base[v]) % 8]
+    rows = [v for v in base if any(v in by_variant for by_variant in changed.values())]
+    fig, axes = figure(len(changed), 3.2, 1.4 + 0.25 * len(rows))
+    for ax, (case, by_variant) in zip(axes, changed.items(), strict=True):
+        for v, x in by_variant.items():
+            y, colour = -rows.index(v), COLOURS[list(dict.fromkeys(base.values())).index(base[v]) % 8]
             ax.plot(interval(pooled, [x]), [y, y], color=colour, linewidth=2)
             ax.plot(iqm(x), y, "o", color=colour)
             ax.annotate(f"{100 * np.mean([r['projected'] for r in by_case[case][v]]):.0f} %", (1.0, y), (2, 0), xycoords=("axes fraction", "data"),
@@ -682,9 +681,9 @@ def plot_surgery(path, by_case):
         ax.axvline(1, color="grey", linewidth=0.8)
         ax.set_yticks([-i for i in range(len(rows))], rows if ax is axes[0] else [], fontsize=8)
         ax.set(xlabel="last KL over that without surgery", title=case, ylim=(-len(rows) + 0.5, 0.5))
-    widest = [f(ends) for f, ends in zip((min, max), zip(*(ax.get_xlim() for ax in axes), strict=True), strict=True)]
+    left, right = zip(*(ax.get_xlim() for ax in axes), strict=True)
     for ax in axes:
-        ax.set_xlim(widest)
+        ax.set_xlim(min(left), max(right))
     fig.savefig(path, dpi=120)
 
 
