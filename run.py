@@ -47,7 +47,11 @@ def cli(main, config, doc):
             cfg = parsed(config, doc)
         try:
             main(cfg)
+            sys.stdout.flush()
             code = 0
+        except BrokenPipeError:  # whoever read, `| head` for one, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 141  # as a shell tells SIGPIPE
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
             code = 2

@@ -486,6 +486,8 @@ def report(cfg: Config):
             print(details(compared, reference, variants, rows))
         if by_case:
             print(f"\n{title}, on the same seeds\n\n{same_seeds(by_case, variants)}")
+    if any(r["budget"] == "tune" for r in rows):
+        print(f"\ntuning: worst teacher's last KL with each learning rate\n\n{tuning_table(rows)}")
     if acting:
         print(f"\nretention\n\n{retention_table(acting)}")
         for case, by_variant in acting.get((cfg.compression, cfg.acting_steps), {}).items():
@@ -586,6 +588,21 @@ def details(by_case, reference, variants, rows):
         times = [x for c in there if not math.isnan(x := cost(rows, c, v) / cost(rows, c, "fixed"))]
         out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {soon} | {f'{np.mean(times):.2f}' if times else ''} | "
                    f"{100 * np.mean([r['projected'] for r in every]):.0f} % | {cosine} |")  # fmt: skip
+    return "\n".join(out)
+
+
+def tuning_table(rows):
+    """A line for each variant: in each case, its KL with each learning rate on the tuning seeds; in bold, with the one that the study takes."""
+    rows = [r for r in rows if r["budget"] == "tune"]
+    cases, names = ([k for k in table if any(r[key] == k for r in rows)] for table, key in ((CASES, "case"), (VARIANTS, "variant")))
+    out = [f"| with {', '.join(f'{1000 * lr:g}' for lr in LRS)} thousandths | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    for v in names:
+        cells = []
+        for c in cases:
+            of = {lr: [worst(r) for r in rows if (r["case"], r["variant"], r["lr"]) == (c, v, lr)] for lr in LRS}
+            kl = {lr: f"{np.exp(np.log(x).mean()):.3f}" for lr, x in of.items() if x}
+            cells.append(", ".join(f"**{x}**" if lr == tuned(rows, c, v)[0] else x for lr, x in kl.items()))
+        out.append(f"| {v} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 

@@ -111,6 +111,14 @@ def test_discrete_actions_are_learnt_and_distilled_beside_continuous_ones(main_j
     call(home, "evaluate.py out/mixed-kl --eval-episodes 2 --device cpu")
 
 
+def test_a_reader_who_has_enough_is_told_nothing(tmp_path):
+    shutil.copy(ROOT / "results/study.csv", tmp_path)
+    command = [sys.executable, str(ROOT / "study.py"), "--report", "--out", str(tmp_path / "study.csv")]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.close()
+    assert p.stderr.read() == "" and p.wait() == 141
+
+
 def test_data_shows_what_a_dataset_holds(home):
     out = call(home, "data.py --env hopper")
     assert re.search(r"episodes \d+, steps \d+", out) and "median" in out and "saturated" in out and (home / "out/data-hopper.png").stat().st_size > 5000

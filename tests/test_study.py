@@ -153,10 +153,11 @@ def test_students_of_one_task_each_see_their_own_windows(tiny):
 
 def test_a_learning_rate_is_chosen_by_the_worst_teachers_last_kl_on_the_tuning_seeds_alone():
     def row(budget, lr, *kl):
-        return {"case": "c", "variant": "v", "budget": budget, "lr": lr, "kl": np.array([[9.0, 9.0], kl])}
+        return {"case": "alone", "variant": "all", "budget": budget, "lr": lr, "kl": np.array([[9.0, 9.0], kl])}
 
-    rows = [row("tune", 2e-3, 0.1, 0.5), row("tune", 4e-3, 0.3, 0.4), row("tune", 8e-3, 0.01, 0.6), row("updates", 16e-3, 0.0, 0.0), row("tune", 16e-3, math.nan, 0.1)]
-    assert study.tuned(rows, "c", "v")[0] == 4e-3
+    rows = [row("tune", 4e-3, 0.1, 0.5), row("tune", 8e-3, 0.3, 0.4), row("tune", 16e-3, 0.01, 0.6), row("updates", 32e-3, 0.0, 0.0), row("tune", 32e-3, math.nan, 0.1)]
+    assert study.tuned(rows, "alone", "all")[0] == 8e-3
+    assert study.tuning_table(rows).splitlines()[2] == "| all | 0.500, **0.400**, 0.600, inf |"
 
 
 def test_how_soon_a_kl_is_reached():
