@@ -399,7 +399,7 @@ def tabulate(table, lengths, about):
 @dataclasses.dataclass
 class Dataset:
     task: Task
-    train: np.ndarray  # (S, O + A + 2) float32, rows as said above
+    train: np.ndarray  # (S, O + A + 2) float32, rows as said above; episodes in the order of their returns, lowest first
     held_out: np.ndarray  # the same of the episodes never trained on
     returns: np.ndarray  # (E,) of every episode
     lengths: np.ndarray  # (E,)
@@ -423,7 +423,8 @@ def load(name: str, seed: int = 0) -> Dataset:
     std = np.sqrt(np.maximum(arrays["obs_square"][~held].sum(0) / steps - mean**2, 0))
     std = np.where(std > 1e-6 * (1 + np.abs(mean)), std, 1.0)  # a constant observation is not divided by its rounding error
     episodes = np.split(table, np.cumsum(lengths)[:-1])
-    train, held_out = (np.concatenate([e for e, h in zip(episodes, held, strict=True) if h == want]) for want in (False, True))
+    train = np.concatenate([episodes[i] for i in np.argsort(returns, kind="stable") if not held[i]])
+    held_out = np.concatenate([e for e, h in zip(episodes, held, strict=True) if h])
     rtg_scale = float(np.abs(train[:, -2]).max()) or 1.0
     for x in (train, held_out):  # in place: there may be a gigabyte of it
         x[:, : len(mean)] -= mean.astype(np.float32)
@@ -463,9 +464,11 @@ class Windows:
     where: "device": the table lies on the training device; "host": in a file mapped into memory, whose windows are read by a thread while the device is at the
     update before, and copied from pinned memory; "auto": on the host if it would fill more than half of the device's memory.
     targets: whether a row has 2A columns more, for a teacher's outputs (`distill.cache_targets`).
+    top: half of what is drawn of a task comes from this part of its rows, the last ones: of Dataset.train, the episodes that returned most; 1: all alike.
     """
 
-    def __init__(self, tables, tasks, context, device="cpu", where="auto", targets=False):
+    def __init__(self, tables, tasks, context, device="cpu", where="auto", targets=False, top=1.0):
+        self.top = top
         self.K, self.O, self.A = context, max(t.obs_dim for t in tasks), max(t.act_dim for t in tasks)
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
         self.offset = self.size.cumsum(0) - self.size
@@ -501,7 +504,12 @@ class Windows:
         mine = torch.arange(B, device=dev) + B * run.rank()
         u = torch.rand(n + 1, generator=generator, device=dev, dtype=torch.float64)
         task = torch.searchsorted(shares.double().cumsum(0), (mine + u[n]) / n, right=True).clamp_max(len(shares) - 1)
-        return task, self.offset[task] + (u[mine] * self.size[task]).long()
+        return task, self.end(task, u[mine])
+
+    def end(self, task, u):
+        """Last rows (B,) of the windows of tasks (B,) that are drawn by u (B,), uniform in [0, 1)."""
+        x = torch.minimum(2 * u, 1 - (1 - u) * 2 * self.top / (1 + self.top))  # in [0, 1): its density is 1/2, and 1/(2 top) more above 1 - top
+        return self.offset[task] + torch.minimum((x * self.size[task]).long(), self.size[task] - 1)
 
     def sample(self, B, shares, generator):
         """B windows; teacher i's part of them is shares[i] of B, rounded up or down at random with the right mean (systematic sampling)."""
@@ -529,10 +537,10 @@ class Windows:
         return x.to(self.size.device, non_blocking=True)
 
     def spread(self, n):
-        """n windows of each task, evenly spaced over its table: the same ones every time."""
+        """n windows of each task, those of n evenly spaced u: the same ones every time."""
         task = torch.arange(len(self.size), device=self.size.device).repeat_interleave(n)
         i = torch.arange(n, device=self.size.device).repeat(len(self.size))
-        return self.gather(task, self.offset[task] + ((i + 0.5) / n * self.size[task]).long())
+        return self.gather(task, self.end(task, (i + 0.5) / n))
 
 
 def room(device) -> float:

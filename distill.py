@@ -59,6 +59,7 @@ class Config:
     kl: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
     sigma_floor: float = 0.05  # added to every variance of continuous actions, squared; in units of half their range
     temperature: float = 1.0  # times the teacher's sigma; its logits over it
+    top: float = 0.1  # half of a teacher's windows come from this part of its data, of the highest returns, as acting asks for them; 1: all alike
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
     probe_windows: int = 8  # per teacher, where distances or alignments need windows of their own
     probe_interval: int = 1  # updates between probes, where the farthest teacher alone is taken: an old distance takes it too often
@@ -316,6 +317,8 @@ def main(cfg: Config):
               teacher_steps=1, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1, checkpoint_interval=1)  # fmt: skip
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
+    if not 0 < cfg.top <= 1:
+        raise run.UserError(f"--top {cfg.top}: must be above 0 and at most 1")
     if cfg.surgery_scope == "teacher" and cfg.surgery in ("none", *surgery.EACH):
         raise run.UserError(f"--surgery-scope teacher: with --surgery {cfg.surgery} there is nothing to project by teacher; choose previous, switch or average")
     for e in cfg.envs:
@@ -339,7 +342,7 @@ def main(cfg: Config):
             if json.dumps(dataclasses.asdict(t)) != json.dumps(dataclasses.asdict(s.task)):
                 raise run.UserError(f"dataset {t.dataset} is not what the teacher of {t.name} was trained on any more; train the teacher again with --overwrite")
         context = teachers[0].cfg.context
-        train = data.Windows([s.train for s in sets], tasks, context, device, cfg.data_device, targets=cfg.targets == "cached")
+        train = data.Windows([s.train for s in sets], tasks, context, device, cfg.data_device, cfg.targets == "cached", cfg.top)
         held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device).spread(256)
         del sets, s  # in the windows now
     torch.manual_seed(cfg.seed)

@@ -83,6 +83,11 @@ VARIANTS = {  # options of distill.py
     "uniform, average": {"curriculum": "uniform", "surgery": "average"},
     "fixed, average": {"curriculum": "fixed", "surgery": "average"},
     "novelty p=inf, average": {"novelty_power": math.inf, "surgery": "average"},
+    # for acting: half of each teacher's windows from the tenth of its data that returned most
+    "novelty p=4, top": {"novelty_power": 4.0, "surgery": "none", "top": 0.1},
+    "novelty p=4, previous, top": {"novelty_power": 4.0, "surgery": "previous", "top": 0.1},
+    "all, top": {"curriculum": "all", "surgery": "none", "top": 0.1},
+    "fixed, top": {"curriculum": "fixed", "surgery": "none", "top": 0.1},
     # both aims in one score
     "novelty, alignment 1": {**P2, "surgery": "none", "alignment_weight": 1.0},
     "novelty, alignment 4": {**P2, "surgery": "none", "alignment_weight": 4.0},
@@ -102,9 +107,10 @@ VARIANTS = {  # options of distill.py
 }
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
-DEFAULT = "novelty p=4"  # what distill.py does unasked
-BESIDE = {"with surgery": "novelty p=4, previous", "without curriculum": "all", "a teacher at a time": "fixed"}  # it, in the table of scores
-ACTING = (DEFAULT, *BESIDE.values())
+DEFAULT = "novelty p=4, top"  # what distill.py does unasked
+BESIDE = {"with surgery": "novelty p=4, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=4"}
+ACTING = (DEFAULT, *BESIDE.values(), "novelty p=4, previous", "all", "fixed")
+NOVELTY = "novelty p=4"  # what others are set beside where KL is compared, which is measured on all windows alike
 SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the default's student's, where it acts on the built-in tasks
 POINTS = 10  # of a curve
 
@@ -231,7 +237,7 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
     was projected."""
     torch.manual_seed(cfg.seed)
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=cfg.n_layer, n_embd=cfg.n_embd, context=train.K))
-    student.bfloat16 = run.bfloat16(cfg)
+    student.bfloat16, train.top = run.bfloat16(cfg), cfg.top
     update, distances, state = distill.learner(cfg, student, models, train, train.spread(cfg.probe_windows), torch.Generator().manual_seed(cfg.seed))
     curve, rows, seconds = [], [], 0.0
     for step in range(cfg.steps + 1):
@@ -264,7 +270,7 @@ def one_run(spec):
         curves, seconds, parameters, returns = [], 0.0, 0, []
         for i, t in enumerate(tasks):
             C = width([t], train.K, 2, total / spec["times"] / len(tasks))
-            cfg = distill.Config(**VARIANTS["all"], **options, n_embd=C, batch_size=distill.Config.batch_size // len(tasks))
+            cfg = distill.Config(**VARIANTS["all"], **options, top=1.0, n_embd=C, batch_size=distill.Config.batch_size // len(tasks))
             of_it = held_out.task == i
             mine = data.Batch(*(x[of_it] for x in held_out[:-1]), held_out.targets[:, of_it])
             mine = mine._replace(task=mine.task * 0, states=mine.states[..., : t.obs_dim], actions=mine.actions[..., : t.act_dim])
@@ -275,7 +281,8 @@ def one_run(spec):
         curve = [(points[0][0], [p[1][0] for p in points]) for points in zip(*curves, strict=True)]
     else:
         C = width(tasks, train.K, 2, total / spec["times"])
-        student, curve, seconds, log = distilled(distill.Config(**VARIANTS[spec["variant"]], **options, n_embd=C), models, tasks, train, held_out, held_out_targets)
+        cfg = distill.Config(**{"top": 1.0, **VARIANTS[spec["variant"]]}, **options, n_embd=C)
+        student, curve, seconds, log = distilled(cfg, models, tasks, train, held_out, held_out_targets)
         parameters, returns = student.n_params, []
         if spec["budget"] == "acting":
             returns = [evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], 20, 1000)[0], t) for i, t in enumerate(tasks)]
@@ -524,20 +531,20 @@ def reached(r, kl):
 
 def table(by_case, reference, variants):
     """A line for each variant. Columns: each case; then what is pooled over the cases it has runs of: KL over fixed order's, probability that it is better than
-    fixed order, and that the default is better than it."""
+    fixed order, and that NOVELTY is better than it."""
     cases = list(by_case)
-    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | default better |", "|---" * (len(cases) + 5) + "|"]
+    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | {NOVELTY} better |", "|---" * (len(cases) + 5) + "|"]
     for v in variants:
         there = [c for c in cases if v in by_case[c]]
         if not there:
             continue
         x = {c: scores(by_case[c][v]) for c in there}
         fixed = [y for c in there for y in (x[c], scores(reference[c]["fixed"]))]
-        both = [c for c in there if DEFAULT in by_case[c] and v != DEFAULT]
-        default = [y for c in both for y in (scores(by_case[c][DEFAULT]), x[c])]
+        both = [c for c in there if NOVELTY in by_case[c] and v != NOVELTY]
+        novelty = [y for c in both for y in (scores(by_case[c][NOVELTY]), x[c])]
         cells = [cell(pooled, [x[c]]) if c in there else "" for c in cases]
         cells += [cell(pooled, [y / iqm(scores(reference[c]["fixed"])) for c, y in x.items()], "{:.2f}"), cell(in_pairs, fixed, "{:.2f}"),
-                  cell(in_pairs, default, "{:.2f}") if both else ""]  # fmt: skip
+                  cell(in_pairs, novelty, "{:.2f}") if both else ""]  # fmt: skip
         out.append(f"| {v} | {'/'.join(str(len(x[c])) for c in there)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
@@ -553,12 +560,12 @@ def ratios(runs, others):
 
 
 def same_seeds(by_case, variants):
-    """A line for each variant: the default's KL over its on the same seed, for the teachers that a seed draws differ more than most variants do."""
-    cases = [c for c in by_case if DEFAULT in by_case[c]]
-    out = [f"| the default's KL over that of | {' | '.join(cases)} | all of these |", "|---" * (len(cases) + 2) + "|"]
+    """A line for each variant: NOVELTY's KL over its on the same seed, for the teachers that a seed draws differ more than most variants do."""
+    cases = [c for c in by_case if NOVELTY in by_case[c]]
+    out = [f"| {NOVELTY}'s KL over that of | {' | '.join(cases)} | all of these |", "|---" * (len(cases) + 2) + "|"]
     for v in variants:
-        x = {c: y for c in cases if len(y := ratios(by_case[c][DEFAULT], by_case[c].get(v, [])))}
-        if x and v != DEFAULT:
+        x = {c: y for c in cases if len(y := ratios(by_case[c][NOVELTY], by_case[c].get(v, [])))}
+        if x and v != NOVELTY:
             cells = [cell(pooled, [x[c]], "{:.2f}") if c in x else "" for c in cases]
             out.append(f"| {v} | {' | '.join(cells)} | {cell(pooled, list(x.values()), '{:.2f}')} |")
     return "\n".join(out)

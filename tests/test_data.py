@@ -145,6 +145,28 @@ def test_every_timestep_is_as_likely_as_every_other_to_end_a_window():
     assert counts.min() > 0.85 and counts.max() < 1.15
 
 
+def test_windows_of_episodes_that_returned_more_are_drawn_more_often():
+    make_dataset("tests/by-return-v0", [3, 9, 5, 20, 1, 8, 4, 10, 2, 7] * 4)
+    d = data.load("tests/by-return-v0")
+    starts = np.flatnonzero(d.train[:, -1] == 0)
+    returns = d.train[starts, -2]
+    assert (np.diff(returns) >= 0).all() and returns[0] < returns[-1]
+    w = data.Windows([d.held_out, d.train], [d.task] * 2, 5, top=0.25)
+    ends = w.sample(40_000, torch.tensor([0.0, 1.0]), torch.Generator().manual_seed(0)).rows[:, -1] - len(d.held_out)
+    share = np.histogram(ends, np.linspace(0, len(d.train), 5))[0] / len(ends)
+    assert np.allclose(share, [0.125, 0.125, 0.125, 0.625], atol=0.02)
+
+
+@given(st.floats(1e-9, 1), st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 1000))
+def test_whatever_is_drawn_is_a_row_of_its_own_task(top, sizes, seed):
+    d, _ = windows()
+    w = data.Windows([np.tile(d.train, (2, 1))[:n] for n in sizes], [d.task] * len(sizes), 5, top=top)
+    task = torch.arange(len(sizes)).repeat_interleave(3)
+    u = torch.tensor([0.0, np.nextafter(1.0, 0.0), np.random.default_rng(seed).random()], dtype=torch.float64).repeat(len(sizes))
+    end = w.end(task, u)
+    assert (end >= w.offset[task]).all() and (end < w.offset[task] + w.size[task]).all()
+
+
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5), st.integers(1, 70), st.integers(0, 1000))
 def test_a_batch_follows_the_shares_to_within_one_window(weights, B, seed):
     d, w = windows()

@@ -230,12 +230,12 @@ def test_a_teacher_of_the_same_seed_is_the_same_to_the_bit(two_tasks, tmp_path):
 
 def test_without_surgery_the_loop_is_plain_adamw_on_the_mixed_loss(teachers, tmp_path):
     """Ten steps of an independent, per-parameter loop give the same student."""
-    options = {"grad_clip": 5.0, "lr": 4e-3, "dtype": "float32"}  # norms of 7.4 to 3.2: AdamW alone would not see their scale
+    options = {"grad_clip": 5.0, "lr": 4e-3, "top": 0.25, "dtype": "float32"}  # norms of 7.4 to 3.2: AdamW alone would not see their scale
     student(teachers, tmp_path, steps=10, surgery="none", curriculum="all", log_interval=100, **options)
     got, _ = dt.load(tmp_path)
     ts = [dt.load(t)[0] for t in teachers]
     sets = [data.load(n) for n in ("tests/a-v0", "tests/b-v0")]
-    w = data.Windows([d.train for d in sets], [d.task for d in sets], 6, targets=True)
+    w = data.Windows([d.train for d in sets], [d.task for d in sets], 6, targets=True, top=0.25)
     distill.cache_targets(ts, w)
     torch.manual_seed(0)
     gen, m = torch.Generator().manual_seed(0), dt.DecisionTransformer(got.cfg)
@@ -324,6 +324,8 @@ def test_teachers_that_do_not_fit_are_told(teachers, tmp_path):
         ({"teachers": teachers, "datasets": ("tests/a-v0",)}, "2 --teachers for 1 tasks"),
         ({"teachers": (teachers[0], teachers[0])}, "same task twice"),
         ({"teachers": teachers, "envs": ("hoper",)}, "unknown env 'hoper'"),
+        ({"teachers": teachers, "top": 0.0}, "--top 0.0: must be above 0"),
+        ({"teachers": teachers, "top": float("nan")}, "--top nan: must be above 0 and at most 1"),
     ):
         with pytest.raises(run.UserError, match=message):
             distill.main(distill.Config(out_dir=str(tmp_path / "s"), **{**TINY, "steps": 2, **options}))
