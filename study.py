@@ -11,7 +11,7 @@ are tuned for each variant and case on seeds of their own (rows of budget "tune"
     updates    as many updates for each variant
     time       as many seconds: what scoring and projecting cost (budget "cost": a few updates of each variant in turns) is taken off the updates
     half       half the updates
-    acting     `acting_steps` updates, then 20 episodes of each task: retention, of the default on the built-in tasks at three sizes
+    acting     `acting_steps` updates, then 20 episodes of each task: retention, on the built-in tasks at three sizes
 
 What is measured: KL(teacher || student) on held-out episodes over training, the worst teacher's and the mean; retention. Interquartile means with 95 %
 stratified bootstrap intervals, probability of improvement and performance profiles as rliable defines them (Agarwal et al. 2021, arXiv 2108.13264).
@@ -86,6 +86,8 @@ VARIANTS = {  # options of distill.py
     # for acting: half of each teacher's windows from the tenth of its data that returned most
     "novelty p=4, top": {"novelty_power": 4.0, "surgery": "none", "top": 0.1},
     "novelty p=4, previous, top": {"novelty_power": 4.0, "surgery": "previous", "top": 0.1},
+    "novelty p=4, top 0.05": {"novelty_power": 4.0, "surgery": "none", "top": 0.05},
+    "novelty p=4, top 0.25": {"novelty_power": 4.0, "surgery": "none", "top": 0.25},
     "all, top": {"curriculum": "all", "surgery": "none", "top": 0.1},
     "fixed, top": {"curriculum": "fixed", "surgery": "none", "top": 0.1},
     # both aims in one score
@@ -109,9 +111,9 @@ LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
 DEFAULT = "novelty p=4, top"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty p=4, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=4"}
-ACTING = (DEFAULT, *BESIDE.values(), "novelty p=4, previous", "all", "fixed")
+ACTING = (DEFAULT, *BESIDE.values(), "novelty p=4, top 0.05", "novelty p=4, top 0.25", "novelty p=4, previous", "all", "fixed")
 NOVELTY = "novelty p=4"  # what others are set beside where KL is compared, which is measured on all windows alike
-SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the default's student's, where it acts on the built-in tasks
+SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where DEFAULT's and NOVELTY's act on the built-in tasks
 POINTS = 10  # of a curve
 
 
@@ -383,7 +385,8 @@ def plan(cfg: Config, rows, stage):
                     elif budget == "time" and slower > 1.1:
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
                     elif budget == "acting" and v in ACTING:
-                        sizes = SIZES if (case, v, cfg.acting_steps) == ("builtin", DEFAULT, Config.acting_steps) else (cfg.compression,)
+                        every_size = case == "builtin" and v in (DEFAULT, NOVELTY) and cfg.acting_steps == Config.acting_steps
+                        sizes = SIZES if every_size else (cfg.compression,)
                         yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in sizes)
 
 
@@ -483,7 +486,7 @@ def report(cfg: Config):
         by_case = of.get((budget, cfg.compression), {})
         reference = of.get(("updates", cfg.compression), {})  # `fixed` is its own time budget
         if budget == "time":
-            by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if v not in vs}, **vs} for c, vs in by_case.items()}
+            by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if cost(rows, c, v) > 0}, **vs} for c, vs in by_case.items()}  # NaN: cost unknown
         variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
         if compared := {c: runs for c, runs in by_case.items() if "fixed" in reference.get(c, {})}:
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
@@ -620,14 +623,15 @@ def kept(runs):
 
 
 def retention_table(acting):
-    """A line for each variant: mean and worst task, and how much more the default's mean is on the same seeds."""
-    out = ["| case | compression | updates | | seeds | mean | worst task | the default's mean less this one |", "|---" * 8 + "|"]
+    """A line for each variant: mean and worst task, and how much more the default's are on the same seeds."""
+    out = ["| case | compression | updates | | seeds | mean | worst task | the default's mean less it | worst task less it |", "|---" * 9 + "|"]
     for (times, steps), by_case in sorted(acting.items()):
         for case, by_variant in by_case.items():
             for v, runs in by_variant.items():
-                more = paired(lambda a, b: a["retention"].mean() - b["retention"].mean(), by_variant.get(DEFAULT, []) if v != DEFAULT else [], runs)
-                out.append(f"| {case} | {times:g} | {steps} | {v} | {len(runs)} | {' | '.join(cell(pooled, [x]) for x in kept(runs).values())} | "
-                           f"{cell(pooled, [more], '{:.3f}') if len(more) else ''} |")  # fmt: skip
+                default = by_variant.get(DEFAULT, []) if v != DEFAULT else []
+                more = [paired(lambda a, b, what=what: (kept([a])[what] - kept([b])[what])[0], default, runs) for what in kept(runs)]
+                cells = [*(cell(pooled, [x]) for x in kept(runs).values()), *(cell(pooled, [x], "{:.3f}") if len(x) else "" for x in more)]
+                out.append(f"| {case} | {times:g} | {steps} | {v} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 
@@ -715,7 +719,7 @@ def plot_retention(path, retention):
     cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
     fig, axes = figure(len(cases), 7.5)
     for ax, case in zip(axes, cases, strict=True):
-        for i, v in enumerate(ACTING):
+        for i, v in enumerate((DEFAULT, *BESIDE.values())):
             points = {t: kept(by_case[case][v]) for t, by_case in retention.items() if v in by_case.get(case, {})}
             if not points:
                 continue

@@ -197,9 +197,9 @@ def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
     assert lines[5].startswith("| retention, worst task | | 0.90 (0.90-0.90) | 0.80 (0.80-0.80) |")
     retention = {5.0: {"conflict": {study.DEFAULT: runs([(1.0, 1.0)] * 3)}}, 15.0: {"conflict": by_variant}}
     lines = study.retention_table({(times, 4000): by_case for times, by_case in retention.items()}).splitlines()
-    assert lines[2] == f"| conflict | 5 | 4000 | {study.DEFAULT} | 3 | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) |  |"
-    assert lines[4] == f"| conflict | 15 | 4000 | {surgery} | 4 | 0.900 (0.900-0.900) | 0.800 (0.800-0.800) | 0.100 (0.100-0.100) |"
-    assert lines[5].endswith("| 0.100 (-4.000 to 0.500) |")  # of 0.5, 0.15, 0.05 and -4
+    assert lines[2] == f"| conflict | 5 | 4000 | {study.DEFAULT} | 3 | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) |  |  |"
+    assert lines[4] == f"| conflict | 15 | 4000 | {surgery} | 4 | 0.900 (0.900-0.900) | 0.800 (0.800-0.800) | 0.100 (0.100-0.100) | 0.100 (0.100-0.100) |"
+    assert lines[5].endswith("| 0.100 (-4.000 to 0.500) | 0.100 (-0.100 to 0.900) |")  # of 0.5, 0.15, 0.05 and -4; of 0.9, 0.2, 0 and -0.1
     study.plot_retention(tmp_path / "retention.png", retention)
     assert (tmp_path / "retention.png").stat().st_size > 10_000
 
