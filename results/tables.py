@@ -28,6 +28,20 @@ def student(run: str) -> str:
     return "\n".join(out)
 
 
+def lower(run: str) -> str:
+    """What students return that are asked for the median of their data's returns: the default's, and one that saw all windows alike."""
+    found = {"student": "median.json", "student, --top 1": "median-top-1.json"}
+    found = {who: json.loads((HERE / run / f).read_bytes())["tasks"] for who, f in found.items() if (HERE / run / f).exists()}
+    if not found:
+        return ""
+    teachers = {name: t["median"] for name, t in json.loads((HERE / run / "model.json").read_bytes())["teachers"].items()}
+    out = [f"| lower target | teacher | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
+    for name, t in teachers.items():
+        returns = [t, *(tasks[name] for tasks in found.values())]
+        out.append(" | ".join((f"| {name}, {t['target']:.0f}", *(f"{m['return_mean']:.0f} ± {m['return_std']:.0f}" for m in returns))) + " |")
+    return "\n".join(out)
+
+
 def speed(device: str) -> str:
     """bench_<device>.csv as Markdown tables, one for each kind of row: median milliseconds, a line for each contender, a column for each size."""
     with open(HERE / f"bench_{device}.csv", newline="") as f:
@@ -72,7 +86,7 @@ def exported(run: str) -> str:
 
 def main():
     for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
-        print(f"\n{run}\n\n{student(run)}")
+        print(f"\n{run}\n\n{student(run)}\n\n{lower(run)}")
         if "onnx" in (files := exported(run)):
             print(f"\n{files}")
     for f in sorted(HERE.glob("bench_*.csv")):
