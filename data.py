@@ -464,7 +464,8 @@ class Windows:
     where: "device": the table lies on the training device; "host": in a file mapped into memory, whose windows are read by a thread while the device is at the
     update before, and copied from pinned memory; "auto": on the host if it would fill more than half of the device's memory.
     targets: whether a row has 2A columns more, for a teacher's outputs (`distill.cache_targets`).
-    top: half of what is drawn of a task comes from this part of its rows, the last ones: of Dataset.train, the episodes that returned most; 1: all alike.
+    top: half of what is drawn of a task comes from this part of its rows, the last ones (of Dataset.train: the episodes that returned most), half from all of them;
+    1: all alike. The simplest of trajectory weightings, Hong et al. 2023, arXiv 2306.13085.
     """
 
     def __init__(self, tables, tasks, context, device="cpu", where="auto", targets=False, top=1.0):
