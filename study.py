@@ -267,12 +267,12 @@ def one_run(spec):
     models, tasks, metrics, train, held_out, held_out_targets = setup(spec["case"], spec["seed"], spec["teachers"], spec["work_dir"])
     extend(spec["weights"], len(tasks))
     total = sum(m.n_params for m in models)
-    options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu"}
+    options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu", "top": 1.0}
     if spec["variant"] == "one student per task":  # each with its part of the windows of every update
         curves, seconds, parameters, returns = [], 0.0, 0, []
         for i, t in enumerate(tasks):
             C = width([t], train.K, 2, total / spec["times"] / len(tasks))
-            cfg = distill.Config(**VARIANTS["all"], **options, top=1.0, n_embd=C, batch_size=distill.Config.batch_size // len(tasks))
+            cfg = distill.Config(**VARIANTS["all"], **options, n_embd=C, batch_size=distill.Config.batch_size // len(tasks))
             of_it = held_out.task == i
             mine = data.Batch(*(x[of_it] for x in held_out[:-1]), held_out.targets[:, of_it])
             mine = mine._replace(task=mine.task * 0, states=mine.states[..., : t.obs_dim], actions=mine.actions[..., : t.act_dim])
@@ -283,7 +283,7 @@ def one_run(spec):
         curve = [(points[0][0], [p[1][0] for p in points]) for points in zip(*curves, strict=True)]
     else:
         C = width(tasks, train.K, 2, total / spec["times"])
-        cfg = distill.Config(**{"top": 1.0, **VARIANTS[spec["variant"]]}, **options, n_embd=C)
+        cfg = distill.Config(**{**options, **VARIANTS[spec["variant"]]}, n_embd=C)
         student, curve, seconds, log = distilled(cfg, models, tasks, train, held_out, held_out_targets)
         parameters, returns = student.n_params, []
         if spec["budget"] == "acting":
@@ -609,9 +609,9 @@ def tuning_table(rows):
     for v in names:
         cells = []
         for c in cases:
-            of = {lr: [worst(r) for r in rows if (r["case"], r["variant"], r["lr"]) == (c, v, lr)] for lr in LRS}
+            best, of = tuned(rows, c, v)[0], {lr: [worst(r) for r in rows if (r["case"], r["variant"], r["lr"]) == (c, v, lr)] for lr in LRS}
             kl = {lr: f"{np.exp(np.log(x).mean()):.3f}" for lr, x in of.items() if x}
-            cells.append(", ".join(f"**{x}**" if lr == tuned(rows, c, v)[0] else x for lr, x in kl.items()))
+            cells.append(", ".join(f"**{x}**" if lr == best else x for lr, x in kl.items()))
         out.append(f"| {v} | {' | '.join(cells)} |")
     return "\n".join(out)
 
