@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a test has one core, and spinning threads would take the others'
+
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -13,8 +15,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "tests"), st
 if "MANYTEACHERS_TESTS" not in os.environ:  # it is in processes that tests start
     _tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
     os.environ["MANYTEACHERS_TESTS"] = _tmp.name
-os.environ["MINARI_DATASETS_PATH"] = f"{os.environ['MANYTEACHERS_TESTS']}/minari"  # before data.py is imported
-os.environ["MANYTEACHERS_CACHE"] = f"{os.environ['MANYTEACHERS_TESTS']}/cache"
+_mine = f"{os.environ['MANYTEACHERS_TESTS']}/{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+os.environ["MINARI_DATASETS_PATH"] = f"{_mine}/minari"  # before data.py is imported
+os.environ["MANYTEACHERS_CACHE"] = f"{_mine}/cache"
 os.environ["MINARI_REMOTE"] = "hf://manyteachers-no-such-repository"
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is never asked
 if not torch.cuda.is_available():

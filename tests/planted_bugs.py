@@ -183,7 +183,7 @@ def main(word=""):
             text = (tree / file).read_text()
             assert text.count(there) == 1, f"{file} holds this {text.count(there)} times, not once: {there}"
             (tree / file).write_text(text.replace(there, planted))
-            p = subprocess.run([sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", f"tests/{tests}", "-k", names], cwd=tree, capture_output=True, text=True)
+            p = subprocess.run([sys.executable, "-m", "pytest", "-qx", "-n0", "-p", "no:cacheprovider", f"tests/{tests}", "-k", names], cwd=tree, capture_output=True, text=True)
             (tree / file).write_text(text)
             found = p.returncode == 1
             print(f"{'found   ' if found else 'SURVIVED'} {file}: {planted.strip()[:90]}", flush=True)
