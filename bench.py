@@ -194,18 +194,11 @@ def ours_policy(device, dtype, size):
 
 
 def onnx_policy(device, dtype, size, int8=False):
-    import tempfile
-
     import export
 
     step_ = export.Step(*acting_model(size), 0).eval()
     blob = export.to_onnx(step_, 0)
-    if int8:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "a.onnx").write_bytes(blob)
-            export.quantise(Path(folder) / "a.onnx", Path(folder) / "b.onnx")
-            blob = (Path(folder) / "b.onnx").read_bytes()
-    runtime, obs, t = export.session(blob), episodes()[0].numpy(), 0
+    runtime, obs, t = export.session(export.quantised(blob) if int8 else blob), episodes()[0].numpy(), 0
     start = {k: x.numpy() for k, x in zip(export.NAMES[0], step_.inputs(1), strict=True)}
     given = dict(start)
 

@@ -18,6 +18,7 @@ import importlib.util
 import io
 import logging
 import platform
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -94,12 +95,16 @@ def to_onnx(step: Step, batch: int) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def quantise(file, into):
-    """A file's weights in 8 bits, activations scaled as they come (onnxruntime's dynamic quantisation); of Gemm and MatMul alone, its Attention is not ONNX's."""
+def quantised(blob: bytes) -> bytes:
+    """A file with weights in 8 bits, activations scaled as they come (onnxruntime's dynamic quantisation); of Gemm and MatMul alone, its Attention is not ONNX's."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger().setLevel(logging.ERROR)  # it advises a preprocessing that changes nothing here
-    quantize_dynamic(str(file), str(into), op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+    logging.disable(logging.WARNING)  # it advises a preprocessing that changes nothing here
+    with tempfile.TemporaryDirectory() as tmp:
+        quantize_dynamic(onnx.load_from_string(blob), f"{tmp}/int8.onnx", op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+        logging.disable(logging.NOTSET)
+        return Path(f"{tmp}/int8.onnx").read_bytes()
 
 
 def session(file):
@@ -169,13 +174,11 @@ def main(cfg: Config):
         if path.exists() and not cfg.overwrite:
             raise run.UserError(f"{path} is there already; add --overwrite")
         step = Step(model, task, index).eval()
-        blob = to_onnx(step, cfg.batch)
-        run.write(path, blob)
-        files = {path.name: blob}
+        files = {path.name: to_onnx(step, cfg.batch)}
         if cfg.int8:
-            small = path.with_suffix(".int8.onnx")
-            quantise(path, small)
-            files[small.name] = small.read_bytes()
+            files[path.with_suffix(".int8.onnx").name] = quantised(files[path.name])
+        for name, blob in files.items():
+            run.write(path.with_name(name), blob)
         card = {"task": task.name, "environment": task.env_id, "environment_options": task.env_kwargs, "max_steps": task.max_steps, "targets": task.targets,
                 "observation": task.obs_dim, "action_shape": [] if task.discrete else [task.act_dim], "action_type": "int64" if task.discrete else "float32",
                 "action_low": task.act_low, "action_high": task.act_high, "memory": int(np.prod(step.shape)),

@@ -27,7 +27,8 @@ env = gym.make(card["environment"], max_episode_steps=card["max_steps"], **card[
 returns = []
 for i in range(args.episodes):
     observation, _ = env.reset(seed=args.seed + i)
-    left, action, memory = args.target or card["targets"]["p95"], np.zeros((1, *card["action_shape"]), card["action_type"]), np.zeros((1, card["memory"]), np.float32)
+    left = card["targets"]["p95"] if args.target is None else args.target
+    action, memory = np.zeros((1, *card["action_shape"]), card["action_type"]), np.zeros((1, card["memory"]), np.float32)
     returns.append(0.0)
     for t in range(card["max_steps"]):
         action, memory = session.run(None, {
