@@ -86,6 +86,8 @@ VARIANTS = {  # options of distill.py
     # for acting: half of each teacher's windows from the tenth of its data that returned most
     "novelty p=4, top": {"novelty_power": 4.0, "surgery": "none", "top": 0.1},
     "novelty p=4, previous, top": {"novelty_power": 4.0, "surgery": "previous", "top": 0.1},
+    "novelty p=1, top": {"novelty_power": 1.0, "surgery": "none", "top": 0.1},
+    "novelty p=2, top": {**P2, "surgery": "none", "top": 0.1},
     "novelty p=4, top 0.05": {"novelty_power": 4.0, "surgery": "none", "top": 0.05},
     "novelty p=4, top 0.25": {"novelty_power": 4.0, "surgery": "none", "top": 0.25},
     "all, top": {"curriculum": "all", "surgery": "none", "top": 0.1},
@@ -111,7 +113,7 @@ LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
 DEFAULT = "novelty p=4, top"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty p=4, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=4"}
-ACTING = (DEFAULT, *BESIDE.values(), "novelty p=4, top 0.05", "novelty p=4, top 0.25", "novelty p=4, previous", "all", "fixed")
+ACTING = (DEFAULT, *BESIDE.values(), "novelty p=1, top", "novelty p=2, top", "novelty p=4, top 0.05", "novelty p=4, top 0.25", "novelty p=4, previous", "all", "fixed")
 NOVELTY = "novelty p=4"  # what others are set beside where KL is compared, which is measured on all windows alike
 SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where DEFAULT's and NOVELTY's act on the built-in tasks
 POINTS = 10  # of a curve
