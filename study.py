@@ -83,15 +83,6 @@ VARIANTS = {  # options of distill.py
     "uniform, average": {"curriculum": "uniform", "surgery": "average"},
     "fixed, average": {"curriculum": "fixed", "surgery": "average"},
     "novelty p=inf, average": {"novelty_power": math.inf, "surgery": "average"},
-    # for acting: half of each teacher's windows from the tenth of its data that returned most
-    "novelty p=4, top": {"novelty_power": 4.0, "surgery": "none", "top": 0.1},
-    "novelty p=4, previous, top": {"novelty_power": 4.0, "surgery": "previous", "top": 0.1},
-    "novelty p=1, top": {"novelty_power": 1.0, "surgery": "none", "top": 0.1},
-    "novelty p=2, top": {**P2, "surgery": "none", "top": 0.1},
-    "novelty p=4, top 0.05": {"novelty_power": 4.0, "surgery": "none", "top": 0.05},
-    "novelty p=4, top 0.25": {"novelty_power": 4.0, "surgery": "none", "top": 0.25},
-    "all, top": {"curriculum": "all", "surgery": "none", "top": 0.1},
-    "fixed, top": {"curriculum": "fixed", "surgery": "none", "top": 0.1},
     # both aims in one score
     "novelty, alignment 1": {**P2, "surgery": "none", "alignment_weight": 1.0},
     "novelty, alignment 4": {**P2, "surgery": "none", "alignment_weight": 4.0},
@@ -109,11 +100,14 @@ VARIANTS = {  # options of distill.py
     "data": {"curriculum": "all", "surgery": "none", "loss": "nll"},  # no teachers
     "one student per task": {"curriculum": "all", "surgery": "none"},  # of the same size together
 }
+for v in ("fixed", "all", "novelty p=1", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous"):
+    VARIANTS[f"{v}, top"] = {**VARIANTS[v], "top": 0.1}  # for acting: half of each teacher's windows from the tenth of its data that returned most
+VARIANTS |= {f"novelty p=4, top {part}": {**VARIANTS["novelty p=4"], "top": part} for part in (0.05, 0.25)}
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
 DEFAULT = "novelty p=4, top"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty p=4, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=4"}
-ACTING = (DEFAULT, *BESIDE.values(), "novelty p=1, top", "novelty p=2, top", "novelty p=4, top 0.05", "novelty p=4, top 0.25", "novelty p=4, previous", "all", "fixed")
+ACTING = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty p=4, previous", *(v for v in VARIANTS if "top" in VARIANTS[v]))
 NOVELTY = "novelty p=4"  # what others are set beside where KL is compared, which is measured on all windows alike
 SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where DEFAULT's and NOVELTY's act on the built-in tasks
 POINTS = 10  # of a curve

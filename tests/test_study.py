@@ -119,6 +119,13 @@ def test_a_study_makes_the_runs_that_are_missing_and_no_others(tiny, capsys):
     assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in lost.items() if k not in timing}
 
 
+def test_the_default_is_what_distill_does_unasked():
+    unasked = {f.name: f.default for f in study.dataclasses.fields(study.distill.Config)}
+    assert study.VARIANTS[study.DEFAULT] == {k: unasked[k] for k in study.VARIANTS[study.DEFAULT]} and unasked["curriculum"] == "novelty"
+    assert {**study.VARIANTS[study.NOVELTY], "top": unasked["top"]} == study.VARIANTS[study.DEFAULT]
+    assert {**study.VARIANTS[study.BESIDE["with surgery"]], "surgery": "none"} == study.VARIANTS[study.DEFAULT]
+
+
 def test_a_seed_draws_the_teachers_too(tiny):
     drawn = {tuple(m.head.weight.sum().item() for m in study.setup("tests", seed, 2, tiny.work_dir)[0]) for seed in range(12)}
     assert len(drawn) == 4
