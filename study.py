@@ -6,7 +6,7 @@
     python study.py --report                     # table and figures from the CSV alone, in seconds
 
 A run is one student: one row, with all that made it. Its seed draws teachers too, one of three for each task, trained on other seeds. Learning rates
-are tuned for each variant and case on seeds of their own (rows of budget "tune"), then fixed. Budgets:
+are tuned for each variant and case on seeds of their own (rows of budget "tune"), over a grid that goes on where an end of it does best, then fixed. Budgets:
 
     updates    as many updates for each variant
     time       as many seconds: what scoring and projecting cost (budget "cost": a few updates of each variant in turns) is taken off the updates
@@ -83,6 +83,7 @@ VARIANTS = {  # options of distill.py
     "uniform, average": {"curriculum": "uniform", "surgery": "average"},
     "fixed, average": {"curriculum": "fixed", "surgery": "average"},
     "novelty p=inf, average": {"novelty_power": math.inf, "surgery": "average"},
+    "novelty, reverse": {**P2, "surgery": "none", "kl": "reverse"},  # KL(student || teacher)
     # both aims in one score
     "novelty, alignment 1": {**P2, "surgery": "none", "alignment_weight": 1.0},
     "novelty, alignment 4": {**P2, "surgery": "none", "alignment_weight": 4.0},
@@ -100,10 +101,10 @@ VARIANTS = {  # options of distill.py
     "data": {"curriculum": "all", "surgery": "none", "loss": "nll"},  # no teachers
     "one student per task": {"curriculum": "all", "surgery": "none"},  # of the same size together
 }
-for v in ("fixed", "all", "novelty p=1", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous"):
+for v in ("fixed", "all", "novelty p=1", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, reverse", "data"):
     VARIANTS[f"{v}, top"] = {**VARIANTS[v], "top": 0.1}  # for acting: half of each teacher's windows from the tenth of its data that returned most
 VARIANTS |= {f"novelty p=4, top {part}": {**VARIANTS["novelty p=4"], "top": part} for part in (0.05, 0.25)}
-LRS = (4e-3, 8e-3, 16e-3, 32e-3)
+LRS = (4e-3, 8e-3, 16e-3, 32e-3)  # the grid that rates() begins with
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
 DEFAULT = "novelty p=4, top"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty p=4, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=4"}
@@ -337,9 +338,22 @@ def worst(r):
 
 def tuned(rows, case, variant):
     """The learning rate with which the worst teacher's last KL is lowest on the tuning seeds, geometric mean; and those seeds' KL of each teacher with it."""
-    by_lr = {lr: [r for r in rows if (r["case"], r["variant"], r["budget"], r["lr"]) == (case, variant, "tune", lr)] for lr in LRS}
-    lr = min(LRS, key=lambda lr: np.log([worst(r) for r in by_lr[lr]]).mean() if by_lr[lr] else math.inf)
+    by_lr = {lr: [] for lr in LRS}
+    for r in rows:
+        if (r["case"], r["variant"], r["budget"]) == (case, variant, "tune"):
+            by_lr.setdefault(r["lr"], []).append(r)
+    lr = min(sorted(by_lr), key=lambda lr: np.log([worst(r) for r in by_lr[lr]]).mean() if by_lr[lr] else math.inf)
     return lr, [r["kl"][-1] for r in by_lr[lr]]
+
+
+def rates(rows, case, variant):
+    """The learning rates to tune over: LRS and, while the lowest or highest of those tried does best, half or twice that."""
+    tried = {r["lr"] for r in rows if (r["case"], r["variant"], r["budget"]) == (case, variant, "tune")}
+    if not tried.issuperset(LRS):
+        return LRS
+    best, kl = tuned(rows, case, variant)
+    ends = {min(tried): best / 2, max(tried): best * 2} if np.isfinite(kl).all() else {}
+    return [*tried, *(ends[lr] for lr in ends if lr == best)]
 
 
 def weights(rows, case, variant):
@@ -366,7 +380,10 @@ def plan(cfg: Config, rows, stage):
             for seed in range(100, 100 + cfg.tune_seeds):
                 for v in dict.fromkeys((*also, *names)):
                     if ("w=" in v) == (stage == 1):
-                        yield from ({"case": case, "variant": v, "budget": "tune", "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed} for lr in LRS)
+                        yield from (
+                            {"case": case, "variant": v, "budget": "tune", "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed}
+                            for lr in rates(rows, case, v)
+                        )
         return
     for budget in ["cost" if b == "time" else b for b in cfg.budgets] if stage == 2 else {"time"} & set(cfg.budgets):
         for seed in range(5 if budget == "cost" else cfg.seeds):
@@ -409,12 +426,14 @@ def main(cfg: Config):
             raise run.UserError("upgrad and cagrad need torchjd: pip install 'torchjd[quadprog_projector,cagrad]'; or --without upgrad cagrad")
         train_teachers(cfg)
         for stage in range(4):
-            rows = read(cfg.out)
-            there = {tuple(r[k] for k in KEY) for r in rows}
-            specs = [s for s in plan(cfg, rows, stage) if tuple(s[k] for k in KEY) not in there]
-            if specs:
+            while specs := missing(cfg, rows := read(cfg.out), stage):
                 run_all(cfg, specs, rows)
     report(cfg)
+
+
+def missing(cfg: Config, rows, stage):
+    there = {tuple(r[k] for k in KEY) for r in rows}
+    return [s for s in plan(cfg, rows, stage) if tuple(s[k] for k in KEY) not in there]
 
 
 def run_all(cfg: Config, specs, rows):
@@ -473,6 +492,9 @@ def report(cfg: Config):
     rows = read(cfg.out)
     if not rows:
         raise run.UserError(f"{cfg.out} holds no run; run study.py without --report first")
+    lrs = {(r["case"], r["variant"]): 0.0 for r in rows if r["budget"] == "tune"}
+    lrs = {of: tuned(rows, *of)[0] for of in lrs}  # a row of a rate that has since lost to another counts no more; but for what an update costs
+    rows = [r for r in rows if r["budget"] in ("tune", "cost") or r["lr"] == lrs.get((r["case"], r["variant"]), r["lr"])]
     of, acting = {}, {}  # {(budget, times): {case: {variant: runs, by seed}}}, {(times, steps): the same}
     for r in sorted(rows, key=lambda r: (list(CASES).index(r["case"]), r["seed"])):
         group = acting.setdefault((r["times"], r["steps"]), {}) if r["budget"] == "acting" else of.setdefault((r["budget"], r["times"]), {})
@@ -598,15 +620,17 @@ def details(by_case, reference, variants, rows):
 
 
 def tuning_table(rows):
-    """A line for each variant: in each case, its KL with each learning rate on the tuning seeds; in bold, with the one that the study takes."""
+    """A line for each variant: in each case, its KL with each learning rate on the tuning seeds (those off the grid in brackets); in bold, the one taken."""
     rows = [r for r in rows if r["budget"] == "tune"]
     cases, names = ([k for k in table if any(r[key] == k for r in rows)] for table, key in ((CASES, "case"), (VARIANTS, "variant")))
-    out = [f"| with {', '.join(f'{1000 * lr:g}' for lr in LRS)} thousandths | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    out = [f"| with {', '.join(f'{1000 * lr:g}' for lr in LRS)} thousandths, or as said | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
     for v in names:
         cells = []
         for c in cases:
-            best, of = tuned(rows, c, v)[0], {lr: [worst(r) for r in rows if (r["case"], r["variant"], r["lr"]) == (c, v, lr)] for lr in LRS}
-            kl = {lr: f"{np.exp(np.log(x).mean()):.3f}" for lr, x in of.items() if x}
+            best, of = tuned(rows, c, v)[0], {}
+            for r in rows:
+                of.setdefault(r["lr"], []).extend([worst(r)] if (r["case"], r["variant"]) == (c, v) else [])
+            kl = {lr: f"{np.exp(np.log(of[lr]).mean()):.3f}{'' if lr in LRS else f' ({1000 * lr:g})'}" for lr in sorted(of) if of[lr]}
             cells.append(", ".join(f"**{x}**" if lr == best else x for lr, x in kl.items()))
         out.append(f"| {v} | {' | '.join(cells)} |")
     return "\n".join(out)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shutil
 
 import matplotlib.pyplot as plt
@@ -96,14 +97,19 @@ def rows_of(path):
         return list(csv.DictReader(f))
 
 
+def tried(rows):
+    return {v: {float(r["lr"]) for r in rows if r["variant"] == v and r["budget"] == "tune"} for v in {r["variant"] for r in rows}}
+
+
 def test_a_study_makes_the_runs_that_are_missing_and_no_others(tiny, capsys):
     study.main(tiny)
     rows = rows_of(tiny.out)
-    assert len(rows) == 6 * 2 + 2 * (6 + 3)  # tuned at two rates; two seeds of all, and three of them with half the updates
+    assert sum(r["budget"] != "tune" for r in rows) == 2 * (6 + 3)  # two seeds of all, and three of them with half the updates
+    assert all(study.tuned(study.read(tiny.out), "tests", v)[0] < max(rates) for v, rates in tried(rows).items())  # beyond the grid where need be
     assert len({tuple(r[k] for k in study.KEY) for r in rows}) == len(rows)
     said = capsys.readouterr().out
     assert "| novelty p=2 | 2 |" in said and "equal updates" in said
-    assert "| fixed | 8 | 1.00 | 1.00 |" in said or "| fixed | 1 | 1.00 | 1.00 |" in said  # it is what the others are counted by
+    assert re.search(r"\| fixed \| \d+ \| 1.00 \| 1.00 \|", said)  # it is what the others are counted by
     for picture in ("study_orders.png", "study_surgery.png"):
         pixels = plt.imread(study.Path(tiny.out).parent / picture)[..., :3]
         assert (np.ptp(pixels, axis=-1) > 0.2).sum() > 100  # axes are black and grey, what is drawn in them has colours
@@ -167,6 +173,14 @@ def test_a_learning_rate_is_chosen_by_the_worst_teachers_last_kl_on_the_tuning_s
     rows = [row("tune", 4e-3, 0.1, 0.5), row("tune", 8e-3, 0.3, 0.4), row("tune", 16e-3, 0.01, 0.6), row("updates", 32e-3, 0.0, 0.0), row("tune", 32e-3, math.nan, 0.1)]
     assert study.tuned(rows, "alone", "all")[0] == 8e-3
     assert study.tuning_table(rows).splitlines()[2] == "| all | 0.500, **0.400**, 0.600, inf |"
+    assert set(study.rates(rows, "alone", "all")) == set(study.LRS) == set(study.rates([], "alone", "all"))
+    rows[0]["kl"][-1] = 0.2  # now the lowest rate does best: half of it is tried, and again if that does better, and not if it is worse
+    assert set(study.rates(rows, "alone", "all")) == {2e-3, *study.LRS}
+    rows.append(row("tune", 2e-3, 0.1, 0.1))
+    assert set(study.rates(rows, "alone", "all")) == {1e-3, 2e-3, *study.LRS}
+    rows[-1]["kl"][-1] = 0.3
+    assert set(study.rates(rows, "alone", "all")) == {2e-3, *study.LRS}
+    assert study.tuning_table(rows).splitlines()[2] == "| all | 0.300 (2), **0.200**, 0.400, 0.600, inf |"
 
 
 def test_how_soon_a_kl_is_reached():
