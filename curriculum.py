@@ -40,7 +40,7 @@ def novelty(d, step, shares, generator, power: float = 4.0):
     return proportional(torch.where(top > 0, (d / top) ** power, 1.0))  # d / top: the scale of d does not matter, nor overflow
 
 
-def least(d, step, shares, generator, power: float = 2.0):
+def least(d, step, shares, generator, power: float = 4.0):
     """s_i ~ d_i^-power: the control, learn from the most familiar."""
     low = checked(d).min()
     if power == float("inf"):
@@ -66,7 +66,8 @@ def all_at_once(d, step, shares, generator):
 def dro(d, step, shares, generator, eta: float = 0.01):
     """Exponentiated gradient on the shares: s_i <- s_i exp(eta d_i / mean(d)) (group DRO, Sagawa et al. 2020, arXiv 1911.08731, algorithm 1;
     there d_i itself: its mean takes the scale of the KL out of eta)."""
-    w = shares * (eta * checked(d) / d.mean().clamp_min(torch.finfo(d.dtype).tiny)).exp()
+    w = shares - FLOOR / len(d)  # without the floor, which would else pull them back towards each other in every update
+    w = w.clamp_min(1e-6) * (eta * checked(d) / d.mean().clamp_min(torch.finfo(d.dtype).tiny)).exp()
     return proportional(w)
 
 

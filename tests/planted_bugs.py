@@ -32,7 +32,7 @@ BUGS = [
     ("curriculum.py", "(d == top).int().argmax()", "(d == top).int().flip(0).argmax()", "test_curriculum.py", "infinite_power or ties"),
     ("curriculum.py", "    if bad:", "    if False:", "test_curriculum.py", "nan"),
     ("curriculum.py", "step % len(checked(d))", "step // 2 % len(checked(d))", "test_curriculum.py", "fixed_visits"),
-    ("curriculum.py", "w = shares * (eta", "w = (eta", "test_curriculum.py", "dro_accumulates"),
+    ("curriculum.py", "w = w.clamp_min(1e-6) * (eta", "w = (eta", "test_curriculum.py", "dro_accumulates"),
     ("curriculum.py", "/ d.mean().clamp_min(torch.finfo(d.dtype).tiny)", "", "test_curriculum.py", "scale_of_the_distances"),
     ("kernels/kl.py", "if direction == \"forward\":", "if direction == \"reverse\":", "test_kernels.py", "torch_distributions"),
     ("kernels/kl.py", "* temperature**2 + sigma_floor", "* temperature + sigma_floor", "test_kernels.py", "torch_distributions"),

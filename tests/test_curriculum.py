@@ -81,6 +81,13 @@ def test_dro_accumulates_and_novelty_does_not():
         assert (second[1] > first[1] + 1e-4) == grows
 
 
+def test_dro_goes_on_to_the_teacher_that_stays_far():
+    d, shares = torch.tensor([1.0, 0.1, 0.1]), torch.full((3,), 1 / 3)
+    for step in range(1000):
+        shares = curriculum.dro(d, step, shares, torch.Generator())
+    assert shares[0] > 0.9 and (shares >= curriculum.FLOOR / 3 - 1e-6).all()
+
+
 @given(st.integers(1, 8))
 def test_ties_go_to_the_lowest_index(n):
     for name in ("novelty", "least"):
