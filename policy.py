@@ -4,13 +4,13 @@
     policy.reset("hopper", target_return=3000)
     action = policy.act(observation)            # then, until the episode ends, policy.act(observation, reward)
 
-Batched, also for gymnasium.make_vec, whose episodes begin anew by themselves:
+Batched, also for gymnasium.make_vec, whose episodes begin anew by themselves, in this mode with the step that ends them:
 
-    envs = gymnasium.make_vec("Hopper-v5", 16)
+    envs = gymnasium.make_vec("Hopper-v5", 16, "sync", vector_kwargs={"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP})
     policy.reset("hopper", episodes=16)
     observations, rewards, ended = envs.reset()[0], np.zeros(16), np.zeros(16, bool)
     while ...:
-        actions = policy.act(observations, rewards, began=ended)    # an observation after an end is a new episode's first
+        actions = policy.act(observations, rewards, began=ended)    # what was observed with an end is the next episode's first
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         ended = terminated | truncated
 """
