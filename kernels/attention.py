@@ -233,7 +233,7 @@ def _block_forward(
     T, nh, hs, window, row, scale, p,
     BM: tl.constexpr, D: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, pair = tl.program_id(0), tl.program_id(1)
+    pair, m = tl.program_id(0), tl.program_id(1)
     b, h, C = (pair // nh).to(tl.int64), pair % nh, nh * hs
     base = qkv + b * window + h * hs
     i = m * BM + tl.arange(0, BM)
@@ -262,7 +262,7 @@ def _block_backward(
     T, nh, hs, window, row, scale, p,
     BM: tl.constexpr, D: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, pair = tl.program_id(0), tl.program_id(1)
+    pair, m = tl.program_id(0), tl.program_id(1)
     b, h, C = (pair // nh).to(tl.int64), pair % nh, nh * hs
     base, ybase, to = qkv + b * window + h * hs, b * T * C + h * hs, dqkv + b * T * 3 * C + h * hs
     lse += pair.to(tl.int64) * T
@@ -303,7 +303,7 @@ def _block_tangent(
     T, nh, hs, window, row, scale, p,
     BM: tl.constexpr, D: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, pair = tl.program_id(0), tl.program_id(1)
+    pair, m = tl.program_id(0), tl.program_id(1)
     b, h, C = (pair // nh).to(tl.int64), pair % nh, nh * hs
     base, tbase, ybase = qkv + b * window + h * hs, tqkv + b * T * 3 * C + h * hs, b * T * C + h * hs
     i = m * BM + tl.arange(0, BM)
@@ -346,7 +346,7 @@ def _launch(tile, block, qkv, mask, seed, n_head, p, lse, *args):
                                           num_warps=4, **const)  # fmt: skip
     else:
         BM = 64 if D <= 64 else 32
-        block[(triton.cdiv(T, BM), B * n_head)](qkv, mask, seed, *lse, *args, T, n_head, hs, qkv.stride(0), qkv.stride(1), scale, p, BM=BM, num_warps=4, **const)
+        block[(B * n_head, triton.cdiv(T, BM))](qkv, mask, seed, *lse, *args, T, n_head, hs, qkv.stride(0), qkv.stride(1), scale, p, BM=BM, num_warps=4, **const)
 
 
 class _Attention(torch.autograd.Function):
