@@ -435,7 +435,8 @@ def load(name: str, seed: int = 0) -> Dataset:
     if known and known.reference:
         reference, source = known.reference, "D4RL constants" if known.dataset is None else "data.ENVS"
     else:
-        reference, source = (float(returns.min()), float(returns.max())), "the dataset's lowest and highest return"
+        low, high = float(returns.min()), float(returns.max())
+        reference, source = (low if low < high else min(0.0, high - 1), high), "the dataset's lowest and highest return"
     saturation = about.pop("saturation")
     task = Task(
         name=task_name(id_), dataset=id_, obs_dim=len(mean), act_dim=len(about["act_low"]),

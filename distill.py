@@ -31,7 +31,7 @@ import report
 import run
 import surgery
 import teacher
-from kernels.kl import head_kl, per_teacher, policies
+from kernels.kl import DIRECTIONS, head_kl, per_teacher, policies
 from kernels.project import project_adamw
 
 ORDERS, SURGERIES = Literal[tuple(curriculum.METHODS)], Literal[tuple(surgery.METHODS)]
@@ -56,7 +56,7 @@ class Config:
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
     alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update
     loss: Literal["kl", "mse", "nll"] = "kl"  # baselines: mse of the means, or probabilities; nll of the data's own actions, with no teacher
-    kl: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
+    kl: Literal[DIRECTIONS] = "forward"  # KL(teacher || student), or KL(student || teacher)
     sigma_floor: float = 0.05  # added to every variance of continuous actions, squared; in units of half their range
     temperature: float = 1.0  # times the teacher's sigma; its logits over it
     top: float = 0.1  # half of a teacher's windows come from this part of its data, that of the highest returns; 1: all alike (0.97 of scores are kept, with 0.1 1.01)
@@ -82,7 +82,7 @@ class Config:
     wandb: bool = False  # also log to Weights & Biases, project manyteachers
     checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
     resume: bool = False  # go on from the last checkpoint, a teacher's too, if there is one
-    overwrite: bool = False  # replace a finished run of other settings
+    overwrite: bool = False  # replace a run of other settings, or an unfinished one
 
 
 # ---- teachers and their targets --------------------------------------------------------------------------------------
@@ -101,11 +101,12 @@ def find_teachers(cfg: Config):
         if not cfg.teachers and not run.read_json(path / "metrics.json"):
             print(f"no teacher in {path}: training it", flush=True)
             which = {"env": names[i]} if names[i] in data.ENVS else {"dataset": names[i]}
-            teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, eval_episodes=cfg.eval_episodes,
-                                        checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume, data_device=cfg.data_device,
-                                        tensorboard=cfg.tensorboard, wandb=cfg.wandb))  # fmt: skip
+            teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, dtype=cfg.dtype,
+                                        eval_episodes=cfg.eval_episodes, checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume, overwrite=cfg.overwrite,
+                                        data_device=cfg.data_device, tensorboard=cfg.tensorboard, wandb=cfg.wandb))  # fmt: skip
         elif not cfg.teachers:
-            print(f"teacher of {names[i]} is there: {path}")
+            trained = (run.read_json(path / "config.json") or {}).get("steps")
+            print(f"teacher of {names[i]} is there: {path}{f', of {trained} updates in place of {cfg.teacher_steps}' if trained != cfg.teacher_steps else ''}")
         model, meta = dt.load(path, run.device(cfg))
         task = data.tasks(meta, path)[0]
         if names and task.name != names[i]:
@@ -187,7 +188,7 @@ def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Bat
     N, theta = len(act_dims), dt.flatten(student)
 
     def targets(batch):
-        return live_targets(teachers, batch) if cfg.targets == "live" else batch.targets
+        return live_targets(teachers, batch) if cfg.targets == "live" and cfg.loss != "nll" else batch.targets
 
     def sums_and_counts(batch, wanted, vector=None, loss=cfg.loss):
         """sums (N,): the student's distance from each teacher, summed over the batch's timesteps of that teacher; counts (N,): how many there are."""
@@ -313,14 +314,18 @@ LOG_ROWS = 10_000  # a training of more updates logs every second, third, ... of
 
 
 def main(cfg: Config):
-    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0,
-              teacher_steps=1, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1, checkpoint_interval=1)  # fmt: skip
+    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0, teacher_steps=1, novelty_power=0,
+              sigma_floor=0, temperature=1e-3, grad_clip=1e-9, weight_decay=0, probe_windows=1, probe_interval=1, checkpoint_interval=1)  # fmt: skip
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
     if not 0 < cfg.top <= 1:
         raise run.UserError(f"--top {cfg.top}: must be above 0 and at most 1")
     if cfg.surgery_scope == "teacher" and cfg.surgery in ("none", *surgery.EACH):
         raise run.UserError(f"--surgery-scope teacher: with --surgery {cfg.surgery} there is nothing to project by teacher; choose previous, switch or average")
+    if cfg.loss == "nll" and cfg.curriculum in ("novelty", "least", "dro"):
+        raise run.UserError(f"--loss nll is no distance, for it may be negative: with --curriculum {cfg.curriculum} it means nothing; choose all, fixed or uniform")
+    if not math.isfinite(cfg.alignment_weight):
+        raise run.UserError(f"--alignment-weight {cfg.alignment_weight}: must be finite")
     for e in cfg.envs:
         data.dataset_id(e)  # a mistyped one is told before anything is done
     out = Path(cfg.out_dir)
@@ -342,7 +347,8 @@ def main(cfg: Config):
             if json.dumps(dataclasses.asdict(t)) != json.dumps(dataclasses.asdict(s.task)):
                 raise run.UserError(f"dataset {t.dataset} is not what the teacher of {t.name} was trained on any more; train the teacher again with --overwrite")
         context = teachers[0].cfg.context
-        train = data.Windows([s.train for s in sets], tasks, context, device, cfg.data_device, cfg.targets == "cached", cfg.top)
+        cached = cfg.targets == "cached" and cfg.loss != "nll"  # which asks no teacher
+        train = data.Windows([s.train for s in sets], tasks, context, device, cfg.data_device, cached, cfg.top)
         held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device).spread(256)
         del sets, s  # in the windows now
     torch.manual_seed(cfg.seed)
@@ -353,7 +359,7 @@ def main(cfg: Config):
     print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}, blocks in "
           f"{'bfloat16' if student.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)
     with clock("targets"):
-        if cfg.targets == "cached":
+        if cached:
             cache_targets(teachers, train)
         held_out_targets = live_targets(teachers, held_out)
 
@@ -374,7 +380,11 @@ def main(cfg: Config):
     written, elapsed = max(first // cfg.log_interval * cfg.log_interval, min(first, 1)), saved.seconds  # rows logged before
     with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=True if run.rank() else None) as bar, saved:
         for step in range(first, cfg.steps):
-            update(step)
+            try:
+                update(step)
+            except ValueError as e:  # a curriculum was told a distance that is NaN
+                dt.save(out, student, meta)
+                raise run.UserError(f"{e} in step {step + 1} of the student: stopped; it is kept in {out}; try a lower --lr than {cfg.lr:g}") from None
             bar.update()
             if not run.rank() and (step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
                 held = held_out_kl()

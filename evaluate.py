@@ -55,6 +55,7 @@ def rollout(model, task: data.Task, index: int, target: float, episodes: int, se
 def play(policy, task: data.Task, target: float, episodes: int, seed: int, film=False):
     """A policy's episodes, all as one batch. policy: a policy.Policy, or anything with its reset, act and keep. Returns (E,) returns, and every fourth
     frame of the first episode."""
+    check([task])
     limit = task.max_steps
     envs = [data.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
             for i in range(episodes)]  # fmt: skip
@@ -99,11 +100,13 @@ def film(model, task, index, target, seed, file, width=320, **options):
         got, frames = rollout(model, task, index, target, 1, seed, film=True)
         pictures = [Image.fromarray(f) for f in frames]
         pictures = [p.resize((width, width * p.height // p.width)) for p in pictures]
-        pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=40, loop=0, **options)
-        return got[0]
+    except run.UserError:
+        raise
     except Exception as e:  # no display, no EGL, no GL library: each platform fails in its own way
         why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         raise run.UserError(f"no film of {task.name}: rendering does not work here ({why}); try MUJOCO_GL=egl or osmesa") from None
+    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=40, loop=0, **options)
+    return got[0]
 
 
 def main(cfg: Config):
@@ -120,11 +123,11 @@ def main(cfg: Config):
             continue
         returns, _ = rollout(model, task, i, target, cfg.eval_episodes, cfg.seed)
         out[task.name] = {"target": target, **scores(returns, task)}
-        teacher = meta.get("teachers", {}).get(task.name)
+        teacher = meta.get("teachers", {}).get(task.name, {}).get("normalized_score")
         row = {"task": task.name, "target": target, "return": out[task.name]["return_mean"], "std": out[task.name]["return_std"],
                "score": out[task.name]["normalized_score"]}  # fmt: skip
         if teacher and cfg.target == "p95":
-            row["retention"] = out[task.name]["retention"] = row["score"] / teacher["normalized_score"]
+            row["retention"] = out[task.name]["retention"] = row["score"] / teacher
         rows.append(row)
         if cfg.video:
             path = Path(cfg.run) / f"{task.name.replace('/', '-')}.gif"

@@ -323,7 +323,7 @@ def write_json(path, x):
 
 
 _locks = {}  # open files by path, whose locks the system gives back when the process ends, however it ends
-NOT_OF_A_RUN = ("overwrite", "resume", "checkpoint_interval", "data_device", "tensorboard", "wandb")  # options that don't change what comes out
+NOT_OF_A_RUN = ("out_dir", "overwrite", "resume", "checkpoint_interval", "data_device", "tensorboard", "wandb")  # options that don't change what comes out
 
 
 def settings(cfg) -> dict:
@@ -334,7 +334,8 @@ def settings(cfg) -> dict:
 def start(out_dir, cfg) -> bool:
     """Make out_dir ready for a run with these settings; False where that very run is there already, finished.
 
-    A run is finished once its metrics.json is there, which is written last. One with other settings is never overwritten unasked, nor one that another process is at.
+    A run is finished once its metrics.json is there, which is written last. One with other settings, an unfinished one, or one that another process is at is
+    never overwritten unasked.
     """
     join(cfg)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
@@ -343,9 +344,9 @@ def start(out_dir, cfg) -> bool:
 
 
 def _start(out_dir, cfg) -> bool:
-    out_dir, new = Path(out_dir), settings(cfg)
+    out_dir, new, unfinished = Path(out_dir), settings(cfg), (Path(out_dir) / Checkpoint.NAME).exists()
     finished = read_json(out_dir / "metrics.json") is not None
-    if (finished and not cfg.overwrite) or (cfg.resume and (out_dir / Checkpoint.NAME).exists()):
+    if (finished and not cfg.overwrite) or (cfg.resume and unfinished):
         old = {"processes": 1} | (read_json(out_dir / "config.json") or {})
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]
         if not changed and finished:
@@ -356,14 +357,14 @@ def _start(out_dir, cfg) -> bool:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock(out_dir)
+        if unfinished and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{out_dir} holds an unfinished run: --resume goes on with it, --overwrite begins anew; or choose another --out-dir")
         for f in out_dir.glob("*.tmp"):  # of a killed run
             f.unlink()
-        (out_dir / "metrics.json").unlink(missing_ok=True)
+        for name in ("metrics.json", *(() if cfg.resume else (Checkpoint.NAME,))):
+            (out_dir / name).unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"can't write to {out_dir}: {e.strerror}; choose another --out-dir") from None
-    if not cfg.resume and (out_dir / Checkpoint.NAME).exists():
-        print(f"{out_dir} holds an unfinished run, which begins anew (--resume would continue it)")
-        (out_dir / Checkpoint.NAME).unlink()
     write_json(out_dir / "config.json", new)
     return True
 
@@ -396,7 +397,7 @@ class Log:
         if self.path.is_symlink() or not at:
             self.path.unlink(missing_ok=True)
         elif not self.path.exists() or self.path.stat().st_size < at:
-            raise UserError(f"{path} is shorter than its checkpoint says; begin anew without --resume")
+            raise UserError(f"{path} is shorter than its checkpoint says; --overwrite in place of --resume begins anew")
         if at:
             with open(path, newline="") as f:
                 self.writer = csv.DictWriter(self.waiting, next(csv.reader(f)))
@@ -513,7 +514,7 @@ class Checkpoint:
             with safetensors.safe_open(self.path, "pt") as f:
                 at, tensors = json.loads(f.metadata()["about"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             if at["about"] != self.about:
-                raise UserError(f"{self.path} was written for other data; begin anew without --resume")
+                raise UserError(f"{self.path} was written for other data; --overwrite in place of --resume begins anew")
             for name, x in self.state.items():
                 x.copy_(tensors[name].view(x.shape))
             for name, g in self.generators.items():
@@ -528,7 +529,7 @@ class Checkpoint:
         except UserError:
             raise
         except Exception as e:  # a damaged file can fail in any of these steps, each with its own exception
-            raise UserError(f"{self.path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); begin anew without --resume") from None
+            raise UserError(f"{self.path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}); --overwrite in place of --resume begins anew") from None
         print(f"resumed from {self.path} after {step} updates", flush=True)
         return step
 

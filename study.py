@@ -417,7 +417,7 @@ def train_teachers(cfg: Config):
 
 def main(cfg: Config):
     run.check(cfg, seeds=1, tune_seeds=1, teachers=1, steps=POINTS, acting_steps=POINTS, jobs=1)
-    for option, known in (("cases", CASES), ("only", VARIANTS), ("without", VARIANTS)):
+    for option, known in (("cases", CASES), ("only", VARIANTS), ("without", VARIANTS), ("budgets", Config.budgets)):
         unknown = set(getattr(cfg, option)) - set(known)
         if unknown:
             raise run.UserError(f"--{option} {unknown.pop()}: choose from {', '.join(known)}")
@@ -606,12 +606,12 @@ def details(by_case, reference, variants, rows):
         runs, fixed = {c: by_case[c][v] for c in there}, {c: reference[c]["fixed"] for c in there}
         if not there:
             continue
-        area = [np.exp(np.mean(np.log(curve(r) / curve(f))[1:])) for c in there for r, f in zip(runs[c], fixed[c], strict=False)]
+        area = np.concatenate([paired(lambda r, f: np.exp(np.mean(np.log(curve(r) / curve(f))[1:])), runs[c], fixed[c]) for c in there])
         mean = [r["kl"][-1].mean() / iqm([f["kl"][-1].mean() for f in fixed[c]]) for c in there for r in runs[c]]
         every = [r for c in there for r in runs[c]]
         cosine = ", ".join(f"{x:.2f}" for x in np.nanmean([r["cosine"] for r in every], 0)[[0, 2, 4]])
         lrs = "/".join(f"{1000 * runs[c][0]['lr']:g}" for c in there)
-        soon = {c: np.array([reached(r, worst(f)) for r, f in zip(runs[c], fixed[c], strict=False)]) for c in there}
+        soon = {c: paired(lambda r, f: reached(r, worst(f)), runs[c], fixed[c]) for c in there}
         soon = " | ".join(("" if c not in soon else cell(pooled, [soon[c]], "{:.2f}") if np.isfinite(soon[c]).all() else "not by all") for c in cases)
         times = [x for c in there if not math.isnan(x := cost(rows, c, v) / cost(rows, c, "fixed"))]
         out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {soon} | {f'{np.mean(times):.2f}' if times else ''} | "

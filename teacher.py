@@ -53,7 +53,7 @@ class Config:
     wandb: bool = False  # also log to Weights & Biases, project manyteachers
     checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
     resume: bool = False  # go on from the last checkpoint, if there is one
-    overwrite: bool = False  # replace a finished run of other settings
+    overwrite: bool = False  # replace a run of other settings, or an unfinished one
 
 
 def directory(name: str) -> Path:
@@ -64,7 +64,9 @@ def directory(name: str) -> Path:
 def main(cfg: Config):
     """Train and evaluate; returns the run's directory. Skips a run that is there already."""
     run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, context=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0,
-              checkpoint_interval=1)  # fmt: skip
+              checkpoint_interval=1, dropout=0, grad_clip=1e-9, weight_decay=0)  # fmt: skip
+    if cfg.dropout >= 1:
+        raise run.UserError(f"--dropout {cfg.dropout}: must be below 1")
     if cfg.n_embd % cfg.n_head:
         raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
     if cfg.context > dt.MAX_CONTEXT:

@@ -244,6 +244,11 @@ def test_a_disk_without_room_for_the_table_is_told_before_anything_is_done(monke
         data.mapped((10, 10))
 
 
+def test_where_all_episodes_return_the_same_they_score_100():
+    make_dataset("tests/equal-v0", [10] * 4, spec="CartPole-v1", edit=lambda i, e: e["rewards"].fill(1.0))
+    assert data.load("tests/equal-v0").task.reference == (0.0, 10.0)
+
+
 # ---- the built-in data -----------------------------------------------------------------------------------------------
 
 

@@ -177,7 +177,9 @@ def test_a_checkpoint_of_other_settings_other_data_or_damaged_is_not_resumed(run
     checkpoint.write_bytes(blob)
     (tmp_path / "run/log.csv").write_text("step\n")
     assert "shorter than its checkpoint says" in ended(script, tmp_path / "run", code=2, resume=True, **options)
-    assert "begins anew" in ended(script, tmp_path / "run", **options)
+    assert "holds an unfinished run" in ended(script, tmp_path / "run", code=2, **options) and checkpoint.exists()
+    ended(script, tmp_path / "run", overwrite=True, **options)
+    assert not checkpoint.exists() and run.read_json(tmp_path / "run/metrics.json")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

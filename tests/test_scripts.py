@@ -103,8 +103,9 @@ def test_discrete_actions_are_learnt_and_distilled_beside_continuous_ones(main_j
     assert "there is a dataset cartpole/mixed-v0 already; give another --id" in call(home, "examples/collect_cartpole.py", code=2)
     assert "actions 2, discrete" in call(home, "data.py --dataset cartpole/mixed-v0")
     call(home, f"teacher.py --dataset cartpole/mixed-v0 --steps 100 --n-layer 1 --n-embd 32 {TINY}")
-    for loss in ("kl", "mse", "nll"):
-        call(home, f"distill.py --envs hopper --datasets cartpole/mixed-v0 --steps 60 --n-embd 16 --loss {loss} --surgery pcgrad --out-dir out/mixed-{loss} {TINY}")
+    for loss, curriculum in (("kl", "novelty"), ("mse", "novelty"), ("nll", "all")):
+        method = f"--loss {loss} --curriculum {curriculum} --surgery pcgrad"
+        call(home, f"distill.py --envs hopper --datasets cartpole/mixed-v0 --steps 60 --n-embd 16 {method} --out-dir out/mixed-{loss} {TINY}")
         log, metrics = run.read_csv(home / f"out/mixed-{loss}/log.csv"), run.read_json(home / f"out/mixed-{loss}/metrics.json")["tasks"]
         assert all(log[f"heldout_kl_{t}"][59] < 0.7 * log[f"heldout_kl_{t}"][0] for t in metrics), loss
     assert metrics["cartpole/mixed-v0"]["return_mean"] >= 8
@@ -117,6 +118,12 @@ def test_a_reader_who_has_enough_is_told_nothing(tmp_path):
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.close()
     assert p.stderr.read() == "" and p.wait() == 141
+
+
+def test_a_student_of_teachers_that_never_acted_is_evaluated(home):
+    call(home, "teacher.py --env hopper --steps 3 --n-embd 16 --out-dir out/silent --batch-size 16 --eval-episodes 0 --device cpu")
+    call(home, "distill.py --teachers out/silent --steps 3 --n-embd 16 --out-dir out/silent-student --batch-size 16 --eval-episodes 0 --device cpu")
+    assert "retention" not in call(home, "evaluate.py out/silent-student --eval-episodes 1 --device cpu")
 
 
 def test_data_shows_what_a_dataset_holds(home):
@@ -166,6 +173,11 @@ BAD = [
     ("study.py --only nothing", "--only nothing: choose from fixed, all"),
     ("distill.py --envs hopper hoper", "unknown env 'hoper'"),
     ("teacher.py --steps 0", "--steps 0: must be at least 1"),
+    ("teacher.py --dropout 1", "--dropout 1.0: must be below 1"),
+    ("distill.py --grad-clip 0", "--grad-clip 0.0: must be at least 1e-09"),
+    ("distill.py --alignment-weight nan", "--alignment-weight nan: must be finite"),
+    ("distill.py --loss nll", "--loss nll is no distance"),
+    ("study.py --budgets update", "--budgets update: choose from updates, half, time, acting"),
     ("teacher.py --context 2000", "--context 2000: must be at most 1024"),
     ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
     ("teacher.py --dataset nobody/nothing-v0", "nobody/nothing-v0 is not in"),
@@ -213,7 +225,7 @@ def test_the_readmes_three_changes_apply_and_run(main_job, home, tmp_path):
 
 
 SMALL = {  # what makes a README command tiny
-    "teacher.py": f"--steps 3 --n-embd 16 {TINY}", "distill.py": f"--teacher-steps 3 --steps 3 --n-embd 16 --log-interval 2 {TINY} --overwrite",
+    "teacher.py": f"--steps 3 --n-embd 16 {TINY}", "distill.py": f"--teacher-steps 3 --steps 3 --n-embd 16 --log-interval 2 {TINY}",
     "evaluate.py": "--eval-episodes 1 --device cpu", "report.py": "--film-steps 8", "examples/act_onnx.py": "--episodes 1",
     "examples/collect_cartpole.py": "--episodes 10", "export.py": "--overwrite",
 }  # fmt: skip
@@ -232,7 +244,8 @@ def test_every_command_of_the_readme_runs_in_its_order(home, tmp_path):
         if command in ELSEWHERE:
             continue
         if command.startswith("torchrun --nproc_per_node=8 "):
-            p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "distill.py"), *SMALL["distill.py"].split()],
+            p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "distill.py"), *command.split()[3:],
+                                *SMALL["distill.py"].split()],
                                cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
             assert p.returncode == 0, p.stdout + p.stderr
             continue
