@@ -10,6 +10,9 @@ import shutil
 import subprocess
 import sys
 
+import h5py
+import minari
+import numpy as np
 import pytest
 
 import data
@@ -118,6 +121,29 @@ def test_a_reader_who_has_enough_is_told_nothing(tmp_path):
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.close()
     assert p.stderr.read() == "" and p.wait() == 141
+
+
+def test_a_log_of_trpo_becomes_a_dataset(home):
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape) for shape in ((11, 4), (1, 4), (4, 5), (1, 5), (5, 3), (1, 3))]
+    mean, square = rng.normal(size=11), 4.0
+    with h5py.File(home / "log.h5", "w") as f:
+        for i in range(2):
+            policy = f.create_group(f"snapshots/iter{i:07d}/GaussianPolicy")
+            for k, path in enumerate(("hidden/FeedforwardNet/layer_0", "hidden/FeedforwardNet/layer_1", "out")):
+                policy[f"{path}/AffineLayer/W"], policy[f"{path}/AffineLayer/b"] = weights[2 * k : 2 * k + 2]
+            policy["logstdevs_1_Da"] = np.full((1, 3), -np.inf)
+            policy["obsnorm/Standardizer/count"] = i  # the first snapshot has seen nothing: it does not normalise
+            policy["obsnorm/Standardizer/mean_1_D"], policy["obsnorm/Standardizer/meansq_1_D"] = mean[None], (mean**2 + square)[None]
+    assert "thirdparty/hopper/trpo-replay-v0: " in call(home, "examples/collect_trpo.py hopper log.h5 --steps 40")
+    assert "there is a dataset thirdparty/hopper/trpo-replay-v0 already" in call(home, "examples/collect_trpo.py hopper log.h5", code=2)
+    episodes = list(minari.load_dataset("thirdparty/hopper/trpo-replay-v0").iterate_episodes())
+    assert sum(len(e.rewards) for e in episodes) >= 40
+    for e, seen in ((episodes[0], False), (episodes[-1], True)):
+        x = (e.observations[:-1] - mean) / 2 if seen else e.observations[:-1]
+        for W, b in zip(weights[:4:2], weights[1:4:2], strict=True):
+            x = np.tanh(x @ W + b)
+        assert np.allclose(e.actions, np.clip(x @ weights[4] + weights[5], -1, 1), atol=1e-4)
 
 
 def test_a_student_of_teachers_that_never_acted_is_evaluated(home):
