@@ -422,8 +422,8 @@ def main(cfg: Config):
         if unknown:
             raise run.UserError(f"--{option} {unknown.pop()}: choose from {', '.join(known)}")
     if not cfg.report:
-        if not {"upgrad", "cagrad"} & set(cfg.without) and importlib.util.find_spec("torchjd") is None:
-            raise run.UserError("upgrad and cagrad need torchjd: pip install 'torchjd[quadprog_projector,cagrad]'; or --without upgrad cagrad")
+        if {"upgrad", "cagrad"} & set(cfg.only or VARIANTS) - set(cfg.without) and importlib.util.find_spec("torchjd") is None:
+            raise run.UserError("upgrad and cagrad need torchjd: pip install 'torchjd[quadprog-projector,cagrad]'; or --without upgrad cagrad")
         train_teachers(cfg)
         for stage in range(4):
             while specs := missing(cfg, rows := read(cfg.out), stage):
@@ -644,7 +644,7 @@ def kept(runs):
 
 def retention_table(acting):
     """A line for each variant: mean and worst task, and how much more the default's are on the same seeds."""
-    out = ["| case | compression | updates | | seeds | mean | worst task | the default's mean less it | worst task less it |", "|---" * 9 + "|"]
+    out = ["| case | compression | updates | | seeds | mean | worst task | the default's mean minus it | worst task minus it |", "|---" * 9 + "|"]
     for (times, steps), by_case in sorted(acting.items()):
         for case, by_variant in by_case.items():
             for v, runs in by_variant.items():
