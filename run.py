@@ -129,8 +129,12 @@ def check(cfg, **at_least):
             raise UserError(f"--{package} needs a package that is not here: pip install {package}")
     if not hasattr(cfg, "device"):
         return
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+        raise UserError(f"--device {cfg.device}: choose cpu, cuda, cuda:<number> or auto")
     try:
         torch.empty(0, device=device(cfg))
+        if device(cfg).startswith("cuda:"):
+            torch.cuda.set_device(device(cfg))  # kernels and captured graphs run on the current one
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {cfg.device}: not available here ({str(e).splitlines()[0]}); choose cpu, cuda or auto") from None
 

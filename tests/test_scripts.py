@@ -211,6 +211,7 @@ BAD = [
     ("teacher.py --out-dir /proc/x", "can't write to /proc/x"),
     ("distill.py --out-dir /proc/x", "can't write to /proc/x"),
     ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
+    ("teacher.py --device mps", "--device mps: choose cpu, cuda, cuda:<number> or auto"),
     ("evaluate.py out/nothing", "no model in out/nothing"),
     ("export.py out/nothing", "no model in out/nothing"),
     ("report.py out/nothing", "out/nothing holds no finished run"),
