@@ -31,7 +31,7 @@ def proportional(w):
     return (1 - FLOOR) * w / w.sum() + FLOOR / len(w)
 
 
-def novelty(d, step, shares, generator, power: float = 4.0):
+def novelty(d, step, shares, generator, power: float = 2.0):
     """s_i ~ d_i^power: learn next from the teachers the student is most different from. inf: all to argmax_i d_i, the proposal
     to the letter; 0: all teachers at once."""
     top = checked(d).max()
@@ -40,7 +40,7 @@ def novelty(d, step, shares, generator, power: float = 4.0):
     return proportional(torch.where(top > 0, (d / top) ** power, 1.0))  # d / top: the scale of d does not matter, nor overflow
 
 
-def least(d, step, shares, generator, power: float = 4.0):
+def least(d, step, shares, generator, power: float = 2.0):
     """s_i ~ d_i^-power: the control, learn from the most familiar."""
     low = checked(d).min()
     if power == float("inf"):
