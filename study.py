@@ -657,13 +657,15 @@ def retention_table(acting):
 
 
 def score_table(case, by_variant):
-    """A line for each task: its teachers' score and the students', of the default and of what stands beside it."""
-    columns = {name: by_variant[v] for name, v in (("student", DEFAULT), *BESIDE.items()) if v in by_variant}
+    """A line for each task: its teachers' score and the students', of the default and, where their teachers are the same, of what stands beside it."""
+    columns = {name: paired(lambda r, _: r, by_variant.get(v, []), by_variant[DEFAULT]) for name, v in (("student", DEFAULT), *BESIDE.items())}
+    columns = {name: runs for name, runs in columns.items() if len(runs)}
     out = [f"| task | teacher | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     teachers = np.array([r["teacher_scores"] for r in by_variant[DEFAULT]])  # (seeds, tasks)
     for i, task in enumerate(CASES[case]):
         students = [np.array([r["teacher_scores"][i] * r["retention"][i] for r in runs]) for runs in columns.values()]
         out.append(f"| {task} | {' | '.join(cell(pooled, [x], '{:.1f}') for x in (teachers[:, i], *students))} |")
+    out.append(f"| seeds | | {' | '.join(str(len(runs)) for runs in columns.values())} |")
     for what in ("mean", "worst task"):
         out.append(f"| retention, {what} | | {' | '.join(cell(pooled, [kept(runs)[what]], '{:.2f}') for runs in columns.values())} |")
     return "\n".join(out)

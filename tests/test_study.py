@@ -216,8 +216,11 @@ def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
     assert lines[0] == "| task | teacher | student | with surgery | without curriculum |"
     assert lines[2] == "| halfcheetah | 100.0 (100.0-100.0) | 90.0 (90.0-90.0) | 80.0 (80.0-80.0) | 80.0 (0.0-900.0) |"
     assert lines[3].startswith("| halfcheetah-back | 50.0 (50.0-50.0) | 55.0 (55.0-55.0) | 50.0 (50.0-50.0) |")
-    assert lines[4].startswith("| retention, mean | | 1.00 (1.00-1.00) | 0.90 (0.90-0.90) |")
-    assert lines[5].startswith("| retention, worst task | | 0.90 (0.90-0.90) | 0.80 (0.80-0.80) |")
+    assert lines[4] == "| seeds | | 4 | 4 | 4 |"
+    assert lines[5].startswith("| retention, mean | | 1.00 (1.00-1.00) | 0.90 (0.90-0.90) |")
+    assert lines[6].startswith("| retention, worst task | | 0.90 (0.90-0.90) | 0.80 (0.80-0.80) |")
+    others = [{**r, "teacher_scores": np.array([99.0, 50.0])} for r in runs([(0.0, 0.0)] * 4)]  # of other teachers
+    assert study.score_table("conflict", {**by_variant, surgery: by_variant[surgery] + others}).splitlines() == lines
     retention = {5.0: {"conflict": {study.DEFAULT: runs([(1.0, 1.0)] * 3)}}, 15.0: {"conflict": by_variant}}
     lines = study.retention_table({(times, 4000): by_case for times, by_case in retention.items()}).splitlines()
     assert lines[2] == f"| conflict | 5 | 4000 | {study.DEFAULT} | 3 | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) |  |  |"
