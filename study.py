@@ -742,7 +742,7 @@ def plot_retention(path, retention):
     cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
     fig, axes = figure(len(cases), 7.5)
     for ax, case in zip(axes, cases, strict=True):
-        for i, v in enumerate((DEFAULT, *BESIDE.values())):
+        for i, v in enumerate((DEFAULT, *BESIDE.values(), "novelty p=4, top", "novelty p=4")):
             points = {t: kept(by_case[case][v]) for t, by_case in retention.items() if v in by_case.get(case, {})}
             if not points:
                 continue
