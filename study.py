@@ -505,7 +505,7 @@ def report(cfg: Config):
         by_case = of.get((budget, cfg.compression), {})
         reference = of.get(("updates", cfg.compression), {})  # `fixed` is its own time budget
         if budget == "time":
-            by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if cost(rows, c, v) > 0}, **vs} for c, vs in by_case.items()}  # NaN: cost unknown
+            by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if cost(rows, c, v) > 0 or v == NOVELTY}, **vs} for c, vs in by_case.items()}  # or NaN
         variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
         if compared := {c: runs for c, runs in by_case.items() if "fixed" in reference.get(c, {})}:
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
