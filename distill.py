@@ -50,7 +50,7 @@ class Config:
     n_embd: int = 64  # channels
     # method
     curriculum: ORDERS = "novelty"  # which teacher next
-    novelty_power: float = 2.0  # shares ~ KL^power; inf: the farthest alone; 0: all alike (also least's, inverted); 4 ends nearer to the worst, and neglects the nearest
+    novelty_power: float = 2.0  # shares ~ KL^power; inf: farthest alone; 0: all alike (also least's, inverted); 4: 1 to 4 % nearer to the worst, may neglect the nearest
     surgery: SURGERIES = "none"  # of a gradient that conflicts; none: README, The study, where each cost as much as it brought, or more
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)

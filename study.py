@@ -742,14 +742,14 @@ def plot_retention(path, retention):
     cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
     fig, axes = figure(len(cases), 7.5)
     for ax, case in zip(axes, cases, strict=True):
-        for i, v in enumerate((DEFAULT, *BESIDE.values(), "novelty p=4, top", "novelty p=4")):
+        for i, v in enumerate((DEFAULT, *BESIDE.values(), "novelty p=4, top", "novelty p=4")):  # beside each other, 2 % apart
             points = {t: kept(by_case[case][v]) for t, by_case in retention.items() if v in by_case.get(case, {})}
             if not points:
                 continue
             for what, line, marker in (("mean", "-", "o"), ("worst task", ":", "v")):
                 x, y = np.array(list(points)), np.array([iqm(k[what]) for k in points.values()])
                 bars = np.array([interval(pooled, [k[what]]) for k in points.values()])
-                ax.errorbar(x * (1 + 0.03 * i), y, [y - bars[:, 0], bars[:, 1] - y], color=COLOURS[i], linestyle=line, marker=marker, markersize=4, capsize=2,
+                ax.errorbar(x * 1.02 ** (i - 3), y, [y - bars[:, 0], bars[:, 1] - y], color=COLOURS[i], linestyle=line, marker=marker, markersize=4, capsize=2,
                             label=f"{v}, {what}")  # fmt: skip
         ax.axhline(1, color="grey", linewidth=0.8)
         ax.set(xscale="log", xlabel="times fewer parameters than the teachers", title=case, ylabel="retention" if ax is axes[0] else None)
