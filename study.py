@@ -107,7 +107,8 @@ VARIANTS |= {f"novelty p=4, top {part}": {**VARIANTS["novelty p=4"], "top": part
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)  # the grid that rates() begins with
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
 DEFAULT = "novelty p=2, top"  # what distill.py does unasked
-BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=2"}
+BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=2",
+          "without teachers": "data, top"}  # fmt: skip
 ACTING = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty p=4, previous", *(v for v in VARIANTS if "top" in VARIANTS[v]))
 NOVELTY = "novelty p=2"  # what others are set beside where KL is compared, which is measured on all windows alike
 SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where DEFAULT's and NOVELTY's act on the built-in tasks
