@@ -421,9 +421,7 @@ def main(cfg: Config):
         for i, t in enumerate(tasks):
             m = metrics[t.name] = {"target": t.targets["p95"], **dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention")), "heldout_kl": held[i]}
             if cfg.eval_episodes and t.env_id:
-                m |= evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], cfg.eval_episodes, 1000)[0], t)
-                if teachers_metrics[t.name].get("normalized_score"):
-                    m["retention"] = m["normalized_score"] / teachers_metrics[t.name]["normalized_score"]
+                m |= evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], cfg.eval_episodes, 1000)[0], t, teachers_metrics[t.name])
     run.write_json(out / "metrics.json", {"tasks": metrics, "compression": parameters / student.n_params, "parameters": student.n_params,
                                           "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
     saved.finish()

@@ -40,11 +40,16 @@ def check(tasks):
         if t.env_id is None:
             continue
         env = data.make_env(t.env_id, t.env_kwargs)
-        there = [data.size(env.observation_space), data.size(env.action_space)]
+        fits(env, t)
         env.close()
-        if there != [t.obs_dim, t.act_dim]:
-            raise run.UserError(f"environment {t.env_id} {t.env_kwargs} has {there[0]} observations and {there[1]} actions, dataset {t.dataset} {t.obs_dim} and "
-                                f"{t.act_dim}: no evaluation there; use --eval-episodes 0")  # fmt: skip
+
+
+def fits(env, t: data.Task):
+    """Raise run.UserError where a task's environment is not what its data came from."""
+    there = [data.size(env.observation_space), data.size(env.action_space)]
+    if there != [t.obs_dim, t.act_dim]:
+        raise run.UserError(f"environment {t.env_id} {t.env_kwargs} has {there[0]} observations and {there[1]} actions, dataset {t.dataset} {t.obs_dim} and "
+                            f"{t.act_dim}: no evaluation there; use --eval-episodes 0")  # fmt: skip
 
 
 def rollout(model, task: data.Task, index: int, target: float, episodes: int, seed: int, film=False):
@@ -55,10 +60,10 @@ def rollout(model, task: data.Task, index: int, target: float, episodes: int, se
 def play(policy, task: data.Task, target: float, episodes: int, seed: int, film=False):
     """A policy's episodes, all as one batch. policy: a policy.Policy, or anything with its reset, act and keep. Returns (E,) returns, and every fourth
     frame of the first episode."""
-    check([task])
     limit = task.max_steps
     envs = [data.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
             for i in range(episodes)]  # fmt: skip
+    fits(envs[0], task)
     shape = envs[0].action_space.shape
     policy.reset(target_return=target, episodes=episodes)
     obs = np.stack([np.reshape(e.reset(seed=seed + i)[0], -1) for i, e in enumerate(envs)])
@@ -82,11 +87,14 @@ def play(policy, task: data.Task, target: float, episodes: int, seed: int, film=
     return returns, frames
 
 
-def scores(returns, task: data.Task) -> dict:
-    """The metrics of one task's returns (E,)."""
+def scores(returns, task: data.Task, teacher=None) -> dict:
+    """The metrics of one task's returns (E,); with its teacher's, where that has a score, retention too."""
     low, high = task.reference
     mean = float(returns.mean())
-    return {"return_mean": mean, "return_std": float(returns.std()), "normalized_score": 100 * (mean - low) / (high - low)}
+    out = {"return_mean": mean, "return_std": float(returns.std()), "normalized_score": 100 * (mean - low) / (high - low)}
+    if teacher and teacher.get("normalized_score"):
+        out["retention"] = out["normalized_score"] / teacher["normalized_score"]
+    return out
 
 
 def film(model, task, index, target, seed, file, width=320, **options):
@@ -122,12 +130,11 @@ def main(cfg: Config):
             print(f"{task.name}: its dataset names no environment, nothing to evaluate in")
             continue
         returns, _ = rollout(model, task, i, target, cfg.eval_episodes, cfg.seed)
-        out[task.name] = {"target": target, **scores(returns, task)}
-        teacher = meta.get("teachers", {}).get(task.name, {}).get("normalized_score")
-        row = {"task": task.name, "target": target, "return": out[task.name]["return_mean"], "std": out[task.name]["return_std"],
-               "score": out[task.name]["normalized_score"]}  # fmt: skip
-        if teacher and cfg.target == "p95":
-            row["retention"] = out[task.name]["retention"] = row["score"] / teacher
+        teacher = meta.get("teachers", {}).get(task.name) if cfg.target == "p95" else None  # whose score is of that target
+        m = out[task.name] = {"target": target, **scores(returns, task, teacher)}
+        row = {"task": task.name, "target": target, "return": m["return_mean"], "std": m["return_std"], "score": m["normalized_score"]}
+        if "retention" in m:
+            row["retention"] = m["retention"]
         rows.append(row)
         if cfg.video:
             path = Path(cfg.run) / f"{task.name.replace('/', '-')}.gif"

@@ -202,10 +202,10 @@ def main(cfg: Config):
             rows.append({"file": name, "KB": len(content) / 1024, "largest difference": difference, "microseconds": us})
             if cfg.eval_episodes and task.env_id:
                 returns, _ = evaluate.play(Exported(runtime, step), task, task.targets["p95"], cfg.eval_episodes, 1000)
-                told |= evaluate.scores(returns, task)
+                told |= evaluate.scores(returns, task, meta.get("teachers", {}).get(task.name))
                 rows[-1] |= {"return": told["return_mean"], "+-": told["return_std"], "score": told["normalized_score"]}
-                if teacher := meta.get("teachers", {}).get(task.name, {}).get("normalized_score"):
-                    rows[-1]["retention"] = told["retention"] = told["normalized_score"] / teacher
+                if "retention" in told:
+                    rows[-1]["retention"] = told["retention"]
         run.write_json(path.with_suffix(".json"), card)
     print(run.table(rows))
 
