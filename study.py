@@ -106,11 +106,11 @@ for v in ("fixed", "all", "novelty p=1", "novelty p=2", "novelty p=4", "novelty,
 VARIANTS |= {f"novelty p=4, top {part}": {**VARIANTS["novelty p=4"], "top": part} for part in (0.05, 0.25)}
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)  # the grid that rates() begins with
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
-DEFAULT = "novelty p=2, top"  # what distill.py does unasked
-BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": "novelty p=2",
+NOVELTY = "novelty p=2"  # what others are set beside where KL is compared, which is measured on all windows alike
+DEFAULT = f"{NOVELTY}, top"  # what distill.py does unasked
+BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": NOVELTY,
           "without teachers": "data, top"}  # fmt: skip
 ACTING = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty p=4, previous", *(v for v in VARIANTS if "top" in VARIANTS[v]))
-NOVELTY = "novelty p=2"  # what others are set beside where KL is compared, which is measured on all windows alike
 SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where DEFAULT's and NOVELTY's act on the built-in tasks
 POINTS = 10  # of a curve
 
@@ -338,20 +338,26 @@ def worst(r):
     return float(np.nan_to_num(r["kl"][-1].max(), nan=math.inf))
 
 
+def by_rate(rows, case, variant):
+    """The runs on the tuning seeds, {learning rate: runs}, from the lowest rate to the highest."""
+    out = {}
+    for r in sorted(rows, key=lambda r: r["lr"]):
+        if (r["case"], r["variant"], r["budget"]) == (case, variant, "tune"):
+            out.setdefault(r["lr"], []).append(r)
+    return out
+
+
 def tuned(rows, case, variant):
     """The learning rate with which the worst teacher's last KL is lowest on the tuning seeds, geometric mean; and those seeds' KL of each teacher with it."""
-    by_lr = {lr: [] for lr in LRS}
-    for r in rows:
-        if (r["case"], r["variant"], r["budget"]) == (case, variant, "tune"):
-            by_lr.setdefault(r["lr"], []).append(r)
-    lr = min(sorted(by_lr), key=lambda lr: np.log([worst(r) for r in by_lr[lr]]).mean() if by_lr[lr] else math.inf)
-    return lr, [r["kl"][-1] for r in by_lr[lr]]
+    tried = by_rate(rows, case, variant)
+    lr = min(tried, key=lambda lr: np.log([worst(r) for r in tried[lr]]).mean(), default=LRS[0])
+    return lr, [r["kl"][-1] for r in tried.get(lr, [])]
 
 
 def rates(rows, case, variant):
     """The learning rates to tune over: LRS and, while the lowest or highest of those tried does best, half or twice that."""
-    tried = {r["lr"] for r in rows if (r["case"], r["variant"], r["budget"]) == (case, variant, "tune")}
-    if not tried.issuperset(LRS):
+    tried = by_rate(rows, case, variant)
+    if not tried.keys() >= set(LRS):
         return LRS
     best, kl = tuned(rows, case, variant)
     ends = {min(tried): best / 2, max(tried): best * 2} if np.isfinite(kl).all() else {}
@@ -494,8 +500,8 @@ def report(cfg: Config):
     rows = read(cfg.out)
     if not rows:
         raise run.UserError(f"{cfg.out} holds no run; run study.py without --report first")
-    lrs = {(r["case"], r["variant"]): 0.0 for r in rows if r["budget"] == "tune"}
-    lrs = {of: tuned(rows, *of)[0] for of in lrs}  # a row of a rate that has since lost to another counts no more; but for what an update costs
+    # a row of a rate that has since lost to another counts no more, but for what an update costs
+    lrs = {key: tuned(rows, *key)[0] for key in {(r["case"], r["variant"]) for r in rows if r["budget"] == "tune"}}
     rows = [r for r in rows if r["budget"] in ("tune", "cost") or r["lr"] == lrs.get((r["case"], r["variant"]), r["lr"])]
     of, acting = {}, {}  # {(budget, times): {case: {variant: runs, by seed}}}, {(times, steps): the same}
     for r in sorted(rows, key=lambda r: (list(CASES).index(r["case"]), r["seed"])):
@@ -629,10 +635,8 @@ def tuning_table(rows):
     for v in names:
         cells = []
         for c in cases:
-            best, of = tuned(rows, c, v)[0], {}
-            for r in rows:
-                of.setdefault(r["lr"], []).extend([worst(r)] if (r["case"], r["variant"]) == (c, v) else [])
-            kl = {lr: f"{np.exp(np.log(of[lr]).mean()):.3f}{'' if lr in LRS else f' ({1000 * lr:g})'}" for lr in sorted(of) if of[lr]}
+            best, kl = tuned(rows, c, v)[0], {lr: np.exp(np.log([worst(r) for r in runs]).mean()) for lr, runs in by_rate(rows, c, v).items()}
+            kl = {lr: f"{x:.3f}{'' if lr in LRS else f' ({1000 * lr:g})'}" for lr, x in kl.items()}
             cells.append(", ".join(f"**{x}**" if lr == best else x for lr, x in kl.items()))
         out.append(f"| {v} | {' | '.join(cells)} |")
     return "\n".join(out)
