@@ -111,7 +111,7 @@ DEFAULT = f"{NOVELTY}, top"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": NOVELTY,
           "without teachers": "data, top"}  # fmt: skip
 ACTING = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty p=4, previous", *(v for v in VARIANTS if "top" in VARIANTS[v]))
-SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where DEFAULT's and NOVELTY's act on the built-in tasks
+SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where the default's and those without teachers act on the built-in tasks
 POINTS = 10  # of a curve
 
 
@@ -406,7 +406,7 @@ def plan(cfg: Config, rows, stage):
                     elif budget == "time" and slower > 1.1:
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
                     elif budget == "acting" and v in ACTING:
-                        every_size = case == "builtin" and v in (DEFAULT, NOVELTY) and cfg.acting_steps == Config.acting_steps
+                        every_size = case == "builtin" and v in (DEFAULT, BESIDE["without teachers"]) and cfg.acting_steps == Config.acting_steps
                         sizes = SIZES if every_size else (cfg.compression,)
                         yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in sizes)
 
