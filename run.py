@@ -119,11 +119,12 @@ def keep_memory():
 
 
 def check(cfg, **at_least):
-    """Raise UserError where a field of cfg is below its least value, or the device or a package is not there."""
+    """Raise UserError where a field of cfg, or one of its numbers, is below its least value, or the device or a package is not there."""
     for name, least in at_least.items():
         value = getattr(cfg, name)
-        if not value >= least:  # NaN too
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        for x in value if isinstance(value, tuple) else (value,):
+            if not x >= least:  # NaN too
+                raise UserError(f"--{name.replace('_', '-')} {x}: must be at least {least}")
     for package in ("tensorboard", "wandb"):
         if getattr(cfg, package, False) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{package} needs a package that is not here: pip install {package}")

@@ -111,7 +111,6 @@ DEFAULT = f"{NOVELTY}, top"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": NOVELTY,
           "without teachers": "data, top"}  # fmt: skip
 ACTING = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty p=4, previous", *(v for v in VARIANTS if "top" in VARIANTS[v]))
-SIZES = (5.0, 15.0, 50.0)  # the teachers' parameters over the student's, where the default's and those without teachers act on the built-in tasks
 POINTS = 10  # of a curve
 
 
@@ -173,7 +172,8 @@ class Config:
     teachers: int = 3  # trained for each task, on seeds 0, 1, ...
     steps: int = 700  # a student's updates
     acting_steps: int = 4000  # the same where it acts
-    compression: float = 15.0  # of the runs that do not act: the teachers' parameters over the student's
+    compression: float = 15.0  # the teachers' parameters over the student's
+    sizes: tuple[float, ...] = (5.0, 15.0, 50.0)  # the same where the default's students, and those without teachers, act on the built-in tasks
     jobs: int = 2  # runs at a time, one thread each
     out: str = "results/study.csv"  # a row per run; figures go beside it
     work_dir: str = "out/study"  # where teachers are, or are trained
@@ -407,7 +407,7 @@ def plan(cfg: Config, rows, stage):
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
                     elif budget == "acting" and v in ACTING:
                         every_size = case == "builtin" and v in (DEFAULT, BESIDE["without teachers"]) and cfg.acting_steps == Config.acting_steps
-                        sizes = SIZES if every_size else (cfg.compression,)
+                        sizes = cfg.sizes if every_size else (cfg.compression,)
                         yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in sizes)
 
 
@@ -424,7 +424,7 @@ def train_teachers(cfg: Config):
 
 
 def main(cfg: Config):
-    run.check(cfg, seeds=1, first_seed=0, tune_seeds=1, teachers=1, steps=POINTS, acting_steps=POINTS, jobs=1)
+    run.check(cfg, seeds=1, first_seed=0, tune_seeds=1, teachers=1, steps=POINTS, acting_steps=POINTS, compression=1, sizes=1, jobs=1)
     for option, known in (("cases", CASES), ("only", VARIANTS), ("without", VARIANTS), ("budgets", Config.budgets)):
         unknown = set(getattr(cfg, option)) - set(known)
         if unknown:

@@ -232,7 +232,8 @@ def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"cases": ("nowhere",)}, "--cases nowhere: choose from builtin"), ({"only": ("x",)}, "--only x: choose from fixed"), ({"report": True}, "holds no run")],
+    [({"cases": ("nowhere",)}, "--cases nowhere: choose from builtin"), ({"only": ("x",)}, "--only x: choose from fixed"),
+     ({"sizes": (15.0, 0.0)}, "--sizes 0.0: must be at least 1"), ({"report": True}, "holds no run")],
 )
 def test_mistakes_are_told_in_one_line(tiny, change, said):
     with pytest.raises(run.UserError, match=said):
