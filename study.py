@@ -535,8 +535,7 @@ def report(cfg: Config):
         if compared := {c: runs for c, runs in by_case.items() if "fixed" in runs}:
             plot_orders(folder / "study_orders.png", compared)
         plot_surgery(folder / "study_surgery.png", by_case)
-        if sizes := {times: by_case for (times, steps), by_case in sorted(acting.items()) if steps == cfg.acting_steps}:
-            plot_retention(folder / "study_retention.png", sizes)
+        plot_retention(folder / "study_retention.png", {times: by_case for (times, steps), by_case in sorted(acting.items()) if steps == cfg.acting_steps})
 
 
 def scores(runs):
@@ -676,17 +675,21 @@ def score_table(case, by_variant):
     return "\n".join(out)
 
 
-def figure(n, width=4.2, height=3.6):
-    fig, axes = report_figure(1, n, (width * n, height))
+def figure(n, columns, width=4.2, height=3.6):
+    rows = -(-n // columns)
+    fig, axes = report_figure(rows, columns, (width * columns, height * rows))
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    return fig, axes
+    for ax in axes[n:]:
+        ax.remove()
+    return fig, axes[:n]
 
 
 def plot_orders(path, by_case):
-    """Worst teacher's KL over updates by order; and performance profiles of the orders that have runs of every case."""
+    """Worst teacher's KL over updates by order; performance profiles of the orders that have runs of every case; and what mixing by distance changes beside
+    equal shares, on the same seeds."""
     orders = ("fixed", "all", "uniform", "dro", "least", "novelty p=1", "novelty p=2", "novelty p=4", "novelty p=inf")
-    fig, axes = figure(len(by_case) + 1)
+    fig, (*axes, profiles, beside) = figure(len(by_case) + 2, 3)
     for ax, (case, runs) in zip(axes, by_case.items(), strict=False):
         for i, v in [(i, o) for i, o in enumerate(orders) if o in runs]:
             curves, at = np.array([curve(r) for r in runs[v]]), runs[v][0]["steps_at"]
@@ -696,15 +699,25 @@ def plot_orders(path, by_case):
         seeds = "/".join(str(n) for n in sorted({len(runs[o]) for o in orders if o in runs}))
         ax.set(yscale="log", xlabel="update", title=f"{case} ({seeds} seeds)")
         logarithmic(ax.yaxis)
-    axes[0].set_ylabel("KL to the worst teacher, held-out (nats)")
+    for ax in axes[::3]:
+        ax.set_ylabel("KL to the worst teacher, held-out (nats)")
     axes[0].legend(frameon=False, fontsize=8)
     tau = np.geomspace(0.3, 3, 200)
     for i, v in enumerate(orders):
         if all(v in runs for runs in by_case.values()):
             x = [scores(runs[v]) / iqm(scores(runs["fixed"])) for runs in by_case.values()]
-            axes[-1].plot(tau, [np.mean([(s <= t).mean() for s in x]) for t in tau], **style(i), label=v)
-    axes[-1].set(xscale="log", xlabel="last KL over fixed order's (τ)", ylabel="share of runs at or below τ", title="performance profiles, all cases")
-    logarithmic(axes[-1].xaxis)
+            profiles.plot(tau, [np.mean([(s <= t).mean() for s in x]) for t in tau], **style(i), label=v)
+    profiles.set(xscale="log", xlabel="last KL over fixed order's (τ)", ylabel="share of runs at or below τ", title="performance profiles, all cases")
+    logarithmic(profiles.xaxis)
+    for k, runs in enumerate(by_case.values()):
+        for j, v in enumerate(("dro", "novelty p=1", "novelty p=2", "novelty p=4")):
+            if len(x := ratios(runs.get(v, []), runs.get("all", []))):
+                at, line = k + (j - 1.5) / 6, style(orders.index(v))
+                beside.plot([at, at], interval(pooled, [x]), **line)
+                beside.plot(at, iqm(x), "o", **line, markersize=4)
+    beside.axhline(1, color="grey", linewidth=0.8)
+    beside.set_xticks(range(len(by_case)), by_case)
+    beside.set(ylabel="last KL over equal shares'", title="on the same seeds")
     fig.savefig(path, dpi=120)
 
 
@@ -726,7 +739,7 @@ def plot_surgery(path, by_case):
     if not changed:
         return
     rows = [v for v in base if any(v in by_variant for by_variant in changed.values())]
-    fig, axes = figure(len(changed), 3.2, 1.4 + 0.25 * len(rows))
+    fig, axes = figure(len(changed), len(changed), 3.2, 1.4 + 0.25 * len(rows))
     for ax, (case, by_variant) in zip(axes, changed.items(), strict=True):
         for v, x in by_variant.items():
             y, colour = -rows.index(v), COLOURS[list(dict.fromkeys(base.values())).index(base[v]) % 8]
@@ -744,23 +757,32 @@ def plot_surgery(path, by_case):
 
 
 def plot_retention(path, retention):
-    cases = list(dict.fromkeys(c for by_case in retention.values() for c in by_case))
-    fig, axes = figure(len(cases), 7.5)
-    for ax, case in zip(axes, cases, strict=True):
-        for i, v in enumerate((DEFAULT, *BESIDE.values(), "novelty p=4, top", "novelty p=4")):  # beside each other, 2 % apart
-            points = {t: kept(by_case[case][v]) for t, by_case in retention.items() if v in by_case.get(case, {})}
-            if not points:
-                continue
-            for what, line, marker in (("mean", "-", "o"), ("worst task", ":", "v")):
-                x, y = np.array(list(points)), np.array([iqm(k[what]) for k in points.values()])
-                bars = np.array([interval(pooled, [k[what]]) for k in points.values()])
-                ax.errorbar(x * 1.02 ** (i - 3), y, [y - bars[:, 0], bars[:, 1] - y], color=COLOURS[i], linestyle=line, marker=marker, markersize=4, capsize=2,
-                            label=f"{v}, {what}")  # fmt: skip
-        ax.axhline(1, color="grey", linewidth=0.8)
-        ax.set(xscale="log", xlabel="times fewer parameters than the teachers", title=case, ylabel="retention" if ax is axes[0] else None)
-        ax.set_xticks(sorted(retention), [f"{t:g}" for t in sorted(retention)])
-        ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    """What is kept by how many times fewer parameters: of the cases and variants that have runs of several sizes."""
+    points = {}  # {(case, variant): {times: kept}}
+    for times, by_case in retention.items():
+        for case, by_variant in by_case.items():
+            for v, runs in by_variant.items():
+                points.setdefault((case, v), {})[times] = kept(runs)
+    points = {k: p for k, p in points.items() if len(p) > 1}
+    if not points:
+        return
+    cases, variants = ([k for k in table if any(p[i] == k for p in points)] for i, table in enumerate((CASES, VARIANTS)))
+    fig, axes = figure(2 * len(cases), 2)
+    for row, case in enumerate(cases):
+        for ax, what in zip(axes[2 * row :], ("mean", "worst task"), strict=False):
+            for i, v in [(i, v) for i, v in enumerate(variants) if (case, v) in points]:
+                x, y = np.array(list(points[case, v])), [k[what] for k in points[case, v].values()]
+                middle, ends = np.array([iqm(k) for k in y]), np.array([interval(pooled, [k]) for k in y])
+                ax.errorbar(x * 1.02 ** (i - len(variants) / 2), middle, [middle - ends[:, 0], ends[:, 1] - middle], **style(i), marker="o", markersize=4, capsize=2,
+                            label=f"{v} ({'/'.join(str(len(k)) for k in y)} seeds)")  # fmt: skip
+            ax.axhline(1, color="grey", linewidth=0.8)
+            ax.set(xscale="log", xlabel="times fewer parameters than the teachers", title=f"{case}: {what}", ylabel="retention" if what == "mean" else None)
+            ax.set_xticks(x := sorted({t for p in points for t in points[p]}), [f"{t:g}" for t in x])
+            ax.minorticks_off()
+        axes[2 * row].legend(frameon=False, fontsize=8)
+    low, high = zip(*(ax.get_ylim() for ax in axes), strict=True)
+    for ax in axes:
+        ax.set_ylim(min(low), max(high))
     fig.savefig(path, dpi=120)
 
 
