@@ -108,7 +108,9 @@ def find_teachers(cfg: Config):
             trained = (run.read_json(path / "config.json") or {}).get("steps")
             print(f"teacher of {names[i]} is there: {path}{f', of {trained} updates in place of {cfg.teacher_steps}' if trained != cfg.teacher_steps else ''}")
         model, meta = dt.load(path, run.device(cfg))
-        task = data.tasks(meta, path)[0]
+        task, *more = data.tasks(meta, path)
+        if more:
+            raise run.UserError(f"{path} holds a student of {1 + len(more)} tasks; a teacher has one")
         if names and task.name != names[i]:
             raise run.UserError(f"{path} holds a teacher of {task.name}, not of {names[i]}; put --teachers in the order of the tasks")
         metrics = (run.read_json(path / "metrics.json") or {}).get("tasks", {}).get(task.name, {})
@@ -382,8 +384,11 @@ def main(cfg: Config):
         for step in range(first, cfg.steps):
             try:
                 update(step)
+            except run.UserError:  # another process of the job is gone
+                raise
             except ValueError as e:  # a curriculum was told a distance that is NaN
-                dt.save(out, student, meta)
+                if not run.rank():
+                    dt.save(out, student, meta)
                 raise run.UserError(f"{e} in step {step + 1} of the student: stopped; it is kept in {out}; try a lower --lr than {cfg.lr:g}") from None
             bar.update()
             if not run.rank() and (step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):

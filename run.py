@@ -621,8 +621,13 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def schedule(steps, peak, warmup, betas=(0.9, 0.999)):
-    """(steps, 4): every step's learning rate, AdamW's bias corrections, and number from 1, as kernels.project.project_adamw reads them on the device."""
-    return torch.tensor([[learning_rate(t, steps, peak, warmup), 1 - betas[0] ** (t + 1), 1 - betas[1] ** (t + 1), t + 1] for t in range(steps)])
+    """(steps, 4), at least WARM_UP rows: every step's learning rate, AdamW's bias corrections, and number from 1, as kernels.project.project_adamw reads them on
+    the device."""
+    rows = range(max(steps, WARM_UP))
+    return torch.tensor([[learning_rate(t, steps, peak, warmup), 1 - betas[0] ** (t + 1), 1 - betas[1] ** (t + 1), t + 1] for t in rows])
+
+
+WARM_UP = 3  # calls of a function before it is captured
 
 
 def captured(f, state, generator):
@@ -636,13 +641,13 @@ def captured(f, state, generator):
     try:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):
+            for _ in range(WARM_UP):
                 f()
         torch.cuda.current_stream().wait_stream(side)
         graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
             f()
-        replay = graph.replay
+        replay = lambda kept=f: graph.replay()  # noqa: E731 - the graph reads f's own tensors where they lie: they must live as long as it does
     except RuntimeError as e:
         print(f"no CUDA graph here ({str(e).splitlines()[0]}): updates are launched one by one", flush=True)
         replay = f

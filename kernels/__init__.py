@@ -1,7 +1,7 @@
 """The hot loop's three operations. Each file: the formula, a plain PyTorch reference, the Triton kernels, the public functions.
 
 Kernels run on a GPU; everything else takes the references: a CPU, float64, no Triton (macOS, Windows), no C compiler, which Triton's launchers are built with,
-sizes a kernel was not made for.
+sizes a kernel was not made for, or that leave the GPU's shared memory (float32 on a small one).
 Tests run them on a CPU too, in Triton's interpreter (TRITON_INTERPRET=1, and `on_cpu` set).
 """
 
@@ -32,6 +32,11 @@ on_cpu = False  # tests alone set it
 def available(*tensors) -> bool:
     """Whether the kernels can take these tensors."""
     return not MISSING and all(x.dtype in DTYPES and (x.is_cuda or (on_cpu and INTERPRET)) for x in tensors)
+
+
+def fits(tensor, numbers) -> bool:
+    """Whether a program whose tiles hold so many numbers of the tensor's type has room for them in the shared memory of its GPU."""
+    return not tensor.is_cuda or numbers * tensor.element_size() <= torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
 
 
 def compiled(device) -> bool:

@@ -41,7 +41,7 @@ def kept(shape, p, like):
     """Dropout's factors, 0 or 1 / (1 - p), of like's dtype and device: from 16 random bits each, a quarter of what bernoulli_ takes on a CPU."""
     n = math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None).view(torch.int16)[:n]
-    return (bits < round((1 - p) * 2**16) - 2**15).view(shape).to(like.dtype).mul_(1 / (1 - p))
+    return (bits < min(round((1 - p) * 2**16), 2**16 - 1) - 2**15).view(shape).to(like.dtype).mul_(1 / (1 - p))
 
 
 class _Eager(torch.autograd.Function):
@@ -391,11 +391,17 @@ class _Tangent(torch.autograd.Function):
         pass  # there is no derivative of the derivative
 
 
+def tiles(T, hs):
+    """How many numbers lie in shared memory in the largest of the kernels, the tangent's: bounds of what Triton 3.6 allocates for sm_80 to sm_90."""
+    D = max(16, triton.next_power_of_2(hs))
+    return D * (6 * max(16, triton.next_power_of_2(T)) if T <= 64 else 12 * (64 if D <= 64 else 32))
+
+
 def attention(qkv, mask, n_head: int, dropout: float = 0.0, keep: slice = EVERY):
     """Causal attention; arguments and result as in attention_ref. The kernels take float32 and bfloat16, T <= 1024 and head sizes up to 128
     on a GPU; anything else goes to plain PyTorch. qkv may have any strides between windows and timesteps, not within a row."""
     B, T, C3 = qkv.shape
-    if not kernels.available(qkv) or T > 1024 or C3 // 3 // n_head > 128 or B == 0:
+    if not kernels.available(qkv) or T > 1024 or (hs := C3 // 3 // n_head) > 128 or B == 0 or not kernels.fits(qkv, tiles(T, hs)):
         return _Eager.apply(qkv, mask, n_head, dropout, keep)[0]
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     seed = torch.empty((), dtype=torch.int64, device=qkv.device)

@@ -199,7 +199,7 @@ def _launch(h, weight, bias, targets, options, gradient=False, tangents=None):
     (t_mean, t_log_std, mask, task, act_dims), (direction, floor, temperature) = targets, options
     (B, K, C), (N, _, A2) = h.shape, weight.shape
     A, dev = A2 // 2, h.device
-    sums, counts, along = torch.zeros(3, N, device=dev)
+    sums, counts, along = (torch.zeros(N, device=dev) for _ in range(3))  # not views of one: forward mode takes none that share memory
     gh = torch.empty_like(h) if gradient else h.new_empty(0)
     gweight, gbias = (torch.zeros(x.shape if gradient else 0, device=dev) for x in (weight, bias))
     programs = 4 * torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == "cuda" else 4
@@ -252,13 +252,20 @@ class _Tangent(torch.autograd.Function):
         pass  # there is no derivative of the derivative
 
 
+def tiles(K, C, A):
+    """How many numbers lie in shared memory at most: a bound of what Triton 3.6 allocates for sm_90."""
+    BK, D, BA = (max(16, triton.next_power_of_2(n)) for n in (K, C, A))
+    return 2 * BK * D + 4 * D * BA + 4 * BK * BA
+
+
 def head_kl(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0, discrete=None):
     """KL per teacher from the student's hidden states; arguments and results as in head_kl_ref. The kernel takes Gaussians in float32 and bfloat16, up to 128
     channels, 64 actions and 128 timesteps on a GPU; anything else goes to the reference, a student with a categorical task too. Its sums are added
     atomically: they differ by rounding from run to run."""
     args, options = (t_mean, t_log_std, mask, task, act_dims), (direction, sigma_floor, temperature)
     large = h.shape[1] > 128 or h.shape[2] > 128 or weight.shape[2] > 128
-    if not kernels.available(h, weight, bias, t_mean, t_log_std) or large or len(h) == 0 or discrete is not None:
+    here = kernels.available(h, weight, bias, t_mean, t_log_std) and not large and len(h) and discrete is None
+    if not here or not kernels.fits(h, tiles(h.shape[1], h.shape[2], weight.shape[2] // 2)):
         return head_kl_ref(h, weight, bias, *args, *options, discrete)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
     args = (t_mean.contiguous(), t_log_std.contiguous(), mask.contiguous().view(torch.uint8), task, act_dims)

@@ -4,7 +4,7 @@
     u <- beta u + (1 - beta) g',   g'' = g' min(1, clip / |g'|),   theta <- AdamW(theta, g'')        (arXiv 1711.05101)
 
 `project` is called by surgery.py, `project_adamw` by distill.py on a GPU: two launches for an update, whatever the number of parameter tensors,
-and nothing read back: the first takes <g, u>, <u, u> and <g, g> in one pass (8P bytes), the second does all the rest (24P bytes in, 16P out).
+and nothing read back: the first takes <g, u>, <u, u> and <g, g> in one pass (8P bytes), the second does all the rest (20P bytes in, 16P out).
 Sums are taken in float64, so that scales whose squares leave float32's range need no care.
 """
 

@@ -1,4 +1,7 @@
+import gc
 import re
+import unittest.mock
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 import data
 import distill
+import kernels
 import model as dt
 import run
 import surgery
@@ -147,6 +151,36 @@ def test_surgery_by_teacher_is_the_sum_of_every_teachers_gradient_projected_by_i
         got = state["u"] if surgery == "previous" else (state["u"] - 0.9 * u) / 0.1
         assert torch.allclose(got, wanted, atol=2e-4 * wanted.abs().max())
     assert conflicts > 2
+
+
+@pytest.mark.skipif(bool(kernels.MISSING), reason="no Triton")
+@pytest.mark.parametrize("options", [{}, {"surgery": "previous", "surgery_scope": "teacher"}, {"alignment_weight": 1.0}])
+def test_the_loop_with_the_kernels_is_the_loop_without_them(two_tasks, options, monkeypatch):
+    tasks, ts, made = [d.task for d in two_tasks], teachers_of(two_tasks), []
+    for on_cpu in (False, True):
+        monkeypatch.setattr(kernels, "on_cpu", on_cpu)
+        torch.manual_seed(0)
+        w = data.Windows([d.train for d in two_tasks], tasks, 6, targets=True)
+        distill.cache_targets(ts, w)
+        m = dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), 1, 1, 8, 6))
+        cfg = distill.Config(batch_size=8, lr=1e-2, warmup=1, log_interval=5, dtype="float32", **options)
+        update, _, state = distill.learner(cfg, m, ts, w, w.spread(4), torch.Generator().manual_seed(0))
+        for step in range(5):
+            update(step)
+        made.append(state)
+    assert torch.allclose(made[0]["record"], made[1]["record"], rtol=1e-2, atol=1e-4)
+    assert torch.allclose(made[0]["theta"], made[1]["theta"], atol=1e-3)
+
+
+def test_a_captured_function_keeps_the_tensors_that_it_reads_and_leaves_those_that_it_changes(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", unittest.mock.MagicMock())
+    rows, total = run.schedule(1, 1.0, 1), torch.zeros(4)
+    assert len(rows) >= run.WARM_UP  # it is called so often whatever --steps says
+    replay = run.captured(lambda rows=rows: total.add_(rows.sum(0)), [total], torch.Generator())
+    alive = weakref.ref(rows)
+    del rows
+    gc.collect()
+    assert alive() is not None and callable(replay) and not total.any()
 
 
 # ---- whole runs, in this process -------------------------------------------------------------------------------------
@@ -304,6 +338,16 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_student(t
     assert all(p.isfinite().all() for p in dt.load(tmp_path)[0].parameters()) and not (tmp_path / "metrics.json").exists()
 
 
+def test_a_job_that_lost_a_process_says_so_and_writes_no_model(teachers, tmp_path, monkeypatch):
+    def lost(*xs):
+        raise run.UserError("another process of this job ended")
+
+    monkeypatch.setattr(run, "summed", lost)
+    with pytest.raises(run.UserError, match="^another process of this job ended$"):
+        student(teachers, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_teachers_loss_that_becomes_nan_stops_it_and_keeps_the_last_good_model(two_tasks, tmp_path, monkeypatch):
     real, calls = dt.gaussian_nll, []
 
@@ -318,11 +362,13 @@ def test_a_teachers_loss_that_becomes_nan_stops_it_and_keeps_the_last_good_model
 
 
 def test_teachers_that_do_not_fit_are_told(teachers, tmp_path):
+    student(teachers, tmp_path / "student", steps=1)
     for options, message in (
         ({"teachers": (teachers[0], str(tmp_path / "nowhere"))}, "no model in .*nowhere"),
         ({"teachers": teachers[::-1], "datasets": ("tests/a-v0", "tests/b-v0")}, "holds a teacher of tests/b-v0, not of tests/a-v0"),
         ({"teachers": teachers, "datasets": ("tests/a-v0",)}, "2 --teachers for 1 tasks"),
         ({"teachers": (teachers[0], teachers[0])}, "same task twice"),
+        ({"teachers": (str(tmp_path / "student"),)}, "holds a student of 2 tasks"),
         ({"teachers": teachers, "envs": ("hoper",)}, "unknown env 'hoper'"),
         ({"teachers": teachers, "top": 0.0}, "--top 0.0: must be above 0"),
         ({"teachers": teachers, "top": float("nan")}, "--top nan: must be above 0 and at most 1"),

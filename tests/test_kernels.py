@@ -286,6 +286,31 @@ def test_dropout_factors_are_drawn_at_the_rate(seed, p):
     assert (x == 0).double().mean().item() == pytest.approx(p, abs=6 * (p * (1 - p) / x.numel()) ** 0.5)
 
 
+@triton_needed
+@pytest.mark.parametrize("fits", [True, False])
+def test_tiles_that_leave_shared_memory_are_not_launched(fits, monkeypatch):
+    launched = []
+    for module in (kernels.attention, kernels.kl):
+        monkeypatch.setattr(module, "_launch", lambda *args, real=module._launch, **options: launched.append(1) or real(*args, **options))
+    monkeypatch.setattr(kernels, "on_cpu", True)
+    monkeypatch.setattr(kernels, "fits", lambda tensor, numbers: fits)
+    gen = torch.Generator().manual_seed(0)
+    y = attention(normal(gen, 2, 5, 48), torch.ones(2, 5, dtype=torch.bool, device=DEVICE), 1)
+    tokens, task = torch.ones(2, 5, dtype=torch.bool, device=DEVICE), torch.zeros(2, dtype=torch.long, device=DEVICE)
+    sums, _ = head_kl(y, normal(gen, 1, 16, 4), normal(gen, 1, 4), normal(gen, 2, 5, 2), normal(gen, 2, 5, 2), tokens, task, torch.tensor([2], device=DEVICE))
+    assert y.isfinite().all() and sums.isfinite().all() and len(launched) == 2 * fits
+
+
+def test_the_default_sizes_fit_the_shared_memory_of_common_gpus():
+    T4, RTX, A100 = 65_536, 101_376, 166_912  # bytes that a block may have: sm_75, sm_89, sm_80
+    student, teacher = kernels.attention.tiles(60, 64), kernels.attention.tiles(60, 128)
+    assert 2 * teacher <= RTX and 4 * student <= RTX and 4 * teacher > A100 and 4 * kernels.kl.tiles(20, 64, 8) <= T4
+
+
+def test_hardly_any_dropout_drops_hardly_anything():
+    assert kept((1000,), 1e-6, torch.zeros(())).mean() == pytest.approx(1, abs=0.01)
+
+
 @st.composite
 def head_inputs(draw):
     B, K, C = draw(lengths(16)), draw(lengths(16)), draw(st.sampled_from([1, 16, 17, 48, 64, 128]))
