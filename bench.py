@@ -24,6 +24,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import os
 import resource
@@ -269,7 +270,6 @@ def ours_distil(device, dtype, size, **options):
     import data
     import distill
     import model as dt
-    import run
 
     N, dims = int(size), ((11, 3), (17, 6), (17, 6), (27, 8))
     cfg = distill.Config(steps=20_000, **options)
@@ -281,10 +281,17 @@ def ours_distil(device, dtype, size, **options):
     train = data.Windows(tables, tasks, K, device, targets=True)
     train.table[:, -2 * train.A :].uniform_(-1, 0)
     student = dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), 2, 1, 64, K)).to(device)
-    student.bfloat16 = run.bfloat16(cfg)
-    update = distill.learner(cfg, student, [], train, train.spread(cfg.probe_windows), torch.Generator(device).manual_seed(0))[0]
-    steps = iter(range(cfg.steps))
-    return lambda: update(next(steps))
+    student.bfloat16 = dtype == "bfloat16"
+    update, _, state = distill.learner(cfg, student, [], train, train.spread(cfg.probe_windows), torch.Generator(device).manual_seed(0))
+    steps = itertools.cycle(range(cfg.steps))
+
+    def step():
+        at = next(steps)
+        if at == 0:
+            state["done"].zero_()
+        update(at)
+
+    return step
 
 
 def job(contender, device, dtype, size):
@@ -484,7 +491,7 @@ def product_bytes(device, dtype, size):
 
 
 # what: sizes on a CPU, sizes on a GPU, and {contender: (its function, precisions, whether it lives in the peers' environment)}. Ratios are to the first.
-BOTH, SINGLE, PEER = ("float32", "bfloat16"), ("float32",), True
+BOTH, SINGLE, HALF, PEER = ("float32", "bfloat16"), ("float32",), ("bfloat16",), True
 TEN = ("1e5", "1e6", "1e7", "1e8")
 NOVELTY = {"curriculum": "novelty", "surgery": "previous"}
 POINTS = ("64x1", "64x8", "512x1", "512x8", "4096x1", "4096x8")
@@ -499,14 +506,14 @@ ROWS = {
         "Policy": (ours_policy, SINGLE), "ONNX": (onnx_policy, SINGLE), "ONNX, int8": (functools.partial(onnx_policy, int8=True), SINGLE),
         "products alone": (products_of_acting, SINGLE), "huggingface": (huggingface_acting, SINGLE, PEER)}),
     "distil": (("3",), ("3",), {
-        "fixed, no surgery": (functools.partial(ours_distil, curriculum="fixed", surgery="none"), BOTH[:1]),
-        "novelty, previous": (functools.partial(ours_distil, **NOVELTY), SINGLE),
-        "novelty, previous, exact alignments": (functools.partial(ours_distil, **NOVELTY, alignment_weight=1.0), SINGLE),
-        "novelty, previous, estimated alignments": (functools.partial(ours_distil, **NOVELTY, alignment_weight=1.0, alignment="estimate"), SINGLE)}),
-    "teachers": (*2 * (("1", "3", "10", "30", "100", "300", "1000"),), {"novelty, previous": (functools.partial(ours_distil, **NOVELTY), SINGLE)}),
+        "fixed, no surgery": (functools.partial(ours_distil, curriculum="fixed", surgery="none"), HALF),
+        "novelty, previous": (functools.partial(ours_distil, **NOVELTY), HALF),
+        "novelty, previous, exact alignments": (functools.partial(ours_distil, **NOVELTY, alignment_weight=1.0), HALF),
+        "novelty, previous, estimated alignments": (functools.partial(ours_distil, **NOVELTY, alignment_weight=1.0, alignment="estimate"), HALF)}),
+    "teachers": (*2 * (("1", "3", "10", "30", "100", "300", "1000"),), {"novelty, previous": (functools.partial(ours_distil, **NOVELTY), HALF)}),
     "surgery": (TEN, TEN, {"ours": (ours_surgery, SINGLE), "torch": (torch_surgery, SINGLE), "torch foreach": (foreach_surgery, SINGLE),
                            "torchjd PCGrad": (torchjd_surgery, SINGLE, PEER), "copy": (copy(20), SINGLE)}),
-    "update": (TEN, TEN, {"ours": (ours_update, SINGLE), "torch": (torch_update, SINGLE), "copy": (copy(48), SINGLE)}),
+    "update": (TEN, TEN, {"ours": (ours_update, SINGLE), "torch": (torch_update, SINGLE), "copy": (copy(44), SINGLE)}),
     "attention": (POINTS[:4], POINTS, {
         "ours": (ours_attention, BOTH), "SDPA": (sdpa_attention, BOTH), "SDPA, no padding": (functools.partial(sdpa_attention, padding=False), BOTH),
         "FlexAttention": (flex_attention, BOTH), "torch.compile": (compiled_attention, BOTH), "copy": (attention_bytes, BOTH)}),
@@ -515,7 +522,7 @@ ROWS = {
         "torch.compile": (functools.partial(ours_kl, which="head_kl_ref", compile=True), SINGLE), "copy": (kl_bytes, SINGLE)}),
     "processes": (("1", "2"), ("1", "2", "4", "8"), {
         "teacher": (functools.partial(job, functools.partial(ours_teacher, size="64")), SINGLE),
-        "student": (functools.partial(job, functools.partial(ours_distil, size="3", **NOVELTY)), SINGLE)}),
+        "student": (functools.partial(job, functools.partial(ours_distil, size="3", **NOVELTY)), HALF)}),
 }  # fmt: skip
 
 
@@ -581,6 +588,8 @@ def race(what, size, device, cfg):
     for p in runs.values():
         p.stdin.close()
         p.wait()
+    if not times:
+        return
     first = next(iter(times.values()))
     for (name, dtype), t in times.items():
         ratio = statistics.median(a / b for a, b in zip(t, first, strict=True))  # of neighbours in time
@@ -591,6 +600,7 @@ def race(what, size, device, cfg):
 def main(cfg: Config):
     import run
 
+    run.check(cfg, threads=1, rounds=1, seconds=0)
     unknown = set(cfg.what) - set(ROWS)
     if unknown:
         raise run.UserError(f"--what {unknown.pop()}: choose from {', '.join(ROWS)}")

@@ -50,11 +50,11 @@ def speed(device: str) -> str:
     for what in dict.fromkeys(r["what"] for r in rows):
         these = [r for r in rows if r["what"] == what]
         cells = {(r["contender"], r["dtype"], r["size"]): r for r in these}
-        sizes, several = list(dict.fromkeys(r["size"] for r in these)), len({r["dtype"] for r in these}) > 1
+        sizes, named = list(dict.fromkeys(r["size"] for r in these)), {r["dtype"] for r in these} != {"float32"}
         out += [f"| {what}, ms | " + " | ".join(sizes) + " |", "|---|" + "---|" * len(sizes)]
         for name, dtype in dict.fromkeys((r["contender"], r["dtype"]) for r in these):
             line = [cells.get((name, dtype, s)) for s in sizes]
-            out.append(f"| {name}{f', {dtype}' if several else ''} | " + " | ".join(f"{float(r['ms']):.3g}" if r else "" for r in line) + " |")
+            out.append(f"| {name}{f', {dtype}' if named else ''} | " + " | ".join(f"{float(r['ms']):.3g}" if r else "" for r in line) + " |")
         if what == "teachers":
             out.append("| MiB | " + " | ".join(cells[name, dtype, s]["memory_mib"] for s in sizes) + " |")
         out.append("")
