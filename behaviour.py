@@ -152,6 +152,8 @@ def choose(returns, k: int) -> list[int]:
     """
     mean, std = np.mean(returns, 1), np.std(returns, 1)
     left, out = [i for i in range(len(mean)) if std[i] <= STEADY * max(mean)], []
+    if not left:
+        raise run.UserError(f"none of {len(mean)} policies is steady (best mean return {max(mean):.0f}): train longer, or with another --seed")
     for target in np.linspace(max(mean[left]), min(mean[left]), min(k, len(left))):  # the best is chosen first, so it is always kept
         out.append(min(left, key=lambda i: abs(mean[i] - target)))
         left.remove(out[-1])
@@ -161,6 +163,7 @@ def choose(returns, k: int) -> list[int]:
 def main(cfg: Config):
     if cfg.env not in PPO_STEPS:
         raise run.UserError(f"unknown env {cfg.env!r}; choose from {', '.join(sorted(PPO_STEPS))}")
+    run.check(cfg, steps=0, eval_episodes=1, seed=0)
     candidates = train(cfg)
     env, rng = make_env(cfg.env), np.random.default_rng(cfg.seed)
     returns = np.array([[rollout(env, Policy(w), 0.0, rng, 10_000 + i)["rewards"].sum() for i in range(cfg.eval_episodes)]

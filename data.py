@@ -125,7 +125,7 @@ def make_env(env_id, env_kwargs, **kwargs):
     except ImportError:
         pass
     try:
-        return gym.make(env_id, disable_env_checker=True, **env_kwargs, **kwargs)
+        return gym.make(env_id, **{"disable_env_checker": True, **env_kwargs, **kwargs})
     except Exception as e:  # a package that it needs, an option that it does not know
         why = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise run.UserError(f"environment {env_id!r} can't be made ({why}); install what it needs, or use --eval-episodes 0") from None
@@ -475,7 +475,7 @@ class Windows:
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
         self.offset = self.size.cumsum(0) - self.size
         shape = int(self.size.sum()), self.O + self.A + 2 + 2 * self.A * targets
-        self.host = where == "host" or (where == "auto" and 4 * math.prod(shape) > room(device) / 2)
+        self.host = where == "host" or (where == "auto" and bool(run.told(4 * math.prod(shape) > room(device) / 2)))  # all processes alike
         if len(tables) == 1 and not (self.host or targets):  # as it lies
             self.table = torch.from_numpy(tables[0]).to(device)
         else:
@@ -581,6 +581,7 @@ class Config:
 
 
 def main(cfg: Config):
+    run.check(cfg, seed=0)
     d = load(cfg.dataset or cfg.env, cfg.seed)
     q = np.quantile(d.returns, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
     print(f"{d.task.dataset}: {d.task.env_id} {d.task.env_kwargs or ''}")

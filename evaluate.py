@@ -46,7 +46,7 @@ def check(tasks):
 
 def fits(env, t: data.Task):
     """Raise run.UserError where a task's environment is not what its data came from."""
-    there = [data.size(env.observation_space), data.size(env.action_space)]
+    there = [type(s).__name__ if s.shape is None else data.size(s) for s in (env.observation_space, env.action_space)]  # a Dict has no shape
     if there != [t.obs_dim, t.act_dim]:
         raise run.UserError(f"environment {t.env_id} {t.env_kwargs} has {there[0]} observations and {there[1]} actions, dataset {t.dataset} {t.obs_dim} and "
                             f"{t.act_dim}: no evaluation there; use --eval-episodes 0")  # fmt: skip

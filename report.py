@@ -145,7 +145,8 @@ def panels(r: Run):
     if not r.teachers:
         return [(likelihood, "What the teacher was trained to lower. Where the held-out curve turns upwards, the teacher begins to learn its data by heart."),
                 (returns, "Score of the episodes that were evaluated after training.")]  # fmt: skip
-    out = [(distance, "KL(teacher ‖ student) on episodes that neither was trained on, after every log interval."),
+    kl = "KL(teacher ‖ student)" if r.config["kl"] == "forward" else "KL(student ‖ teacher)"
+    out = [(distance, f"{kl} on episodes that neither was trained on, after every log interval."),
            (timeline, "Each teacher's share of the windows of an update: the farther the student is from it, the larger."),
            (conflict, "Cosine of an update's gradient to the one before it, and how often it opposed that one and was projected."),
            (returns, "The last checkpoint's score beside its teacher's.")]  # fmt: skip

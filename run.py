@@ -188,6 +188,8 @@ def join(cfg):
     if world() == 1 or dist.is_initialized():
         return
     gpu, local = device(cfg).startswith("cuda"), int(os.environ.get("LOCAL_RANK", 0))
+    if ":" in device(cfg):
+        raise UserError(f"--device {cfg.device} names one GPU for {world()} processes; with torchrun say --device cuda, and CUDA_VISIBLE_DEVICES to choose")
     if gpu and local >= torch.cuda.device_count():
         raise UserError(f"{local + 1} processes or more for {torch.cuda.device_count()} GPUs; use torchrun --nproc_per_node={torch.cuda.device_count()}, or --device cpu")
     if gpu:
@@ -241,7 +243,7 @@ def told(x: int) -> int:
     """Rank 0's x."""
     if world() == 1:
         return x
-    x = torch.tensor([x])
+    x = torch.tensor([int(x)])  # of every process, whatever type its own has
     with together():
         dist.broadcast(x, 0)
     return int(x)
@@ -351,9 +353,9 @@ def start(out_dir, cfg) -> bool:
 def _start(out_dir, cfg) -> bool:
     out_dir, new, unfinished = Path(out_dir), settings(cfg), (Path(out_dir) / Checkpoint.NAME).exists()
     finished = read_json(out_dir / "metrics.json") is not None
-    if (finished and not cfg.overwrite) or (cfg.resume and unfinished):
-        old = {"processes": 1} | (read_json(out_dir / "config.json") or {})
-        changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]
+    old = {"processes": 1} | (read_json(out_dir / "config.json") or {})
+    changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]
+    if not cfg.overwrite and (finished or (cfg.resume and unfinished)):
         if not changed and finished:
             return False
         if changed:
@@ -366,7 +368,7 @@ def _start(out_dir, cfg) -> bool:
             raise UserError(f"{out_dir} holds an unfinished run: --resume goes on with it, --overwrite begins anew; or choose another --out-dir")
         for f in out_dir.glob("*.tmp"):  # of a killed run
             f.unlink()
-        for name in ("metrics.json", *(() if cfg.resume else (Checkpoint.NAME,))):
+        for name in ("metrics.json", *(() if cfg.resume and not changed else (Checkpoint.NAME,))):
             (out_dir / name).unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"can't write to {out_dir}: {e.strerror}; choose another --out-dir") from None
@@ -399,10 +401,10 @@ class Log:
 
     def __init__(self, path, at=0, trackers=()):
         self.path, self.at, self.waiting, self.full, self.trackers = Path(path), at, io.StringIO(newline=""), False, trackers
-        if self.path.is_symlink() or not at:
+        if not at:
             self.path.unlink(missing_ok=True)
-        elif not self.path.exists() or self.path.stat().st_size < at:
-            raise UserError(f"{path} is shorter than its checkpoint says; --overwrite in place of --resume begins anew")
+        elif self.path.is_symlink() or not self.path.exists() or self.path.stat().st_size < at:
+            raise UserError(f"{path} is not there, or shorter than its checkpoint says; --overwrite in place of --resume begins anew")
         if at:
             with open(path, newline="") as f:
                 self.writer = csv.DictWriter(self.waiting, next(csv.reader(f)))
@@ -589,9 +591,12 @@ class Checkpoint:
 
 
 def read_csv(path) -> dict[str, np.ndarray]:
-    """A log.csv as a column of floats each, NaN where a cell is empty."""
-    with open(path, newline="") as f:
-        head, *rows = csv.reader(f)
+    """A log.csv as a column of floats each, NaN where a cell is empty; UserError where it is not there."""
+    try:
+        with open(path, newline="") as f:
+            head, *rows = csv.reader(f)
+    except OSError as e:
+        raise UserError(f"can't read {path}: {e.strerror}; train again with --overwrite") from None
     return dict(zip(head, np.array([[float(x or "nan") for x in r] for r in rows]).T, strict=True))
 
 

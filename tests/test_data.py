@@ -272,6 +272,8 @@ def test_a_steady_snapshot_is_kept_for_every_level_of_return():
     returns[3] = 0, 100  # falls every other time
     returns[7] = 0, 300
     assert behaviour.choose(returns, 3) == [0, 4, 6] and behaviour.choose(returns, 10) == [0, 1, 2, 4, 5, 6]
+    with pytest.raises(run.UserError, match="none of 2 policies is steady"):
+        behaviour.choose(np.array([[0.0, 10.0], [0.0, 20.0]]), 1)
 
 
 @pytest.mark.parametrize(("env", "least"), [("hopper", 3000), ("halfcheetah", 5000), ("walker2d", 3000), ("ant", 3000)])

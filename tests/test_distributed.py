@@ -36,6 +36,7 @@ def arguments(options):
 def member(rank, world, port, script, out, options):
     """One process of a job. What it knows after each update goes to OUT.RANK.npy: the shares, the update's gradient after surgery, the parameters."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"  # each call is compared with the other processes'
     for fd in (1, 2):
         os.dup2(os.open(f"{out}.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), fd)
     torch.set_num_threads(1)

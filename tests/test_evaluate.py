@@ -82,11 +82,19 @@ class Broken(gym.Env):
 gym.register("tests/Broken-v0", Broken)
 
 
+class Named(Walk):
+    observation_space = gym.spaces.Dict({"where": Walk.observation_space})
+
+
+gym.register("tests/Dict-v0", Named)
+
+
 def test_an_environment_that_can_not_be_played_in_is_told_before_training():
     evaluate.check([TASK, dataclasses.replace(TASK, env_id=None)])
     for change, message in (
         ({"env_id": "tests/Nowhere-v0"}, "'tests/Nowhere-v0' is not registered with Gymnasium; .*--eval-episodes 0"),
         ({"env_id": "tests/Broken-v0"}, r"'tests/Broken-v0' can't be made \(no module named simulator\); .*--eval-episodes 0"),
+        ({"env_id": "tests/Dict-v0"}, "tests/Dict-v0 {} has Dict observations and 1 actions"),
         ({"obs_dim": 3}, "tests/Walk-v0 {} has 2 observations and 1 actions, dataset - 3 and 1.*--eval-episodes 0"),
     ):
         with pytest.raises(run.UserError, match=message):

@@ -1,5 +1,6 @@
 """Nothing lost: what is killed goes on from its last checkpoint and ends as if nothing had been."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -180,6 +181,14 @@ def test_a_checkpoint_of_other_settings_other_data_or_damaged_is_not_resumed(run
     assert "holds an unfinished run" in ended(script, tmp_path / "run", code=2, **options) and checkpoint.exists()
     ended(script, tmp_path / "run", overwrite=True, **options)
     assert not checkpoint.exists() and run.read_json(tmp_path / "run/metrics.json")
+
+
+def test_resume_with_overwrite_goes_on_with_the_same_settings_and_begins_anew_with_others(tmp_path):
+    cfg, checkpoint = teacher.Config(out_dir=str(tmp_path), device="cpu", resume=True, overwrite=True), tmp_path / run.Checkpoint.NAME
+    run.start(tmp_path, cfg)
+    checkpoint.write_bytes(b"")
+    assert run.start(tmp_path, cfg) and checkpoint.exists()
+    assert run.start(tmp_path, dataclasses.replace(cfg, lr=0.5)) and not checkpoint.exists()
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
