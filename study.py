@@ -101,7 +101,7 @@ VARIANTS = {  # options of distill.py
     "data": {"curriculum": "all", "surgery": "none", "loss": "nll"},  # no teachers
     "one student per task": {"curriculum": "all", "surgery": "none"},  # of the same size together
 }
-for v in ("fixed", "all", "novelty p=1", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, reverse", "data"):
+for v in ("fixed", "all", "novelty p=1", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, reverse", "mse", "data"):
     VARIANTS[f"{v}, top"] = {**VARIANTS[v], "top": 0.1}  # for acting: half of each teacher's windows from the tenth of its data that returned most
 VARIANTS |= {f"novelty p=4, top {part}": {**VARIANTS["novelty p=4"], "top": part} for part in (0.05, 0.25)}
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)  # the grid that rates() begins with
