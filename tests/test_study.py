@@ -206,6 +206,15 @@ def test_a_run_that_is_lost_to_nan_counts_as_the_worst_there_is(tiny):
     assert study.worst(study.read(tiny.out)[0]) > 1e3
 
 
+def test_the_same_is_measured_whatever_a_student_is_trained_by(tiny):
+    spec = {"case": "tests", "budget": "tune", "seed": 0, "lr": 1e-3, "steps": 10, "times": 1.0, "weights": [], "teachers": 2, "work_dir": tiny.work_dir}
+    study.prepare()
+    for v in ("novelty p=2", "novelty, reverse", "mse", "data"):
+        study.add(tiny.out, study.one_run({**spec, "variant": v}))
+    before, after = zip(*([str(r["kl"][i]) for i in (0, -1)] for r in study.read(tiny.out)), strict=True)
+    assert len(set(before)) == 1 and len(set(after)) == 4
+
+
 def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
     def runs(kept):  # by seed and task
         return [{"teacher_scores": np.array([100.0, 50.0]), "retention": np.array(k), "seed": i} for i, k in enumerate(kept)]
