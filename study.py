@@ -109,7 +109,7 @@ LRS = (4e-3, 8e-3, 16e-3, 32e-3)  # the grid that rates() begins with
 HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
 NOVELTY = "novelty p=2"  # what others are set beside where KL is compared, which is measured on all windows alike
 DEFAULT = f"{NOVELTY}, top"  # what distill.py does unasked
-BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "a teacher at a time": "fixed, top", "windows drawn alike": NOVELTY,
+BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "round-robin": "fixed, top", "uniform windows": NOVELTY,
           "without teachers": "data, top"}  # fmt: skip
 ACTING = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty p=4, previous", *(v for v in VARIANTS if "top" in VARIANTS[v]))
 POINTS = 10  # of a curve
@@ -597,14 +597,16 @@ def ratios(runs, others):
 
 
 def same_seeds(by_case, variants):
-    """A line for each variant: NOVELTY's KL over its on the same seed, for the teachers that a seed draws differ more than most variants do."""
+    """A line for each variant: NOVELTY's KL over its on the same seed, for the teachers that a seed draws differ more than most variants do; and the probability
+    that it is lower there."""
     cases = [c for c in by_case if NOVELTY in by_case[c]]
-    out = [f"| {NOVELTY}'s KL over that of | {' | '.join(cases)} | all of these |", "|---" * (len(cases) + 2) + "|"]
+    out = [f"| {NOVELTY}'s KL over that of | {' | '.join(cases)} | all of these | lower |", "|---" * (len(cases) + 3) + "|"]
     for v in variants:
         x = {c: y for c in cases if len(y := ratios(by_case[c][NOVELTY], by_case[c].get(v, [])))}
         if x and v != NOVELTY:
             cells = [cell(pooled, [x[c]], "{:.2f}") if c in x else "" for c in cases]
-            out.append(f"| {v} | {' | '.join(cells)} | {cell(pooled, list(x.values()), '{:.2f}')} |")
+            lower = cell(lambda s: improvement((y, np.ones(1)) for y in s), list(x.values()), "{:.2f}")
+            out.append(f"| {v} | {' | '.join(cells)} | {cell(pooled, list(x.values()), '{:.2f}')} | {lower} |")
     return "\n".join(out)
 
 
@@ -657,14 +659,16 @@ def kept(runs):
 
 
 def retention_table(acting):
-    """A line for each variant: mean and worst task, and how much more the default's are on the same seeds."""
-    out = ["| case | compression | updates | | seeds | mean | worst task | the default's mean minus it | worst task minus it |", "|---" * 9 + "|"]
+    """A line for each variant: mean and worst task; how much more the default's are on the same seeds, and its worst teacher's KL over the default's there."""
+    out = ["| case | compression | updates | | seeds | mean | worst task | the default's mean minus it | worst task minus it | KL over the default's |",
+           "|---" * 10 + "|"]  # fmt: skip
     for (times, steps), by_case in sorted(acting.items()):
         for case, by_variant in by_case.items():
             for v, runs in by_variant.items():
                 default = by_variant.get(DEFAULT, []) if v != DEFAULT else []
                 more = [paired(lambda a, b, what=what: (kept([a])[what] - kept([b])[what])[0], default, runs) for what in kept(runs)]
-                cells = [*(cell(pooled, [x]) for x in kept(runs).values()), *(cell(pooled, [x], "{:.3f}") if len(x) else "" for x in more)]
+                more.append(ratios(runs, default))
+                cells = [*(cell(pooled, [x]) for x in kept(runs).values()), *(cell(pooled, [x]) if len(x) else "" for x in more)]
                 out.append(f"| {case} | {times:g} | {steps} | {v} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
@@ -697,7 +701,7 @@ def figure(n, columns, width=4.2, height=3.6):
 def plot_orders(path, by_case):
     """Worst teacher's KL over updates by order; performance profiles of the orders that have runs of every case; and what mixing by distance changes beside
     equal shares, on the same seeds."""
-    orders = ("fixed", "all", "uniform", "dro", "least", "novelty p=1", "novelty p=2", "novelty p=4", "novelty p=inf")
+    orders = ("fixed", "all", "uniform", "dro", "novelty p=1", "novelty p=2", "least", "novelty p=4", "novelty p=inf")
     fig, (*axes, profiles, beside) = figure(len(by_case) + 2, 3)
     for ax, (case, runs) in zip(axes, by_case.items(), strict=False):
         for i, v in [(i, o) for i, o in enumerate(orders) if o in runs]:

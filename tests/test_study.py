@@ -217,7 +217,7 @@ def test_the_same_is_measured_whatever_a_student_is_trained_by(tiny):
 
 def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
     def runs(kept):  # by seed and task
-        return [{"teacher_scores": np.array([100.0, 50.0]), "retention": np.array(k), "seed": i} for i, k in enumerate(kept)]
+        return [{"teacher_scores": np.array([100.0, 50.0]), "retention": np.array(k), "seed": i, "kl": np.array([[1, k[0] + k[1]]])} for i, k in enumerate(kept)]
 
     surgery, all_alike = study.BESIDE["with surgery"], study.BESIDE["without curriculum"]
     by_variant = {study.DEFAULT: runs([(0.9, 1.1)] * 4), surgery: runs([(0.8, 1.0)] * 4), all_alike: runs([(0.0, 1.0), (0.7, 1.0), (0.9, 1.0), (9.0, 1.0)])}
@@ -232,11 +232,23 @@ def test_what_students_keep_is_counted_by_task_and_by_compression(tmp_path):
     assert study.score_table("conflict", {**by_variant, surgery: by_variant[surgery] + others}).splitlines() == lines
     retention = {5.0: {"conflict": {study.DEFAULT: runs([(1.0, 1.0)] * 3)}}, 15.0: {"conflict": by_variant}}
     lines = study.retention_table({(times, 4000): by_case for times, by_case in retention.items()}).splitlines()
-    assert lines[2] == f"| conflict | 5 | 4000 | {study.DEFAULT} | 3 | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) |  |  |"
-    assert lines[4] == f"| conflict | 15 | 4000 | {surgery} | 4 | 0.900 (0.900-0.900) | 0.800 (0.800-0.800) | 0.100 (0.100-0.100) | 0.100 (0.100-0.100) |"
-    assert lines[5].endswith("| 0.100 (-4.000 to 0.500) | 0.100 (-0.100 to 0.900) |")  # of 0.5, 0.15, 0.05 and -4; of 0.9, 0.2, 0 and -0.1
+    assert lines[2] == f"| conflict | 5 | 4000 | {study.DEFAULT} | 3 | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) |  |  |  |"
+    assert lines[4].startswith(f"| conflict | 15 | 4000 | {surgery} | 4 | 0.900 (0.900-0.900) | 0.800 (0.800-0.800) |")
+    assert lines[4].endswith("| 0.100 (0.100-0.100) | 0.100 (0.100-0.100) | 0.900 (0.900-0.900) |")
+    assert "| 0.100 (-4.000 to 0.500) | 0.100 (-0.100 to 0.900) |" in lines[5]  # of 0.5, 0.15, 0.05 and -4; of 0.9, 0.2, 0 and -0.1
     study.plot_retention(tmp_path / "retention.png", retention)
     assert (tmp_path / "retention.png").stat().st_size > 10_000
+
+
+def test_variants_are_compared_on_the_seeds_and_teachers_that_both_have():
+    def runs(last, seeds):
+        return [{"teacher_scores": np.array([100.0]), "seed": i, "kl": np.array([[9.0, 0.0], [x, 0.1]])} for x, i in zip(last, seeds, strict=True)]
+
+    by_case = {"builtin": {study.NOVELTY: runs([1.0, 2.0, 4.0, 9.0], range(4)), "all": runs([2.0, 2.0, 2.0, 2.0], range(3, -1, -1))},
+               "many": {study.NOVELTY: runs([1.0, 1.0], (0, 1)), "all": runs([4.0, 4.0, 4.0], (1, 2, 0))}}  # fmt: skip
+    line = study.same_seeds(by_case, ["all", study.NOVELTY]).splitlines()[2:]
+    assert len(line) == 1 and line[0].startswith("| all | 1.50 (")  # the middle two of 0.5, 1, 2 and 4.5
+    assert "| 0.25 (0.25-0.25) |" in line[0] and "| 0.69 (" in line[0]  # lower: 1.5 of 4, and both, on average
 
 
 @pytest.mark.parametrize(
