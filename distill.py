@@ -50,7 +50,7 @@ class Config:
     n_embd: int = 64  # channels
     # method
     curriculum: ORDERS = "novelty"  # which teacher next
-    novelty_power: float = 2.0  # shares ~ KL^power; inf: farthest alone; 0: all alike (also least's, inverted); 4: 1 to 4 % nearer to the worst, may neglect the nearest
+    novelty_power: float = 2.0  # shares ~ KL^power; inf: farthest alone; 0: all alike (also least's, inverted); 4: up to 5 % nearer to the worst, may neglect the nearest
     surgery: SURGERIES = "none"  # of a gradient that conflicts; none: README, The study, where each cost as much as it brought, or more
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
     alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
@@ -59,7 +59,7 @@ class Config:
     kl: Literal[DIRECTIONS] = "forward"  # KL(teacher || student), or KL(student || teacher)
     sigma_floor: float = 0.05  # added to every variance of continuous actions, squared; in units of half their range
     temperature: float = 1.0  # times the teacher's sigma; its logits over it
-    top: float = 0.1  # half of a teacher's windows come from this part of its data, that of the highest returns; 1: all alike (0.97 of scores are kept, with 0.1 1.01)
+    top: float = 0.1  # half of a teacher's windows come from this part of its data, that of the highest returns; 1: all alike (0.96 of scores are kept, with 0.1 1.01)
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
     probe_windows: int = 8  # per teacher, where distances or alignments need windows of their own
     probe_interval: int = 1  # updates between probes, where the farthest teacher alone is taken: an old distance takes it too often
