@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import triton_needed
 
 import data
 import distill
@@ -153,7 +154,7 @@ def test_surgery_by_teacher_is_the_sum_of_every_teachers_gradient_projected_by_i
     assert conflicts > 2
 
 
-@pytest.mark.skipif(bool(kernels.MISSING), reason="no Triton")
+@triton_needed
 @pytest.mark.parametrize("options", [{}, {"surgery": "previous", "surgery_scope": "teacher"}, {"alignment_weight": 1.0}])
 def test_the_loop_with_the_kernels_is_the_loop_without_them(two_tasks, options, monkeypatch):
     tasks, ts, made = [d.task for d in two_tasks], teachers_of(two_tasks), []
