@@ -1,452 +1,788 @@
 """Distil many teachers, one per task, into one smaller student.
 
-    python distill.py                                          # hopper, halfcheetah, walker2d: all that is missing is made first
-    python distill.py --envs hopper ant                        # other built-in tasks
+    python distill.py                                   # hopper, halfcheetah, walker2d: makes all that is missing first
+    python distill.py --envs hopper ant                 # other built-in tasks
     python distill.py --datasets mujoco/hopper/medium-v0 mujoco/ant/medium-v0
     python distill.py --teachers out/teacher-hopper out/teacher-ant
-    torchrun --nproc_per_node=8 distill.py                     # on many GPUs, or CPUs
+    torchrun --nproc_per_node=8 distill.py              # on several GPUs, or CPU cores
 
-The loop, below, is the method: which teacher next (curriculum.py), how far from it (kernels/kl.py), what to do where its gradient
-conflicts with the last update (surgery.py). Out come config.json, log.csv (a row per update), metrics.json, the model, plots.png.
+`Learner.update` is the method: which teacher next (curriculum.py), how far from it (kernels/kl.py), what to do where
+the gradient conflicts with the last update (surgery.py). The run's directory then holds config.json, log.csv (a row per
+update), metrics.json, the model and plots.png.
 """
 
 import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
+from torch import Tensor
 from tqdm import tqdm
 
+import alignment
 import curriculum
 import data
 import evaluate
 import kernels
 import model as dt
 import report
-import run
 import surgery
 import teacher
 from kernels.kl import DIRECTIONS, head_kl, per_teacher, policies
-from kernels.project import project_adamw
+from support import UserError, cli, files, log, machine, processes, run_directory, training
+from support.checkpoint import Checkpoint
 
-ORDERS, SURGERIES = Literal[tuple(curriculum.METHODS)], Literal[tuple(surgery.METHODS)]
+DEFAULT_ENVS = ("hopper", "halfcheetah", "walker2d")
+Envs = tuple[Literal[tuple(data.ENVS)], ...]
+Curricula = Literal[tuple(curriculum.METHODS)]
+Surgeries = Literal[tuple(surgery.METHODS)]
+LOG_ROWS = 10_000  # a training of more updates logs every second, third, ... of them
 
 
 @dataclasses.dataclass
 class Config:
     # tasks
-    envs: tuple[str, ...] = ()  # keys of data.ENVS; hopper halfcheetah walker2d where neither this nor the next two are given
+    envs: Envs = ()  # built-in tasks; default, where no task is given: the first three
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
-    teachers: tuple[str, ...] = ()  # run directories of teacher.py; default: out/teacher-<task>, trained first where missing
+    teachers: tuple[str, ...] = ()  # runs of teacher.py; default: out/teacher-<task>, trained if missing
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
     # student
     n_layer: int = 2  # transformer blocks
-    n_head: int = 1  # of attention
+    n_head: int = 1  # attention heads
     n_embd: int = 64  # channels
     # method
-    curriculum: ORDERS = "novelty"  # which teacher next
-    novelty_power: float = 2.0  # shares ~ KL^power; inf: farthest alone; 0: all alike (also least's, inverted); 4: up to 5 % nearer to the worst, may neglect the nearest
-    surgery: SURGERIES = "none"  # of a gradient that conflicts; none: README, The study, where each cost as much as it brought, or more
-    surgery_scope: Literal["batch", "teacher"] = "batch"  # project the batch's gradient, or each teacher's own part of it
-    alignment_weight: float = 0.0  # lambda: a teacher's score is KL x (1 + lambda x its alignment with the last update)
-    alignment: Literal["exact", "estimate"] = "exact"  # one forward-mode pass, or the change of its KL over the last update
-    loss: Literal["kl", "mse", "nll"] = "kl"  # baselines: mse of the means, or probabilities; nll of the data's own actions, with no teacher
-    kl: Literal[DIRECTIONS] = "forward"  # KL(teacher || student), or KL(student || teacher)
-    sigma_floor: float = 0.05  # added to every variance of continuous actions, squared; in units of half their range
-    temperature: float = 1.0  # times the teacher's sigma; its logits over it
-    top: float = 0.1  # half of a teacher's windows come from this part of its data, that of the highest returns; 1: all alike (0.96 of scores are kept, with 0.1 1.01)
+    curriculum: Curricula = "novelty"  # which teacher next
+    novelty_power: float = 2.0  # shares ~ KL^power; inf: argmax of KL, 0: equal shares
+    surgery: Surgeries = "none"  # of a gradient that conflicts
+    surgery_scope: Literal["batch", "teacher"] = "batch"  # project the gradient of either
+    alignment_weight: float = 0.0  # lambda of the score KL x (1 + lambda x alignment with the last update)
+    alignment: Literal["exact", "estimate"] = "exact"  # forward mode, or the KL's change by an update
+    loss: Literal["kl", "mse", "nll"] = "kl"  # mse of the means; nll of the data's actions, no teachers
+    kl: Literal[DIRECTIONS] = "forward"  # forward: KL(teacher || student), reverse: KL(student || teacher)
+    sigma_floor: float = 0.05  # added in squares to every variance, in half action ranges
+    temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
+    top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
-    probe_windows: int = 8  # per teacher, where distances or alignments need windows of their own
-    probe_interval: int = 1  # updates between probes, where the farthest teacher alone is taken: an old distance takes it too often
+    probe_windows: int = 8  # windows per teacher, where KLs or alignments need windows of their own
+    probe_interval: int = 1  # updates between probes, with --novelty-power inf
     # optimisation
     steps: int = 4000  # updates
-    batch_size: int = 64  # windows per update, of all teachers together, of each process
+    batch_size: int = 64  # windows per update and process, of all teachers together
     lr: float = 8e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4  # AdamW's, times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient
     # run
     out_dir: str = "out/student"  # the run's directory
-    eval_episodes: int = 20  # per task; 0: none
-    seed: int = 0  # of weights and windows, and of a teacher trained first
-    device: str = "auto"  # cpu, cuda, or auto
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks' matrix products in training; auto: bfloat16 where native
-    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
+    eval_episodes: int = 20  # episodes per task; 0: no evaluation
+    seed: int = 0  # of weights, windows, and of a teacher trained first
+    device: str = "auto"  # cpu, cuda, cuda:<number> or auto
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks; auto: bfloat16 where native
+    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: host if too large
     log_interval: int = 100  # updates between held-out KLs
-    tensorboard: bool = False  # also log there: tensorboard --logdir out
+    tensorboard: bool = False  # also log to TensorBoard, in the run's directory
     wandb: bool = False  # also log to Weights & Biases, project manyteachers
-    checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
-    resume: bool = False  # go on from the last checkpoint, a teacher's too, if there is one
+    checkpoint_interval: int = 1000  # updates between checkpoints
+    resume: bool = False  # go on from the last checkpoint, of the teachers too
     overwrite: bool = False  # replace a run of other settings, or an unfinished one
 
-
-# ---- teachers and their targets --------------------------------------------------------------------------------------
-
-
-def find_teachers(cfg: Config):
-    """Load the teachers, training those missing: [(model, Task, metrics of its task)], in the order of the command line."""
-    names = [*cfg.envs, *map(data.task_name, cfg.datasets)] or ([] if cfg.teachers else ["hopper", "halfcheetah", "walker2d"])
-    if names and cfg.teachers and len(names) != len(cfg.teachers):
-        raise run.UserError(f"{len(cfg.teachers)} --teachers for {len(names)} tasks; name one for each task, in the same order")
-    dirs = [Path(d) for d in cfg.teachers] or [teacher.directory(n) for n in names]
-    if len(set(dirs)) < len(dirs):
-        raise run.UserError(f"the same task twice among {' '.join(map(str, dirs))}; name each once")
-    out = []
-    for i, path in enumerate(dirs):
-        if not cfg.teachers and not run.read_json(path / "metrics.json"):
-            print(f"no teacher in {path}: training it", flush=True)
-            which = {"env": names[i]} if names[i] in data.ENVS else {"dataset": names[i]}
-            teacher.main(teacher.Config(**which, steps=cfg.teacher_steps, seed=cfg.seed, device=cfg.device, dtype=cfg.dtype,
-                                        eval_episodes=cfg.eval_episodes, checkpoint_interval=cfg.checkpoint_interval, resume=cfg.resume, overwrite=cfg.overwrite,
-                                        data_device=cfg.data_device, tensorboard=cfg.tensorboard, wandb=cfg.wandb))  # fmt: skip
-        elif not cfg.teachers:
-            trained = (run.read_json(path / "config.json") or {}).get("steps")
-            print(f"teacher of {names[i]} is there: {path}{f', of {trained} updates in place of {cfg.teacher_steps}' if trained != cfg.teacher_steps else ''}")
-        model, meta = dt.load(path, run.device(cfg))
-        task, *more = data.tasks(meta, path)
-        if more:
-            raise run.UserError(f"{path} holds a student of {1 + len(more)} tasks; a teacher has one")
-        if names and task.name != names[i]:
-            raise run.UserError(f"{path} holds a teacher of {task.name}, not of {names[i]}; put --teachers in the order of the tasks")
-        metrics = (run.read_json(path / "metrics.json") or {}).get("tasks", {}).get(task.name, {})
-        out.append((model, task, metrics))
-    if len({t.name for _, t, _ in out}) < len(out):
-        raise run.UserError(f"two teachers of one task among {' '.join(map(str, dirs))}; a student takes one for each task")
-    if len({m.cfg.context for m, _, _ in out}) > 1:
-        raise run.UserError(f"teachers of different context lengths {sorted({m.cfg.context for m, _, _ in out})}; train them with one --context")
-    return out
-
-
-@torch.no_grad()
-def live_targets(teachers, batch):
-    """What each window's own teacher makes of it: mean, log_std, each (B, K, A), zero beyond the teacher's action size."""
-    out = torch.zeros(2, *batch.actions.shape, device=batch.actions.device)
-    for i, t in enumerate(teachers):
-        w = (batch.task == i).nonzero().flatten()
-        if len(w):
-            O, A = t.cfg.obs_dims[0], t.cfg.act_dims[0]
-            out[:, w, :, :A] = torch.stack(t(0, batch.states[w, :, :O], batch.actions[w, :, :A], batch.rtg[w], batch.timesteps[w], batch.mask[w]))
-    return out
-
-
-@torch.no_grad()
-def cache_targets(teachers, windows: data.Windows):
-    """Fill the last 2A columns of windows.table: every row's target, from a window that shows its teacher at least half a context of what came before (or all
-    there is). Of a job's processes each computes its part."""
-    table, A = windows.table, windows.A
-    H, t = max(1, windows.K // 2), table[:, -2 * A - 1].to(windows.size.device).long()
-    last = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])  # of an episode
-    ends = ((t % H == H - 1) | last).nonzero().flatten()  # a window for every H timesteps, whose newest ones it fills
-    task = torch.searchsorted(windows.offset, ends, right=True) - 1
-    parts = torch.arange(len(ends), device=t.device).split(256)[run.rank() :: run.world()]
-    for part in tqdm(parts, desc="teachers' targets", unit="batch", disable=True if run.rank() else None):
-        batch = windows.gather(task[part], ends[part])
-        new = windows.back <= (t[ends[part]] % H)[:, None]
-        table[batch.rows[new].to(table.device), -2 * A :] = torch.cat(tuple(live_targets(teachers, batch)), dim=-1)[new].to(table.device)
-    if run.world() > 1:
-        for rows in table.split(2**20):
-            x = rows[:, -2 * A :].contiguous()
-            run.add_up(x)
-            rows[:, -2 * A :] = x
-
-
-# ---- alignments ------------------------------------------------------------------------------------------------------
-
-
-def exact_alignments(losses, theta, u):
-    """losses(theta) -> L (N,): returns c (N,), c_i = <grad L_i, u>, in one forward-mode pass (no teacher's gradient is formed)."""
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(losses(forward_ad.make_dual(theta.detach(), u))).tangent
-
-
-def estimated_alignments(before, after, u, delta):
-    """c (N,) from the KLs (N,) of the same windows before and after an update that moved theta by delta (P,).
-
-    First order: after - before = <grad L_i, delta>, so a_i = c_i / <u, u> is that over <u, delta>: exact for small steps along -u, an estimate where AdamW
-    bends them (FAMO's trick, Liu et al. 2023, arXiv 2306.03792, section 3.2).
-    """
-    du = u @ delta
-    return torch.where(du != 0, (after - before) / du, 0.0) * (u @ u)
+    def check(self) -> None:
+        """Raise UserError for a value that can't be, before anything is done."""
+        cli.at_least(self, teacher_steps=1, n_layer=1, n_head=1, n_embd=1)
+        cli.at_least(
+            self, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1
+        )
+        cli.at_least(self, steps=1, batch_size=1, lr=0, warmup=1, weight_decay=0, grad_clip=1e-9)
+        cli.at_least(self, eval_episodes=0, seed=0, log_interval=1, checkpoint_interval=1)
+        cli.check_trackers(self)
+        machine.check_device(self.device)
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
+        if not 0 < self.top <= 1:
+            raise UserError(f"--top {self.top}: must be above 0 and at most 1")
+        if not math.isfinite(self.alignment_weight):
+            raise UserError(f"--alignment-weight {self.alignment_weight}: must be finite")
+        if self.surgery_scope == "teacher" and self.surgery in ("none", *surgery.EACH):
+            raise UserError(
+                f"--surgery-scope teacher: with --surgery {self.surgery} there is nothing to project by teacher; "
+                f"choose previous"
+            )
+        if self.loss == "nll" and self.curriculum not in ("all", "fixed", "uniform"):
+            raise UserError(
+                f"--loss nll is no distance, for it may be negative: with --curriculum {self.curriculum} "
+                f"it means nothing; choose all, fixed or uniform"
+            )
+        for env in self.envs:
+            data.dataset_id(env)  # raises for a name that is none
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
-def learner(cfg: Config, student, teachers, train: data.Windows, probe: data.Batch, generator):
-    """All of the method. student: its parameters are moved into one flat buffer; teachers: their models, read where targets are live; probe: windows of every
-    teacher; generator: of the windows' device.
+class Diverged(ValueError):
+    """A KL, a loss or a gradient is not finite."""
 
-    Returns update(step), which makes one update and waits for nothing; distances(batch, targets) -> L (N,); and state, all tensors that an update
-    changes, by name. Among them record (log_interval, 5 + 3N): row step % log_interval holds loss, cosine, projected, gradient norm before and after surgery, and
-    the teachers' shares, distances and alignments.
+
+class Losses(NamedTuple):
+    """The distances of a batch, of all the job's processes unless said otherwise."""
+
+    local: Tensor  # (N,) differentiable: this process's part of share_i L_i
+    kl: Tensor  # (N,) L_i: KL, or what --loss says, a timestep and action dimension
+    share: Tensor  # (N,) of the batch as drawn
+    counts: Tensor  # (N,) valid timesteps
+    c: Tensor  # (N,) <grad L_i, u> on this batch, where --surgery-scope teacher needs it
+
+
+class Learner:
+    """A student, and all that its updates change: tensors on the device, by name in `state`.
+
+    cfg: see Config. student: its parameters are moved into one flat buffer, theta (P,). teachers: their models, read
+    where targets are live. windows: the training data. generator: of the windows' device.
+    `record` (log_interval, 5 + 3N) holds in row step % log_interval: loss, cosine, projected, gradient norm before and
+    after surgery; and each teacher's share, KL and alignment.
     """
-    device = probe.task.device
-    act_dims, discrete = torch.tensor(student.cfg.act_dims, device=device), student.cfg.categorical(device)  # (N,) each
-    N, theta = len(act_dims), dt.flatten(student)
 
-    def targets(batch):
-        return live_targets(teachers, batch) if cfg.targets == "live" and cfg.loss != "nll" else batch.targets
+    def __init__(
+        self,
+        cfg: Config,
+        student: dt.DecisionTransformer,
+        teachers: list[dt.DecisionTransformer],
+        windows: data.Windows,
+        generator: torch.Generator,
+    ):
+        self.cfg = cfg
+        self.student = student
+        self.teachers = teachers
+        self.windows = windows
+        self.generator = generator
+        self.distance = Distance(cfg, student)
+        self.choose, self.one_at_a_time = curriculum_of(cfg)
+        self.fused = kernels.compiled(windows.size.device) and cfg.surgery in surgery.FUSED
+        self.by_teacher = cfg.surgery_scope == "teacher"
+        self.estimates = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or self.by_teacher)
+        self._allocate_state()
+        self.updates = self._captured_updates()
 
-    def sums_and_counts(batch, wanted, vector=None, loss=cfg.loss):
-        """sums (N,): the student's distance from each teacher, summed over the batch's timesteps of that teacher; counts (N,): how many there are."""
-        if vector is None:
-            h, weight, bias = student(*batch[:6], hidden=True), student.head.weight, student.head.bias
+    def step(self, step: int) -> None:
+        """Update number `step`, from 0. Raises Diverged where a KL has become NaN (on a CPU)."""
+        interval = self.cfg.probe_interval if self.cfg.curriculum == "novelty" else self.cfg.log_interval
+        probing = (
+            self.one_at_a_time and step % interval == 0
+        )  # mixed batches show all teachers: they need no probe
+        try:
+            self.updates[probing]()
+        except curriculum.NotANumber as e:
+            raise Diverged(f"{e} in step {step + 1} of the student: stopped; it is") from None
+
+    def update(self, probing: bool) -> None:
+        """One update of the method, in which nothing waits for the device."""
+        with torch.no_grad():
+            # learn next from the teachers that the student matches least, weighed by their alignment
+            if probing:
+                self.kl.copy_(self.probe_kl())
+            a = self.alignments()
+            score = self.kl * (1 + self.cfg.alignment_weight * a).clamp_min(0)
+            self.shares.copy_(self.choose(score, self.done, self.shares, self.generator))
+            batch = self.windows.sample(self.cfg.batch_size, self.shares, self.generator)
+            targets = self.targets(batch)
+
+        # the distance from each teacher, and the gradient of their sum, weighted by share
+        losses = self.losses(batch, targets)
+        g = self.gradient(losses)  # (P,), or (n, P) where surgery takes every teacher's
+
+        with torch.no_grad():
+            # never against the last update
+            kappa = self.kappa(losses)
+            before = self.theta.detach().clone() if self.estimates else None
+            step = self.operate_and_descend(g, kappa)
+            # what is known of the distances now
+            kl = self.running_mean(losses)
+            if self.estimates:
+                self.estimate_alignments(self.theta.detach() - before)
+            self.write_record(losses, step, kl, a)
+            self.kl.copy_(torch.where(self.alive, kl, self.kl))
+            self.done.add_(1)
+
+    # ---- the steps of an update ----
+
+    def targets(self, batch: data.Batch) -> Tensor:
+        """(2, B, K, A): what each window's own teacher makes of it."""
+        if self.cfg.targets == "live" and self.cfg.loss != "nll":
+            return live_targets(self.teachers, batch)
+        return batch.targets
+
+    def losses(self, batch: data.Batch, targets: Tensor) -> Losses:
+        """The distance from each teacher on this batch."""
+        with torch.no_grad():
+            drawn = (batch.task == self.teacher_index[:, None]).sum(1)  # (N,) windows
+            c_sums = torch.zeros_like(self.kl)
+            if self.by_teacher and not self.estimates:
+                c_sums = alignment.exact(
+                    lambda x: self.distance.sums(batch, targets, x)[0], self.theta, self.u
+                )
+        sums, counts = self.distance.sums(batch, targets)
+        all_sums, counts, drawn, c_sums = processes.summed(sums.detach(), counts, drawn, c_sums)
+        share = drawn / (self.cfg.batch_size * processes.world())
+        n = counts.clamp_min(1)
+        return Losses(share * (sums / n), all_sums / n, share, counts, c_sums / n)
+
+    def gradient(self, losses: Losses) -> Tensor:
+        """(P,) of the sum of all processes' losses; a row for each teacher in the batch (n, P) for surgery.EACH."""
+        if self.cfg.surgery in surgery.EACH:
+            rows = []
+            for i in losses.share.nonzero().flatten():
+                g_i = torch.autograd.grad(losses.local[i], self.student.parameters(), retain_graph=True)
+                rows.append(torch.cat([x.reshape(-1) for x in g_i]))
+            g = torch.stack(rows)
         else:
-            p = dt.unflatten(student, vector)
-            h, weight, bias = torch.func.functional_call(student, p, batch[:6], {"hidden": True}), p["head.weight"], p["head.bias"]
-        if loss != "kl":
-            mean, log_std = policies(torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task]), batch.task, act_dims, discrete)
-            x = (mean - wanted[0]).square() if loss == "mse" else dt.gaussian_nll(mean, log_std, batch.actions)
-            if discrete is not None:
-                of_categorical = (mean.exp() - wanted[0].exp()).square() if loss == "mse" else -batch.actions * mean
-                x = torch.where(discrete[batch.task][:, None, None], of_categorical, x)
-            return per_teacher(x, batch.mask, batch.task, act_dims, discrete)
-        return head_kl(h, weight, bias, *wanted, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor, cfg.temperature, discrete)
+            self.theta.grad.zero_()
+            losses.local.sum().backward()
+            g = self.theta.grad
+        processes.all_reduce(g)
+        return g
 
-    def distances(batch, wanted, vector=None, loss=cfg.loss):
-        """L (N,): the student's mean distance from each teacher, 0 where the batch has no window of it."""
-        sums, counts = sums_and_counts(batch, wanted, vector, loss)
+    def kappa(self, losses: Losses) -> Tensor | None:
+        """How much of u to take away, with --surgery-scope teacher; None: what the batch's own gradient says."""
+        if not self.by_teacher:
+            return None
+        return surgery.per_teacher(self.c if self.estimates else losses.c, losses.share, self.u @ self.u)
+
+    def operate_and_descend(self, g: Tensor, kappa: Tensor | None) -> surgery.Step:
+        """Surgery, clipping and AdamW, in place of theta, u, m and v."""
+        return surgery.step(
+            self.cfg.surgery,
+            self.theta,
+            g,
+            self.u,
+            self.m,
+            self.v,
+            kappa,
+            fused=self.fused,
+            alive=self.alive,
+            schedule=self.schedule[self.done][0],
+            clip=self.cfg.grad_clip,
+            weight_decay=self.cfg.weight_decay,
+        )
+
+    def running_mean(self, losses: Losses) -> Tensor:
+        """(N,) KL of the training windows over about ten updates: it costs nothing, where every teacher has windows."""
+        if self.one_at_a_time:
+            return self.kl
+        return torch.where(losses.counts > 0, self.kl + 0.1 * (losses.kl - self.kl), self.kl)
+
+    def write_record(self, losses: Losses, step: surgery.Step, kl: Tensor, a: Tensor) -> None:
+        """The update's row of `record`."""
+        scalars = torch.stack(
+            (losses.share @ losses.kl, step.cosine, step.projected, step.norm, step.norm_after)
+        )
+        self.record[self.done % self.cfg.log_interval] = torch.cat((scalars, losses.share, kl, a))
+
+    # ---- probing: fixed windows of every teacher ----
+
+    def probe_kl(self, theta: Tensor | None = None) -> Tensor:
+        """(N,) on the probe's windows, the same on all processes to the bit."""
+        return processes.averaged(self.distance(self.probe, self.probe_targets, theta))
+
+    def alignments(self) -> Tensor:
+        """a (N,), zeros where --alignment-weight does not ask for them."""
+        if self.cfg.alignment_weight and not self.estimates:
+            c = alignment.exact(
+                lambda x: self.distance(self.probe, self.probe_targets, x), self.theta, self.u
+            )
+            self.c.copy_(processes.averaged(c))
+        return alignment.clipped(self.c, self.u @ self.u)
+
+    def estimate_alignments(self, delta: Tensor) -> None:
+        """c from the change of the probe's KL over an update that moved theta by delta (P,)."""
+        after = self.probe_kl()
+        self.c.copy_(alignment.estimate(self.last_probe_kl, after, self.u, delta))
+        self.last_probe_kl.copy_(after)
+
+    # ---- what can be captured and resumed ----
+
+    def _allocate_state(self):
+        """Everything that an update changes lies in tensors on the device: it can be captured once and replayed."""
+        cfg = self.cfg
+        device = self.windows.size.device
+        N = len(self.student.cfg.act_dims)
+        self.theta = dt.flatten(self.student)  # (P,)
+        self.probe = self.windows.spread(cfg.probe_windows)
+        with torch.no_grad():
+            self.probe_targets = self.targets(self.probe)
+            self.kl = self.distance(self.probe, self.probe_targets).clone()  # (N,) running mean
+        self.last_probe_kl = self.kl.clone()  # (N,)
+        self.c = torch.zeros_like(self.kl)  # (N,) each teacher's <grad L_i, u>
+        self.shares = torch.full_like(self.kl, 1 / N)
+        self.u = torch.zeros_like(self.theta.data)  # (P,) the previous update's gradient, after surgery
+        self.m = torch.zeros_like(self.theta.data)  # (P,) AdamW's moments
+        self.v = torch.zeros_like(self.theta.data)
+        self.done = torch.zeros(1, dtype=torch.long, device=device)  # updates
+        self.alive = torch.ones((), dtype=torch.bool, device=device)  # no gradient so far was infinite or NaN
+        self.record = torch.zeros(cfg.log_interval, 5 + 3 * N, device=device)
+        self.schedule = training.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
+        self.teacher_index = torch.arange(N, device=device)
+        self.state = {"theta": self.theta.data}
+        for name in ("u", "m", "v", "kl", "last_probe_kl", "c", "shares", "done", "alive", "record"):
+            self.state[name] = getattr(self, name)
+
+    def _captured_updates(self):
+        """{whether it probes: the update}, as CUDA graphs where nothing reads the device in mid-update."""
+        updates = {probing: functools.partial(self.update, probing) for probing in (True, False)}
+        reads_device = self.cfg.targets == "live" or self.cfg.surgery in surgery.EACH or self.windows.host
+        if not kernels.compiled(self.theta.device) or reads_device or processes.world() > 1:
+            return updates
+        if not self.one_at_a_time:
+            del updates[True]
+        tensors = list(self.state.values())
+        return {probing: training.captured(f, tensors, self.generator) for probing, f in updates.items()}
+
+
+class Distance:
+    """The student's distance from each teacher: KL, or what --loss says."""
+
+    def __init__(self, cfg: Config, student: dt.DecisionTransformer):
+        device = student.head.weight.device
+        self.cfg = cfg
+        self.student = student
+        self.act_dims = torch.tensor(student.cfg.act_dims, device=device)  # (N,)
+        self.discrete = student.cfg.categorical(device)  # (N,) bool, or None
+
+    def __call__(self, batch: data.Batch, targets: Tensor, theta: Tensor | None = None) -> Tensor:
+        """L (N,): the mean over a teacher's valid timesteps, 0 where the batch has no window of it."""
+        sums, counts = self.sums(batch, targets, theta)
         return sums / counts.clamp_min(1)
 
-    order = curriculum.METHODS[cfg.curriculum]
-    if cfg.curriculum in ("novelty", "least"):
-        order = functools.partial(order, power=cfg.novelty_power)
-    farthest = cfg.curriculum in ("novelty", "least") and cfg.novelty_power == math.inf
-    one_at_a_time, probe_interval = farthest or cfg.curriculum in curriculum.ONE_AT_A_TIME, cfg.probe_interval if farthest else cfg.log_interval
-    by_teacher = cfg.surgery_scope == "teacher"
-    estimate = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or by_teacher)
-    fused = kernels.compiled(device) and cfg.surgery in surgery.FUSED  # surgery, clipping and AdamW in two launches
+    def sums(self, batch: data.Batch, targets: Tensor, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """sums (N,) over the batch's timesteps of each teacher, and counts (N,) of them.
 
-    # all that an update changes lies in tensors on the device, so that it can be captured once and replayed
-    with torch.no_grad():
-        probe_targets = targets(probe)
-        d = distances(probe, probe_targets).clone()  # (N,) how far from each teacher
-    d_probe, c = d.clone(), torch.zeros_like(d)  # (N,) on the probe's windows; each teacher's <grad L_i, u>
-    shares, lead = torch.full_like(d, 1 / N), torch.full((), -1, device=device)
-    u, m, v = (torch.zeros_like(theta.data) for _ in range(3))  # (P,) the previous update's gradient; AdamW's moments
-    done, alive = torch.zeros(1, dtype=torch.long, device=device), torch.ones((), dtype=torch.bool, device=device)
-    record = torch.zeros(cfg.log_interval, 5 + 3 * N, device=device)  # a row per update
-    schedule, everyone = run.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device), torch.arange(N, device=device)
-
-    def update(probing):
-        """One update, in which nothing waits for the device."""
-        with torch.no_grad():
-            # which teachers next: the least familiar, weighed by how much of the last update each would take part in
-            if probing:
-                d.copy_(run.averaged(distances(probe, probe_targets)))
-            if cfg.alignment_weight and not estimate:
-                c.copy_(run.averaged(exact_alignments(lambda x: distances(probe, probe_targets, x), theta, u)))
-            uu = u @ u
-            a = torch.where(uu > 0, c / uu, 0.0).clamp(-1, 1)
-            shares.copy_(order(d * (1 + cfg.alignment_weight * a).clamp_min(0), done, shares, generator))
-            batch = train.sample(cfg.batch_size, shares, generator)
-            wanted = targets(batch)
-            drawn = (batch.task == everyone[:, None]).sum(1)  # (N,)
-            along = torch.zeros_like(d)  # each teacher's own <grad sums_i, u>
-            if by_teacher and not estimate:
-                along = exact_alignments(lambda x: sums_and_counts(batch, wanted, x)[0], theta, u)
-
-        # how far from them, and which way to go
-        sums, counts = sums_and_counts(batch, wanted)
-        total_sums, counts, drawn, along = run.summed(sums.detach(), counts, drawn, along)  # over the job's processes
-        part = drawn / (cfg.batch_size * run.world())  # (N,) the shares as drawn
-        L = sums / counts.clamp_min(1)
-        loss = part @ L
-        if cfg.surgery in surgery.EACH:
-            rows = [torch.autograd.grad(part[i] * L[i], student.parameters(), retain_graph=True) for i in part.nonzero().flatten()]
-            g = torch.stack([torch.cat([x.reshape(-1) for x in r]) for r in rows])  # (n, P)
-            run.add_up(g)
-            total = g.sum(0)
+        theta (P,): parameters in place of the student's own.
+        """
+        student, cfg = self.student, self.cfg
+        if theta is None:
+            h = student(*batch[:6], hidden=True)
+            weight = student.head.weight
+            bias = student.head.bias
         else:
-            theta.grad.zero_()
-            loss.backward()
-            g = total = theta.grad  # (P,)
-            run.add_up(g)
+            parameters = dt.unflatten(student, theta)
+            h = torch.func.functional_call(student, parameters, batch[:6], {"hidden": True})
+            weight = parameters["head.weight"]
+            bias = parameters["head.bias"]
+        if cfg.loss == "kl":
+            options = (cfg.kl, cfg.sigma_floor, cfg.temperature, self.discrete)
+            return head_kl(h, weight, bias, *targets, batch.mask, batch.task, self.act_dims, *options)
+        x = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task])
+        x = self._baseline(*policies(x, batch.task, self.act_dims, self.discrete), batch, targets)
+        return per_teacher(x, batch.mask, batch.task, self.act_dims, self.discrete)
 
-        with torch.no_grad():
-            L = total_sums / counts.clamp_min(1)
-            loss = part @ L
-            # never against the last update
-            kappa = None
-            if by_teacher:
-                kappa = surgery.per_teacher(c if estimate else along / counts.clamp_min(1), part, uu)
-            changed = shares.argmax() != lead
-            lead.copy_(shares.argmax())
-            was = theta.detach().clone() if estimate else None
-            options = {"schedule": schedule[done][0], "alive": alive, "clip": cfg.grad_clip, "weight_decay": cfg.weight_decay}
-            if fused:
-                gu, uu, norm, after, took = project_adamw(theta, g, u, m, v, kappa=kappa, **options, **surgery.FUSED[cfg.surgery](changed))
-                projected = took != 0
-            else:
-                g, remembered = surgery.METHODS[cfg.surgery](g, u, kappa, changed)
-                projected, gu, norm, after = (g != total).any(), total @ u, total.norm(), g.norm()
-                project_adamw(theta, g, None, m, v, **options)
-                u.copy_(torch.where(alive, remembered, u))
-            cosine = gu / (norm * uu.sqrt()).clamp_min(1e-30)
-
-            # how far now
-            far = d if one_at_a_time else torch.where(counts > 0, d + 0.1 * (L - d), d)  # a running mean of the windows' own distance costs nothing
-            if estimate:
-                now = run.averaged(distances(probe, probe_targets))
-                c.copy_(estimated_alignments(d_probe, now, u, theta.detach() - was))
-                d_probe.copy_(now)
-            record[done % cfg.log_interval] = torch.cat((torch.stack((loss, cosine, projected, norm, after)), part, far, a))
-            d.copy_(torch.where(alive, far, d))
-            done.add_(1)
-
-    state = {"theta": theta.data, "u": u, "m": m, "v": v, "d": d, "d_probe": d_probe, "c": c, "shares": shares, "lead": lead, "done": done, "alive": alive,
-             "record": record}  # fmt: skip
-    # one captured graph for updates with a probe, one for those without; what reads the device in mid-update can't be captured
-    updates = {True: functools.partial(update, True), False: functools.partial(update, False)}
-    if kernels.compiled(device) and cfg.targets == "cached" and cfg.surgery not in surgery.EACH and not train.host and run.world() == 1:
-        updates = {probing: run.captured(f, list(state.values()), generator) for probing, f in updates.items() if one_at_a_time or not probing}
-    # mixed orders' batches show all teachers, always: they need no probe; fixed and uniform ones need it for the log alone
-    return lambda step: updates[one_at_a_time and step % probe_interval == 0](), distances, state
+    def _baseline(self, mean, log_std, batch, targets):
+        """(B, K, A): squared error of the means, or probabilities; or the data's own negative log-likelihood."""
+        mse = self.cfg.loss == "mse"
+        x = (mean - targets[0]).square() if mse else dt.gaussian_nll(mean, log_std, batch.actions)
+        if self.discrete is None:
+            return x
+        categorical = (mean.exp() - targets[0].exp()).square() if mse else -batch.actions * mean
+        return torch.where(self.discrete[batch.task][:, None, None], categorical, x)
 
 
-LOG_ROWS = 10_000  # a training of more updates logs every second, third, ... of them
+def curriculum_of(cfg: Config) -> tuple[Callable[..., Tensor], bool]:
+    """The function of curriculum.METHODS that cfg asks for, and whether it takes one teacher at a time."""
+    choose = curriculum.METHODS[cfg.curriculum]
+    one_at_a_time = cfg.curriculum in curriculum.ONE_AT_A_TIME
+    if cfg.curriculum == "novelty":
+        choose = functools.partial(choose, power=cfg.novelty_power)
+        one_at_a_time = cfg.novelty_power == math.inf
+    return choose, one_at_a_time
 
 
-# ---- distillation ----------------------------------------------------------------------------------------------------
+# ---- teachers and their targets --------------------------------------------------------------------------------------
 
 
-def main(cfg: Config):
-    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0, teacher_steps=1, novelty_power=0,
-              sigma_floor=0, temperature=1e-3, grad_clip=1e-9, weight_decay=0, probe_windows=1, probe_interval=1, checkpoint_interval=1)  # fmt: skip
-    if cfg.n_embd % cfg.n_head:
-        raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
-    if not 0 < cfg.top <= 1:
-        raise run.UserError(f"--top {cfg.top}: must be above 0 and at most 1")
-    if cfg.surgery_scope == "teacher" and cfg.surgery in ("none", *surgery.EACH):
-        raise run.UserError(f"--surgery-scope teacher: with --surgery {cfg.surgery} there is nothing to project by teacher; choose previous, switch or average")
-    if cfg.loss == "nll" and cfg.curriculum in ("novelty", "least", "dro"):
-        raise run.UserError(f"--loss nll is no distance, for it may be negative: with --curriculum {cfg.curriculum} it means nothing; choose all, fixed or uniform")
-    if not math.isfinite(cfg.alignment_weight):
-        raise run.UserError(f"--alignment-weight {cfg.alignment_weight}: must be finite")
-    for e in cfg.envs:
-        data.dataset_id(e)  # a mistyped one is told before anything is done
+class Teacher(NamedTuple):
+    model: dt.DecisionTransformer
+    task: data.Task
+    metrics: dict[str, Any]  # of its task, from its metrics.json
+
+
+def find_teachers(cfg: Config) -> list[Teacher]:
+    """Load the teachers, in the order of the command line, and train those that are missing.
+
+    Raises UserError where they do not fit the tasks or each other.
+    """
+    names = [*cfg.envs, *map(data.task_name, cfg.datasets)]
+    if not names and not cfg.teachers:
+        names = list(DEFAULT_ENVS)
+    if names and cfg.teachers and len(names) != len(cfg.teachers):
+        raise UserError(
+            f"{len(cfg.teachers)} --teachers for {len(names)} tasks; name one for each task, in the same order"
+        )
+    directories = [Path(d) for d in cfg.teachers] or [teacher.directory(name) for name in names]
+    listed = " ".join(map(str, directories))
+    if len(set(directories)) < len(directories):
+        raise UserError(f"the same task twice among {listed}; name each once")
+    found = []
+    for i, directory in enumerate(directories):
+        if not cfg.teachers:
+            train_if_missing(cfg, names[i], directory)
+        found.append(load_teacher(directory, machine.device(cfg), names[i] if names else None))
+    if len({t.task.name for t in found}) < len(found):
+        raise UserError(f"two teachers of one task among {listed}; a student takes one for each task")
+    contexts = {t.model.cfg.context for t in found}
+    if len(contexts) > 1:
+        raise UserError(
+            f"teachers of different context lengths {sorted(contexts)}; train them with one --context"
+        )
+    return found
+
+
+def train_if_missing(cfg: Config, name: str, directory: Path) -> None:
+    """Train the teacher of a task with teacher.py's defaults, unless it is there."""
+    if files.read_json(directory / "metrics.json"):
+        steps = (files.read_json(directory / "config.json") or {}).get("steps")
+        differs = (
+            f", of {steps} updates in place of {cfg.teacher_steps}" if steps != cfg.teacher_steps else ""
+        )
+        print(f"teacher of {name} is there: {directory}{differs}")
+        return
+    print(f"no teacher in {directory}: training it", flush=True)
+    shared = (
+        "seed",
+        "device",
+        "dtype",
+        "eval_episodes",
+        "checkpoint_interval",
+        "resume",
+        "overwrite",
+        "data_device",
+        "tensorboard",
+        "wandb",
+    )
+    options = {option: getattr(cfg, option) for option in shared}
+    options["env" if name in data.ENVS else "dataset"] = name
+    teacher.main(teacher.Config(**options, steps=cfg.teacher_steps))
+
+
+def load_teacher(directory: Path, device: str, name: str | None) -> Teacher:
+    """The teacher in a run directory; name: of its task, None for any. Raises UserError where it is another's."""
+    model, meta = dt.load(directory, device)
+    task, *more = data.tasks(meta, directory)
+    if more:
+        raise UserError(f"{directory} holds a student of {1 + len(more)} tasks; a teacher has one")
+    if name and task.name != name:
+        raise UserError(
+            f"{directory} holds a teacher of {task.name}, not of {name}; put --teachers in the order of the tasks"
+        )
+    metrics = files.read_json(directory / "metrics.json") or {}
+    return Teacher(model, task, metrics.get("tasks", {}).get(task.name, {}))
+
+
+@torch.no_grad()
+def live_targets(teachers: list[dt.DecisionTransformer], batch: data.Batch) -> Tensor:
+    """(2, B, K, A): mean and log_std of each window's own teacher, zero beyond the teacher's action size."""
+    targets = torch.zeros(2, *batch.actions.shape, device=batch.actions.device)
+    for i, model in enumerate(teachers):
+        own = (batch.task == i).nonzero().flatten()
+        if len(own) == 0:
+            continue
+        O = model.cfg.obs_dims[0]
+        A = model.cfg.act_dims[0]
+        states = batch.states[own, :, :O]
+        actions = batch.actions[own, :, :A]
+        policy = model(0, states, actions, batch.rtg[own], batch.timesteps[own], batch.mask[own])
+        targets[:, own, :, :A] = torch.stack(policy)
+    return targets
+
+
+@torch.no_grad()
+def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows) -> None:
+    """Fill the last 2A columns of windows.table: each row's target.
+
+    It comes from a window that shows its teacher at least half a context of what came before, or all there is. Each of
+    a job's processes computes its part.
+    """
+    table, A = windows.table, windows.A
+    half = max(1, windows.K // 2)
+    t = table[:, -2 * A - 1].to(windows.size.device).long()  # timestep of each row
+    last_of_episode = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])
+    ends = (
+        ((t % half == half - 1) | last_of_episode).nonzero().flatten()
+    )  # a window for every `half` timesteps
+    task = torch.searchsorted(windows.offset, ends, right=True) - 1
+    parts = torch.arange(len(ends), device=t.device).split(256)[processes.rank() :: processes.world()]
+    silent = True if processes.rank() else None
+    for part in tqdm(parts, desc="teachers' targets", unit="batch", disable=silent):
+        batch = windows.gather(task[part], ends[part])
+        newest = windows.steps_back <= (t[ends[part]] % half)[:, None]  # those no earlier window has filled
+        rows = batch.rows[newest].to(table.device)
+        table[rows, -2 * A :] = torch.cat(tuple(live_targets(teachers, batch)), dim=-1)[newest].to(
+            table.device
+        )
+    if processes.world() > 1:
+        for rows in table.split(2**20):
+            x = rows[:, -2 * A :].contiguous()
+            processes.all_reduce(x)
+            rows[:, -2 * A :] = x
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def main(cfg: Config) -> None:
+    """Train what is missing, distil, evaluate; write the run's directory. Skips a run that is there already."""
+    cfg.check()
     out = Path(cfg.out_dir)
-    if not run.start(out, cfg):
+    if not run_directory.start(out, cfg):
         print(f"student is there: {out} (--overwrite to train it again)")
-        return None if run.rank() else summary(out)
-
-    # ---- teachers, data, student -------------------------------------------------------------------------------------
-    clock, device = run.Clock(), run.device(cfg)
+        if not processes.rank():
+            summary(out)
+        return
+    clock = log.Clock()
     with clock("teachers"):
         found = find_teachers(cfg)
-    teachers, tasks, N = [m for m, _, _ in found], [t for _, t, _ in found], len(found)
+    models = [t.model for t in found]
+    tasks = [t.task for t in found]
     with clock("data"):
         if cfg.eval_episodes:
             evaluate.check(tasks)
-        with run.first():
-            sets = [data.load(t.dataset, t.split_seed) for t in tasks]
-        for t, s in zip(tasks, sets, strict=True):
-            if json.dumps(dataclasses.asdict(t)) != json.dumps(dataclasses.asdict(s.task)):
-                raise run.UserError(f"dataset {t.dataset} is not what the teacher of {t.name} was trained on any more; train the teacher again with --overwrite")
-        context = teachers[0].cfg.context
-        cached = cfg.targets == "cached" and cfg.loss != "nll"  # which asks no teacher
-        train = data.Windows([s.train for s in sets], tasks, context, device, cfg.data_device, cached, cfg.top)
-        held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device).spread(256)
-        del sets, s  # in the windows now
-    torch.manual_seed(cfg.seed)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, context=context)).to(device)
-    student.bfloat16 = run.bfloat16(cfg)
-    parameters = sum(t.n_params for t in teachers)
-    print(f"{N} teachers of {parameters:,} parameters -> student of {student.n_params:,}, {parameters / student.n_params:.1f} times fewer, on {device}, blocks in "
-          f"{'bfloat16' if student.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)
+        windows, held_out = load_windows(cfg, tasks, models[0].cfg.context)
+    student, generator = make_student(cfg, tasks, models)
     with clock("targets"):
-        if cached:
-            cache_targets(teachers, train)
-        held_out_targets = live_targets(teachers, held_out)
+        if windows.has_targets:
+            cache_targets(models, windows)
+        held_out_targets = live_targets(models, held_out)
+    learner = Learner(cfg, student, models, windows, generator)
+    kl = Distance(dataclasses.replace(cfg, loss="kl"), student)
 
-    update, distances, state = learner(cfg, student, teachers, train, train.spread(cfg.probe_windows), generator)
-
+    @torch.no_grad()
     def held_out_kl():
         student.eval()  # in float32, as it will act
-        with torch.no_grad():
-            held = distances(held_out, held_out_targets, loss="kl").tolist()
+        held = kl(held_out, held_out_targets).tolist()
         student.train()
         return held
 
-    # ---- training ----------------------------------------------------------------------------------------------------
     meta = {"tasks": [dataclasses.asdict(t) for t in tasks]}
-    saved = run.Checkpoint(out, cfg, state, {"windows": generator}, meta["tasks"])
-    first, log = saved.restore()
-    thin = -(-cfg.steps // LOG_ROWS)
-    written, elapsed = max(first // cfg.log_interval * cfg.log_interval, min(first, 1)), saved.seconds  # rows logged before
-    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=True if run.rank() else None) as bar, saved:
-        for step in range(first, cfg.steps):
-            try:
-                update(step)
-            except run.UserError:  # another process of the job is gone
-                raise
-            except ValueError as e:  # a curriculum was told a distance that is NaN
-                if not run.rank():
-                    dt.save(out, student, meta)
-                raise run.UserError(f"{e} in step {step + 1} of the student: stopped; it is kept in {out}; try a lower --lr than {cfg.lr:g}") from None
-            bar.update()
-            if not run.rank() and (step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
-                held = held_out_kl()
-                rows, before, elapsed = state["record"][: step % cfg.log_interval + 1].tolist()[-(step + 1 - written) :], elapsed, saved.seconds
-                for i, row in enumerate(rows, written):
-                    loss, cosine, projected, norm, after, *each = row
-                    part, far, a = each[:N], each[N : 2 * N], each[2 * N :]
-                    if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
-                        dt.save(out, student, meta)
-                        bad = next((t.name for t, x in zip(tasks, far, strict=True) if not math.isfinite(x)), tasks[part.index(max(part))].name)
-                        raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of the student, learning from teacher {bad}: stopped; "
-                                            f"the student before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
-                    if (i + 1) % thin and i not in (0, step):
-                        continue
-                    cells = {"step": i + 1, "loss": loss, "lr": run.learning_rate(i, cfg.steps, cfg.lr, cfg.warmup), "cosine": cosine, "projected": int(projected),
-                             "grad_norm": norm, "surgered_norm": after, "seconds": before + (elapsed - before) * (i + 1 - written) / len(rows)}  # fmt: skip
-                    for j, t in enumerate(tasks):
-                        cells |= {f"share_{t.name}": part[j], f"kl_{t.name}": far[j], f"alignment_{t.name}": a[j], f"heldout_kl_{t.name}": held[j] if i == step else None}
-                    log.row(**cells)
-                log.flush()
-                written = step + 1
-                bar.write(run.line(step + 1, cfg.steps, saved.seconds, f"loss {loss:6.3f} | held-out KL {' '.join(f'{x:.3f}' for x in held)} | cos {cosine:5.2f}"))
-            saved.after(step + 1)
-    if run.rank():
-        return run.meet()  # when rank 0 is done
-    held, trained = held_out_kl(), saved.seconds
+    with clock("train"):
+        checkpoint = train(cfg, out, learner, tasks, meta, held_out_kl)
+    if processes.rank():
+        processes.barrier()  # when rank 0 is done
+        return
+    held = held_out_kl()
+    seconds_of_training = checkpoint.seconds
     student.eval()
-    teachers_metrics = {t.name: m for _, t, m in found}
+    teachers_metrics = {t.task.name: t.metrics for t in found}
     dt.save(out, student, {**meta, "teachers": teachers_metrics})
-
-    # ---- evaluation --------------------------------------------------------------------------------------------------
-    metrics = {}
     with clock("evaluate"):
-        for i, t in enumerate(tasks):
-            m = metrics[t.name] = {"target": t.targets["p95"], **dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention")), "heldout_kl": held[i]}
-            if cfg.eval_episodes and t.env_id:
-                m |= evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], cfg.eval_episodes, 1000)[0], t, teachers_metrics[t.name])
-    run.write_json(out / "metrics.json", {"tasks": metrics, "compression": parameters / student.n_params, "parameters": student.n_params,
-                                          "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
-    saved.finish()
-    run.meet()
+        metrics = evaluated(cfg, student, tasks, teachers_metrics, held)
+    results = {
+        "tasks": metrics,
+        "compression": sum(m.n_params for m in models) / student.n_params,
+        "parameters": student.n_params,
+        "seconds": {**clock.seconds, "train": round(seconds_of_training, 2)},
+        "machine": machine.describe(cfg),
+    }
+    files.write_json(out / "metrics.json", results)
+    checkpoint.finish()
+    processes.barrier()
     summary(out)
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[data.Windows, data.Batch]:
+    """Training windows, and 256 held-out ones of each task.
+
+    Raises UserError where a dataset is not what its teacher was trained on.
+    """
+    with processes.rank_0_first():
+        sets = [data.load(t.dataset, t.split_seed) for t in tasks]
+    for task, dataset in zip(tasks, sets, strict=True):
+        if json.dumps(dataclasses.asdict(task)) != json.dumps(dataclasses.asdict(dataset.task)):
+            raise UserError(
+                f"dataset {task.dataset} is not what the teacher of {task.name} was trained on any more; "
+                f"train the teacher again with --overwrite"
+            )
+    device = machine.device(cfg)
+    cached = cfg.targets == "cached" and cfg.loss != "nll"  # nll asks no teacher
+    train_tables = [s.train for s in sets]
+    windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, cached, cfg.top)
+    held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
+    return windows, held_out.spread(256)
 
 
-def summary(out: Path):
+def make_student(
+    cfg: Config, tasks: list[data.Task], teachers: list[dt.DecisionTransformer]
+) -> tuple[dt.DecisionTransformer, torch.Generator]:
+    """The student, initialised by seed, and the generator of its windows; says what it is."""
+    device = machine.device(cfg)
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    sizes = {
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "n_embd": cfg.n_embd,
+        "context": teachers[0].cfg.context,
+    }
+    student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
+    student.bfloat16 = machine.bfloat16(cfg)
+    parameters = sum(t.n_params for t in teachers)
+    print(
+        f"{len(tasks)} teachers of {parameters:,} parameters -> student of {student.n_params:,}, "
+        f"{parameters / student.n_params:.1f} times fewer, on {device}, "
+        f"blocks in {'bfloat16' if student.bfloat16 else 'float32'}; kernels: {kernels.path(device)}",
+        flush=True,
+    )
+    return student, generator
+
+
+def train(
+    cfg: Config,
+    out: Path,
+    learner: Learner,
+    tasks: list[data.Task],
+    meta: dict[str, Any],
+    held_out_kl: Callable[[], list[float]],
+) -> Checkpoint:
+    """The loop of updates, with log and checkpoints; goes on from a checkpoint where --resume says so.
+
+    Raises UserError where a loss is not finite; the student before that update is saved.
+    """
+    generators = {"windows": learner.generator}
+    settings = run_directory.settings(cfg)
+    checkpoint = Checkpoint(out, cfg, learner.state, generators, meta["tasks"], settings)
+    first, csv = checkpoint.restore()
+    rows = UpdateLog(cfg, learner, tasks, csv, first, checkpoint)
+    silent = True if processes.rank() else None
+    bar = tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=silent)
+    with bar, checkpoint:
+        for step in range(first, cfg.steps):
+            try:
+                learner.step(step)
+                bar.update()
+                due = step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
+                if due and not processes.rank():
+                    bar.write(rows.write(step, held_out_kl()))
+            except Diverged as e:
+                if not processes.rank():
+                    dt.save(out, learner.student, meta)
+                raise UserError(f"{e} kept in {out}; try a lower --lr than {cfg.lr:g}") from None
+            checkpoint.after(step + 1)
+    return checkpoint
+
+
+class UpdateLog:
+    """A row of log.csv for every update, read back from the learner's record once an interval."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        learner: Learner,
+        tasks: list[data.Task],
+        csv: log.Log | None,
+        first: int,
+        checkpoint: Checkpoint,
+    ):
+        self.cfg = cfg
+        self.learner = learner
+        self.tasks = tasks
+        self.csv = csv
+        self.checkpoint = checkpoint
+        self.written = max(first // cfg.log_interval * cfg.log_interval, min(first, 1))  # rows logged before
+        self.seconds = checkpoint.seconds  # when they were
+        self.every = -(-cfg.steps // LOG_ROWS)
+
+    def write(self, step: int, held: list[float]) -> str:
+        """The rows of the updates since the last call, up to `step`; held (N,): the held-out KLs after it.
+
+        Returns the interval's line. Raises Diverged where an update was not finite: it was not applied, nor any after
+        it, so the parameters are still the last good ones.
+        """
+        rows = self.learner.record[: step % self.cfg.log_interval + 1].tolist()
+        rows = rows[-(step + 1 - self.written) :]
+        now = self.checkpoint.seconds
+        for i, row in enumerate(rows, self.written):
+            self._check_finite(i, row)
+            if (i + 1) % self.every and i not in (0, step):
+                continue
+            seconds = self.seconds + (now - self.seconds) * (i + 1 - self.written) / len(rows)
+            self.csv.row(**self._cells(i, row, seconds, held if i == step else None))
+        self.csv.flush()
+        self.written = step + 1
+        self.seconds = now
+        loss, cosine, *_ = rows[-1]
+        kls = " ".join(f"{x:.3f}" for x in held)
+        text = f"loss {loss:6.3f} | held-out KL {kls} | cos {cosine:5.2f}"
+        return log.progress(step + 1, self.cfg.steps, now, text)
+
+    def _cells(self, i, row, seconds, held):
+        N = len(self.tasks)
+        loss, cosine, projected, norm, norm_after, *each = row
+        cells = {
+            "step": i + 1,
+            "loss": loss,
+            "lr": training.learning_rate(i, self.cfg.steps, self.cfg.lr, self.cfg.warmup),
+            "cosine": cosine,
+            "projected": int(projected),
+            "grad_norm": norm,
+            "surgered_norm": norm_after,
+            "seconds": seconds,
+        }
+        for j, task in enumerate(self.tasks):
+            cells[f"share_{task.name}"] = each[j]
+            cells[f"kl_{task.name}"] = each[N + j]
+            cells[f"alignment_{task.name}"] = each[2 * N + j]
+            cells[f"heldout_kl_{task.name}"] = held and held[j]
+        return cells
+
+    def _check_finite(self, i, row):
+        N = len(self.tasks)
+        loss, _, _, norm, _, *each = row
+        if math.isfinite(loss + norm):
+            return
+        shares = each[:N]
+        kls = each[N : 2 * N]
+        bad = next((j for j, x in enumerate(kls) if not math.isfinite(x)), shares.index(max(shares)))
+        raise Diverged(
+            f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of the student, "
+            f"learning from teacher {self.tasks[bad].name}: stopped; the student before that step is"
+        )
+
+
+def evaluated(
+    cfg: Config,
+    student: dt.DecisionTransformer,
+    tasks: list[data.Task],
+    teachers: dict[str, dict[str, Any]],
+    held: list[float],
+) -> dict[str, dict[str, Any]]:
+    """metrics.json's part of each task. teachers: their metrics; held (N,): the student's held-out KLs."""
+    metrics = {}
+    for i, task in enumerate(tasks):
+        target = task.targets["p95"]
+        unknown = dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention"))
+        metrics[task.name] = {"target": target, **unknown, "heldout_kl": held[i]}
+        if cfg.eval_episodes and task.env_id:
+            returns, _ = evaluate.rollout(student, task, i, target, cfg.eval_episodes, evaluate.SEED)
+            metrics[task.name] |= evaluate.scores(returns, task, teachers[task.name])
+    return metrics
+
+
+def summary(out: Path) -> None:
     """Print a finished run's table and draw its plots.png."""
-    r = report.Run(out)
-    print(run.table(r.rows()))
-    if r.retention:
-        print(f"retention: mean {np.mean(list(r.retention.values())):.3f}, worst {min(r.retention.values()):.3f}")
-    print(f"compression: {r.metrics['compression']:.1f} times ({r.metrics['parameters']:,} parameters); seconds: {r.metrics['seconds']}")
+    run = report.Run(out)
+    print(log.table(run.rows()))
+    if run.retention:
+        retention = list(run.retention.values())
+        print(f"retention: mean {np.mean(retention):.3f}, worst {min(retention):.3f}")
+    compression = run.metrics["compression"]
+    parameters = run.metrics["parameters"]
+    print(
+        f"compression: {compression:.1f} times ({parameters:,} parameters); seconds: {run.metrics['seconds']}"
+    )
     report.plots(out)
     print(f"plots in {out / 'plots.png'}; python report.py {out} makes a page of it")
 
 
 if __name__ == "__main__":
-    run.cli(main, Config, __doc__)
+    cli.run(main, Config, __doc__)

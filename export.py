@@ -31,8 +31,8 @@ import tyro
 import data
 import evaluate
 import model as dt
-import run
 from policy import Actor, Policy
+from support import UserError, cli, files, log
 
 OPSET = 23  # of ONNX 1.18; onnxruntime reads it from 1.23 on
 
@@ -67,17 +67,34 @@ class Step(torch.nn.Module):
     def forward(self, observation, return_to_go, last_action, timestep, memory):
         t, actor = self.task, self.actor
         mean, std, low, high = (torch.tensor(x) for x in (t.obs_mean, t.obs_std, t.act_low, t.act_high))
-        actor.t, actor.caches = timestep, list(memory.view(-1, *self.shape).permute(2, 1, 0, 3, 4, 5).unbind(0))
-        last = torch.eye(t.act_dim)[(last_action - t.first_action).clamp(0, t.act_dim - 1)] if t.discrete else 2 * (last_action - low) / (high - low) - 1
+        actor.t, actor.caches = (
+            timestep,
+            list(memory.view(-1, *self.shape).permute(2, 1, 0, 3, 4, 5).unbind(0)),
+        )
+        last = (
+            torch.eye(t.act_dim)[(last_action - t.first_action).clamp(0, t.act_dim - 1)]
+            if t.discrete
+            else 2 * (last_action - low) / (high - low) - 1
+        )
         a = Actor.act.__wrapped__(actor, (observation - mean) / std, return_to_go / t.rtg_scale, last)
         memory = torch.stack(actor.caches).permute(2, 1, 0, 3, 4, 5).flatten(1)
-        return (a.argmax(1) + t.first_action if t.discrete else ((a + 1) / 2 * (high - low) + low).clamp(low, high)), memory
+        return (
+            a.argmax(1) + t.first_action
+            if t.discrete
+            else ((a + 1) / 2 * (high - low) + low).clamp(low, high)
+        ), memory
 
     def inputs(self, B):
         t = self.task
         timestep = torch.zeros(B, dtype=torch.long)
         action = torch.zeros(B, dtype=torch.long) if t.discrete else torch.zeros(B, t.act_dim)
-        return torch.zeros(B, t.obs_dim), torch.zeros(B), action, timestep, torch.zeros(B, int(np.prod(self.shape)))
+        return (
+            torch.zeros(B, t.obs_dim),
+            torch.zeros(B),
+            action,
+            timestep,
+            torch.zeros(B, int(np.prod(self.shape))),
+        )
 
 
 NAMES = ("observation", "return_to_go", "last_action", "timestep", "memory"), ("action", "next_memory")
@@ -103,7 +120,12 @@ def quantised(blob: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as tmp:
         logging.disable(logging.WARNING)  # it advises a preprocessing that changes nothing here
         try:
-            quantize_dynamic(onnx.load_from_string(blob), f"{tmp}/int8.onnx", op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+            quantize_dynamic(
+                onnx.load_from_string(blob),
+                f"{tmp}/int8.onnx",
+                op_types_to_quantize=["MatMul", "Gemm"],
+                weight_type=QuantType.QInt8,
+            )
         finally:
             logging.disable(logging.NOTSET)
         return Path(f"{tmp}/int8.onnx").read_bytes()
@@ -148,10 +170,17 @@ def compared(runtime, step: Step, B: int, T=50):
     given = {k: x.numpy() for k, x in zip(NAMES[0], step.inputs(B), strict=True)}
     for i in range(T):
         given["observation"] = (rng.normal(size=(B, t.obs_dim)) * t.obs_std + t.obs_mean).astype(np.float32)
-        given["return_to_go"], given["timestep"] = (rng.uniform(0, 1, B) * t.rtg_scale).astype(np.float32), np.full(B, i)
+        given["return_to_go"], given["timestep"] = (
+            (rng.uniform(0, 1, B) * t.rtg_scale).astype(np.float32),
+            np.full(B, i),
+        )
         action, memory = runtime.run(None, given)
         wanted = policy.act(given["observation"], policy.left - given["return_to_go"])
-        worst = worst + (action != wanted).mean() / T if t.discrete else max(worst, np.abs((action - wanted) / half).max())
+        worst = (
+            worst + (action != wanted).mean() / T
+            if t.discrete
+            else max(worst, np.abs((action - wanted) / half).max())
+        )
         given["last_action"], given["memory"] = wanted, memory
     return float(worst)
 
@@ -168,47 +197,72 @@ def microseconds(runtime, step: Step, B: int, T=400):
 
 
 def main(cfg: Config):
-    run.check(cfg, batch=0, eval_episodes=0)
+    cli.at_least(cfg, batch=0, eval_episodes=0)
     if cfg.batch and cfg.eval_episodes:
-        raise run.UserError(f"--batch {cfg.batch}: files are evaluated with batches that shrink as episodes end; export with any size, --batch 0")
+        raise UserError(
+            f"--batch {cfg.batch}: files are evaluated with batches that shrink as episodes end; export with any size, --batch 0"
+        )
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise run.UserError(f"exporting needs {package}: pip install onnx onnxscript onnxruntime")
+            raise UserError(f"exporting needs {package}: pip install onnx onnxscript onnxruntime")
     import onnxruntime
 
     model, meta = dt.load(cfg.run)
-    tasks, metrics = data.tasks(meta, cfg.run), (run.read_json(Path(cfg.run) / "metrics.json") or {}).get("tasks", {})
+    tasks, metrics = (
+        data.tasks(meta, cfg.run),
+        (files.read_json(Path(cfg.run) / "metrics.json") or {}).get("tasks", {}),
+    )
     torch.set_num_threads(1)
     rows = []
     for index, task in enumerate(tasks):
         path = Path(cfg.run) / f"{task.name.replace('/', '-')}.onnx"
         if path.exists() and not cfg.overwrite:
-            raise run.UserError(f"{path} is there already; add --overwrite")
+            raise UserError(f"{path} is there already; add --overwrite")
         step = Step(model, task, index).eval()
-        files = {path.name: to_onnx(step, cfg.batch)}
+        blobs = {path.name: to_onnx(step, cfg.batch)}
         if cfg.int8:
-            files[path.with_suffix(".int8.onnx").name] = quantised(files[path.name])
-        for name, blob in files.items():
-            run.write(path.with_name(name), blob)
+            blobs[path.with_suffix(".int8.onnx").name] = quantised(blobs[path.name])
+        for name, blob in blobs.items():
+            files.write(path.with_name(name), blob)
         card = {"task": task.name, "environment": task.env_id, "environment_options": task.env_kwargs, "max_steps": task.max_steps, "targets": task.targets,
                 "observation": task.obs_dim, "action_shape": [] if task.discrete else [task.act_dim], "action_type": "int64" if task.discrete else "float32",
                 "action_low": task.act_low, "action_high": task.act_high, "memory": int(np.prod(step.shape)),
                 "batch": cfg.batch or "any", "parameters_of_the_whole_model": model.n_params, "measured": metrics.get(task.name), "opset": OPSET,
                 "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "machine": platform.machine(), "files": {}}  # fmt: skip
-        for name, content in files.items():
+        for name, content in blobs.items():
             runtime = session(content)
-            difference, us = compared(runtime, step, cfg.batch or 1), microseconds(runtime, step, cfg.batch or 1)
-            told = card["files"][name] = {"bytes": len(content), "largest_difference": difference, "microseconds": us}
-            rows.append({"file": name, "KB": len(content) / 1024, "largest difference": difference, "microseconds": us})
+            difference, us = (
+                compared(runtime, step, cfg.batch or 1),
+                microseconds(runtime, step, cfg.batch or 1),
+            )
+            told = card["files"][name] = {
+                "bytes": len(content),
+                "largest_difference": difference,
+                "microseconds": us,
+            }
+            rows.append(
+                {
+                    "file": name,
+                    "KB": len(content) / 1024,
+                    "largest difference": difference,
+                    "microseconds": us,
+                }
+            )
             if cfg.eval_episodes and task.env_id:
-                returns, _ = evaluate.play(Exported(runtime, step), task, task.targets["p95"], cfg.eval_episodes, 1000)
+                returns, _ = evaluate.play(
+                    Exported(runtime, step), task, task.targets["p95"], cfg.eval_episodes, evaluate.SEED
+                )
                 told |= evaluate.scores(returns, task, meta.get("teachers", {}).get(task.name))
-                rows[-1] |= {"return": told["return_mean"], "+-": told["return_std"], "score": told["normalized_score"]}
+                rows[-1] |= {
+                    "return": told["return_mean"],
+                    "+-": told["return_std"],
+                    "score": told["normalized_score"],
+                }
                 if "retention" in told:
                     rows[-1]["retention"] = told["retention"]
-        run.write_json(path.with_suffix(".json"), card)
-    print(run.table(rows))
+        files.write_json(path.with_suffix(".json"), card)
+    print(log.table(rows))
 
 
 if __name__ == "__main__":
-    run.cli(main, Config, __doc__)
+    cli.run(main, Config, __doc__)

@@ -20,7 +20,7 @@ import tyro
 import data
 import evaluate
 import model as dt
-import run
+from support import UserError, cli, files, log
 
 
 @dataclasses.dataclass
@@ -31,17 +31,23 @@ class Config:
 
 
 class Run:
-    """What a finished run left behind. Raises run.UserError where it is not there or not finished."""
+    """What a finished run left behind. Raises UserError where it is not there or not finished."""
 
     def __init__(self, path):
         self.path = Path(path)
-        files = [run.read_json(self.path / name) for name in ("metrics.json", "config.json", "model.json")]
-        if None in files:
-            raise run.UserError(f"{path} holds no finished run; train one: python distill.py")
-        self.metrics, self.config, self.meta = files
-        self.tasks, self.teachers = self.metrics["tasks"], self.meta.get("teachers")  # teachers: None where this is one
-        self.log = run.read_csv(self.path / "log.csv")
-        self.step, self.retention = self.log["step"], {n: m["retention"] for n, m in self.tasks.items() if m["retention"] is not None}
+        found = [files.read_json(self.path / name) for name in ("metrics.json", "config.json", "model.json")]
+        if None in found:
+            raise UserError(f"{path} holds no finished run; train one: python distill.py")
+        self.metrics, self.config, self.meta = found
+        self.tasks, self.teachers = (
+            self.metrics["tasks"],
+            self.meta.get("teachers"),
+        )  # teachers: None where this is one
+        self.log = files.read_csv(self.path / "log.csv")
+        self.step, self.retention = (
+            self.log["step"],
+            {n: m["retention"] for n, m in self.tasks.items() if m["retention"] is not None},
+        )
 
     def rows(self):
         """One of each task, for a table."""
@@ -60,7 +66,16 @@ class Run:
 
 # ---- panels: each draws one question into matplotlib axes ------------------------------------------------------------
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito's, told apart by all eyes
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+    "#000000",
+)  # Okabe and Ito's, told apart by all eyes
 
 
 def style(i):
@@ -75,14 +90,23 @@ def plain(name):
 def smooth(r: Run, column):
     """A noisy column averaged over a window: steps, values, and how many updates the window spans."""
     rows = max(1, min(100, len(r.step) // 10))
-    return r.step[rows - 1 :], np.convolve(r.log[column], np.ones(rows) / rows, "valid"), int(r.step[rows - 1] - r.step[0]) + 1
+    return (
+        r.step[rows - 1 :],
+        np.convolve(r.log[column], np.ones(rows) / rows, "valid"),
+        int(r.step[rows - 1] - r.step[0]) + 1,
+    )
 
 
 def distance(r: Run, ax):
     for i, name in enumerate(r.tasks):
         known = ~np.isnan(r.log[f"heldout_kl_{name}"])
         ax.plot(r.step[known], r.log[f"heldout_kl_{name}"][known], label=plain(name), **style(i))
-    ax.set(yscale="log", xlabel="update", ylabel="KL per action dimension (nats)", title="Distance from each teacher, held-out episodes")
+    ax.set(
+        yscale="log",
+        xlabel="update",
+        ylabel="KL per action dimension (nats)",
+        title="Distance from each teacher, held-out episodes",
+    )
 
 
 def lines(r: Run, ax, labels):
@@ -95,27 +119,49 @@ def lines(r: Run, ax, labels):
 
 def timeline(r: Run, ax):
     window = lines(r, ax, {f"share_{name}": plain(name) for name in r.tasks})
-    ax.set(xlabel="update", ylabel="share of the batch", ylim=(0, 1), title=f"What the curriculum chose (mean of {window} updates)")
+    ax.set(
+        xlabel="update",
+        ylabel="share of the batch",
+        ylim=(0, 1),
+        title=f"What the curriculum chose (mean of {window} updates)",
+    )
 
 
 def conflict(r: Run, ax):
-    for key, label, i in (("cosine", "cosine to the previous update", 0), ("projected", "share of updates projected", 5)):
+    for key, label, i in (
+        ("cosine", "cosine to the previous update", 0),
+        ("projected", "share of updates projected", 5),
+    ):
         x, y, window = smooth(r, key)
         ax.plot(x, y, label=label, **style(i))
     ax.axhline(0, color="grey", linewidth=0.8)
-    ax.set(xlabel="update", ylabel="cosine; share", ylim=(-1, 1), title=f"Conflict with the previous update (mean of {window} updates)")
+    ax.set(
+        xlabel="update",
+        ylabel="cosine; share",
+        ylim=(-1, 1),
+        title=f"Conflict with the previous update (mean of {window} updates)",
+    )
 
 
 def alignments(r: Run, ax):
     window = lines(r, ax, {f"alignment_{name}": plain(name) for name in r.tasks})
     ax.axhline(0, color="grey", linewidth=0.8)
-    ax.set(xlabel="update", ylabel="alignment", ylim=(-1, 1), title=f"How much of the last update each teacher would take (mean of {window} updates)")
+    ax.set(
+        xlabel="update",
+        ylabel="alignment",
+        ylim=(-1, 1),
+        title=f"How much of the last update each teacher would take (mean of {window} updates)",
+    )
 
 
 def likelihood(r: Run, ax):
     for i, (key, label) in enumerate((("nll", "of a batch"), ("heldout_nll", "held-out episodes"))):
         ax.plot(r.step, r.log[key], label=label, **style(i))
-    ax.set(xlabel="update", ylabel="NLL per action dimension (nats)", title="Negative log-likelihood of the data's actions")
+    ax.set(
+        xlabel="update",
+        ylabel="NLL per action dimension (nats)",
+        title="Negative log-likelihood of the data's actions",
+    )
 
 
 def returns(r: Run, ax):
@@ -123,7 +169,9 @@ def returns(r: Run, ax):
     for j, who in enumerate(("teacher", "student") if r.teachers else ("teacher",)):
         ax.bar(at + 0.4 * j, [x[f"{who} score"] or 0 for x in rows], 0.38, label=who, color=COLOURS[j])
     ax.set_xticks(at + 0.2 * bool(r.teachers), [plain(n).replace("/", "\n") for n in r.tasks])
-    ax.set(ylabel="normalised score (100 = expert)", title="Return at the dataset's 95th percentile as target")
+    ax.set(
+        ylabel="normalised score (100 = expert)", title="Return at the dataset's 95th percentile as target"
+    )
 
 
 def compression(runs: list[Run], ax):
@@ -135,7 +183,12 @@ def compression(runs: list[Run], ax):
     points = sorted((r.metrics["compression"], np.mean(list(r.retention.values()))) for r in runs)
     ax.plot(*zip(*points, strict=True), marker="_", markersize=16, color="black", linewidth=2.5, label="mean")
     ax.axhline(1, color="grey", linewidth=0.8)
-    ax.set(xscale="log", xlabel="times fewer parameters than the teachers", ylabel="student's score / teacher's", title="Compression against retention")
+    ax.set(
+        xscale="log",
+        xlabel="times fewer parameters than the teachers",
+        ylabel="student's score / teacher's",
+        title="Compression against retention",
+    )
     ax.set_xticks([x for x, _ in points], [f"{x:.3g}" for x, _ in points])
     ax.minorticks_off()
 
@@ -170,7 +223,9 @@ def finish(fig, axes, file, **options):
     import matplotlib.pyplot as plt
 
     for ax in axes:
-        if len(ax.get_legend_handles_labels()[1]) <= 20:  # of a hundred tasks nobody could tell the lines apart
+        if (
+            len(ax.get_legend_handles_labels()[1]) <= 20
+        ):  # of a hundred tasks nobody could tell the lines apart
             ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(file, **options)
@@ -205,7 +260,7 @@ code, pre { font: 0.875rem/1.4 ui-monospace, monospace; } pre { background: #f5f
 
 
 def text(x):
-    return html.escape(run.cell(x))
+    return html.escape(log.cell(x))
 
 
 def as_table(rows):
@@ -223,7 +278,9 @@ def svg(draw, what, caption):
     title, out = axes[0].get_title(), io.StringIO()
     finish(fig, axes, out, format="svg", metadata={"Date": None})
     drawn = out.getvalue()
-    drawn = drawn[drawn.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    drawn = drawn[drawn.index("<svg") :].replace(
+        "<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1
+    )
     return f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
@@ -233,11 +290,15 @@ def film(model, task, index, cfg: Config):
         return f"<p>no film of {html.escape(task.name)}: its dataset names no environment</p>"
     short, out = dataclasses.replace(task, max_steps=min(cfg.film_steps, task.max_steps)), io.BytesIO()
     try:
-        got = evaluate.film(model, short, index, task.targets["p95"], 1000, out, cfg.width, format="webp", quality=60)
-    except run.UserError as e:
+        got = evaluate.film(
+            model, short, index, task.targets["p95"], 1000, out, cfg.width, format="webp", quality=60
+        )
+    except UserError as e:
         return f"<p>{html.escape(str(e))}</p>"
     source = f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
-    caption = html.escape(f"{task.name}: the first {short.max_steps} steps, asked for {task.targets['p95']:.0f}, {got:.0f} so far")
+    caption = html.escape(
+        f"{task.name}: the first {short.max_steps} steps, asked for {task.targets['p95']:.0f}, {got:.0f} so far"
+    )
     return f'<figure><img src="{source}" width="{cfg.width}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
@@ -246,7 +307,10 @@ def page(runs: list[Run], films: list[str]) -> str:
     machine, seconds = r.metrics["machine"], {k: f"{v:.0f} s" for k, v in r.metrics["seconds"].items()}
     if r.teachers:
         total = round(r.metrics["compression"] * r.metrics["parameters"])
-        kept = r.retention and f", and keeps {100 * np.mean(list(r.retention.values())):.1f} % of their scores, {100 * min(r.retention.values()):.1f} % of the worst"
+        kept = (
+            r.retention
+            and f", and keeps {100 * np.mean(list(r.retention.values())):.1f} % of their scores, {100 * min(r.retention.values()):.1f} % of the worst"
+        )
         lead = f"{len(r.tasks)} teachers of {total:,} parameters, one student of {r.metrics['parameters']:,}: {r.metrics['compression']:.1f} times fewer{kept or ''}."
     else:
         lead = f"A teacher of {r.metrics['parameters']:,} parameters."
@@ -286,18 +350,20 @@ commit {text(machine["commit"])}; {html.escape(", ".join(f"{k} {v}" for k, v in 
 
 
 def main(cfg: Config):
-    run.check(cfg, film_steps=0, width=16)
+    cli.at_least(cfg, film_steps=0, width=16)
     if not cfg.runs:
-        raise run.UserError("name a run directory: python report.py out/student")
+        raise UserError("name a run directory: python report.py out/student")
     runs = [Run(path) for path in cfg.runs]
     films, out = [], runs[0].path / "report.html"
-    run.write(out, page(runs, films).encode())
+    files.write(out, page(runs, films).encode())
     if cfg.film_steps:  # the page is there already: a graphics library can crash
         model, meta = dt.load(runs[0].path)
         films = [film(model, task, i, cfg) for i, task in enumerate(data.tasks(meta, runs[0].path))]
-        run.write(out, page(runs, films).encode())
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, needs no network; films of {sum('<img' in f for f in films)} of {len(films)} tasks")
+        files.write(out, page(runs, films).encode())
+    print(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, needs no network; films of {sum('<img' in f for f in films)} of {len(films)} tasks"
+    )
 
 
 if __name__ == "__main__":
-    run.cli(main, Config, __doc__)
+    cli.run(main, Config, __doc__)

@@ -1,75 +1,110 @@
 """What to do with a gradient that conflicts with the previous update: project it onto that one's normal plane.
 
-    g, u = METHODS[name](g, u, kappa, changed)
+    g, u = METHODS[name](g, u, kappa)
 
-g (P,): this batch's gradient; u (P,): what the last call returned beside it (zeros before the first). kappa: how much of u to take
-away; None: the batch's own min(0, <g, u>) / <u, u>. changed: whether the teacher in the lead is another than last time.
-Returns the gradient to descend and the next u, each (P,).
+g (P,): this batch's gradient; u (P,): what the last call returned beside it, zeros before the first. kappa (): how much
+of u to take away; None: the batch's own min(0, <g, u>) / <u, u>. Returns the gradient to descend and the next u, (P,).
 
-Per teacher: with g = sum_i s_i g_i and every g_i projected on its own, the sum is g - kappa u, kappa = sum_i s_i min(0, c_i) / <u, u>,
-c_i = <g_i, u>: `per_teacher`. The c_i come from one forward-mode pass (distill.py), so no teacher's own gradient is ever formed.
+Per teacher: with g = sum_i s_i g_i and every g_i projected on its own, the sum is g - kappa u, where
+kappa = sum_i s_i min(0, c_i) / <u, u> and c_i = <g_i, u>: `per_teacher`. The c_i come from one forward-mode pass
+(alignment.py), so no teacher's own gradient is ever formed.
+
+Used by distill.py, whose --surgery offers the names in METHODS. To add one: docs/extending.md.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
-from kernels.project import project  # g - min(0, <g, u>) / <u, u> u
-
-BETA = 0.9  # how much of u `average` keeps
-
-
-def per_teacher(c, shares, uu):
-    """kappa from the alignments c (N,) of the teachers' own gradients with u, their shares (N,) of the batch, and uu = <u, u>."""
-    return torch.where(uu > 0, (shares * c.clamp_max(0)).sum() / uu, 0.0)
+from kernels.project import project, project_adamw  # project: g - min(0, <g, u>) / <u, u> u
 
 
-def surgered(g, u, kappa):
-    return project(g, u) if kappa is None else g - kappa * u
-
-
-def none(g, u, kappa=None, changed=True):
+def none(g: Tensor, u: Tensor, kappa: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """No surgery; u is still kept, for its cosine in the log and for alignments."""
     return g, g
 
 
-def previous(g, u, kappa=None, changed=True):
-    """Never against the last update (A-GEM's projection, arXiv 1812.00420, with the last update for its reference)."""
-    g = surgered(g, u, kappa)
+def previous(g: Tensor, u: Tensor, kappa: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Never against the last update: A-GEM's projection (arXiv 1812.00420) with that as its reference."""
+    g = projected(g, u, kappa)
     return g, g
 
 
-def switch(g, u, kappa=None, changed=True):
-    """`previous`, only when the teacher changed: a repeat of the same teacher that conflicts corrects its own overshoot."""
-    g = torch.where(torch.as_tensor(changed, device=g.device), surgered(g, u, kappa), g)
-    return g, g
-
-
-def average(g, u, kappa=None, changed=True):
-    """Never against the exponential average of the past updates."""
-    g = surgered(g, u, kappa)
-    return g, BETA * u + (1 - BETA) * g
-
-
-def pcgrad(g, u=None, kappa=None, changed=True, generator=None):
+def pcgrad(
+    g: Tensor, u: Tensor | None = None, kappa: None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Every teacher's gradient against every other's, in random order (Yu et al. 2020, arXiv 2001.06782, algorithm 1).
 
-    It takes g (n, P), one row per teacher in the batch, already times its share (EACH).
+    It takes g (n, P), a row for each teacher in the batch, already times its share (EACH).
     """
-    out = torch.zeros_like(g[0])
+    total = torch.zeros_like(g[0])
     for i in range(len(g)):
-        gi = g[i]
+        g_i = g[i]
         for j in torch.randperm(len(g), generator=generator).tolist():
-            gi = project(gi, g[j]) if j != i else gi
-        out += gi
-    return out, out
+            if j != i:
+                g_i = project(g_i, g[j])
+        total += g_i
+    return total, total
 
 
+def projected(g: Tensor, u: Tensor, kappa: Tensor | None) -> Tensor:
+    """g without its conflict with u, or without kappa of u."""
+    return project(g, u) if kappa is None else g - kappa * u
+
+
+def per_teacher(c: Tensor, shares: Tensor, uu: Tensor) -> Tensor:
+    """kappa () from c (N,) = <g_i, u>, the shares (N,) of the batch and uu = <u, u>."""
+    return torch.where(uu > 0, (shares * c.clamp_max(0)).sum() / uu, 0.0)
+
+
+METHODS = {"none": none, "previous": previous, "pcgrad": pcgrad}
 EACH = ("pcgrad",)  # those that take every teacher's gradient
-METHODS = {"none": none, "previous": previous, "switch": switch, "average": average, "pcgrad": pcgrad}
+FUSED = (
+    "none",
+    "previous",
+)  # those that kernels.project.project_adamw does with clipping and AdamW in two launches
 
-# The same in arguments of kernels.project.project_adamw, which does them on a GPU with clipping and AdamW; a test holds one to the other.
-FUSED = {
-    "none": lambda changed: {"on": torch.zeros_like(changed)},
-    "previous": lambda changed: {},
-    "switch": lambda changed: {"on": changed},
-    "average": lambda changed: {"beta": BETA},
-}
+
+class Step(NamedTuple):
+    """What an update's surgery did: all ()."""
+
+    projected: Tensor  # whether the gradient was changed
+    cosine: Tensor  # between gradient and u
+    norm: Tensor  # of the gradient
+    norm_after: Tensor  # of the gradient after surgery, before clipping
+
+
+def step(
+    name: str,
+    theta: Tensor,
+    g: Tensor,
+    u: Tensor,
+    m: Tensor,
+    v: Tensor,
+    kappa: Tensor | None = None,
+    *,
+    fused: bool,
+    alive: Tensor,
+    **adamw,
+) -> Step:
+    """Surgery by METHODS[name], clipping and AdamW, in place of theta, u, m, v (P,); g (P,), or (n, P) for EACH.
+
+    fused: in two launches, for names in FUSED. alive and adamw: kernels.project.project_adamw_ref.
+    """
+    if fused:
+        on = torch.zeros_like(alive) if name == "none" else None
+        stats = project_adamw(theta, g, u, m, v, alive=alive, kappa=kappa, on=on, **adamw)
+        gu, uu, norm, norm_after, removed = stats
+        changed = removed != 0
+    else:
+        total = g.sum(0) if name in EACH else g
+        gu = total @ u
+        uu = u @ u
+        norm = total.norm()
+        g, next_u = METHODS[name](g, u, kappa)
+        norm_after = g.norm()
+        changed = (g != total).any()
+        project_adamw(theta, g, None, m, v, alive=alive, **adamw)
+        u.copy_(torch.where(alive, next_u, u))
+    return Step(changed, gu / (norm * uu.sqrt()).clamp_min(1e-30), norm, norm_after)

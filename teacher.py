@@ -4,176 +4,286 @@
     python teacher.py --dataset mujoco/hopper/medium-v0
     torchrun --nproc_per_node=8 teacher.py --env hopper
 
-Out come config.json, log.csv, metrics.json, model.safetensors and model.json in out/teacher-<task>.
+The run's directory, out/teacher-<task>, then holds config.json, log.csv, metrics.json and the model.
+distill.py trains the teachers that it lacks by calling `main`.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 import evaluate
 import kernels
 import model as dt
-import run
 from kernels.project import project_adamw
+from support import UserError, cli, files, log, machine, processes, run_directory, training
+from support.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass
 class Config:
     # task
-    env: str = "hopper"  # a key of data.ENVS
-    dataset: str = ""  # a Minari id, in place of --env
+    env: Literal[tuple(data.ENVS)] = "hopper"  # built-in task
+    dataset: str = ""  # Minari id, in place of --env
     # model
     context: int = 20  # K, timesteps
     n_layer: int = 3  # transformer blocks
-    n_head: int = 1  # of attention
+    n_head: int = 1  # attention heads
     n_embd: int = 128  # channels
-    dropout: float = 0.0  # share of activations; 0.1 in kzl's code; in this short a training on 200,000 steps there is nothing to regularise
+    dropout: float = 0.0  # share of activations
     # optimisation
     steps: int = 5000  # updates
-    batch_size: int = 32  # windows per update, of each process; 64 and half the updates learn less from as many windows
+    batch_size: int = 32  # windows per update and process
     lr: float = 3e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4  # AdamW's, times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient
     # run
-    out_dir: str = ""  # default: out/teacher-<task>
-    eval_episodes: int = 20  # per target return; 0: none
+    out_dir: str = ""  # the run's directory; default: out/teacher-<task>
+    eval_episodes: int = 20  # episodes per target return; 0: no evaluation
     seed: int = 0  # of weights, windows and the held-out split
-    device: str = "auto"  # cpu, cuda, or auto
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks' matrix products in training; auto: bfloat16 where native
-    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: on the host, mapped from a file, if they would fill half of the device's memory
+    device: str = "auto"  # cpu, cuda, cuda:<number> or auto
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks; auto: bfloat16 where native
+    data_device: Literal["auto", "device", "host"] = "auto"  # where the data lie; auto: host if too large
     log_interval: int = 100  # updates between rows of log.csv
-    tensorboard: bool = False  # also log there: tensorboard --logdir out
+    tensorboard: bool = False  # also log to TensorBoard, in the run's directory
     wandb: bool = False  # also log to Weights & Biases, project manyteachers
-    checkpoint_interval: int = 1000  # updates between checkpoints, besides those that SIGTERM and SIGINT ask for
+    checkpoint_interval: int = 1000  # updates between checkpoints
     resume: bool = False  # go on from the last checkpoint, if there is one
     overwrite: bool = False  # replace a run of other settings, or an unfinished one
 
+    def check(self) -> None:
+        """Raise UserError for a value that can't be, before anything is done."""
+        cli.at_least(self, context=1, n_layer=1, n_head=1, n_embd=1, dropout=0)
+        cli.at_least(self, steps=1, batch_size=1, lr=0, warmup=1, weight_decay=0, grad_clip=1e-9)
+        cli.at_least(self, eval_episodes=0, seed=0, log_interval=1, checkpoint_interval=1)
+        cli.check_trackers(self)
+        machine.check_device(self.device)
+        if self.dropout >= 1:
+            raise UserError(f"--dropout {self.dropout}: must be below 1")
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
+        if self.context > dt.MAX_CONTEXT:
+            raise UserError(f"--context {self.context}: must be at most {dt.MAX_CONTEXT}")
+        if not self.dataset:
+            data.dataset_id(self.env)  # raises for a name that is none
+
 
 def directory(name: str) -> Path:
-    """Where the teacher of a task (a key of data.ENVS or a Minari id) is kept if not told otherwise."""
+    """Where the teacher of a task (a key of data.ENVS or a Minari id) is kept unless --out-dir says otherwise."""
     return Path("out") / f"teacher-{name.replace('/', '-')}"
 
 
-def main(cfg: Config):
+class Learner:
+    """A teacher, and all that its updates change: tensors on the device, by name in `state`.
+
+    `record` (log_interval, 2) holds in row step % log_interval: loss and gradient norm.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        model: dt.DecisionTransformer,
+        windows: data.Windows,
+        generator: torch.Generator,
+        discrete: bool,
+    ):
+        device = windows.size.device
+        self.cfg = cfg
+        self.model = model
+        self.windows = windows
+        self.generator = generator
+        self.discrete = discrete
+        self.share = torch.ones(1, device=device)  # of the only task
+        self.schedule = training.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
+        self.theta = dt.flatten(model)  # (P,)
+        self.m = torch.zeros_like(self.theta.data)  # (P,) AdamW's moments
+        self.v = torch.zeros_like(self.theta.data)
+        self.done = torch.zeros(1, dtype=torch.long, device=device)  # updates
+        self.alive = torch.ones((), dtype=torch.bool, device=device)  # no gradient so far was infinite or NaN
+        self.record = torch.zeros(cfg.log_interval, 2, device=device)
+        self.state = {"theta": self.theta.data}
+        for name in ("m", "v", "done", "alive", "record"):
+            self.state[name] = getattr(self, name)
+        self.step = self.update
+        if kernels.compiled(device) and not windows.host and processes.world() == 1:
+            self.step = training.captured(self.update, list(self.state.values()), generator)
+
+    def nll(self, batch: data.Batch) -> Tensor:
+        """() in nats, mean over valid timesteps and action dimensions."""
+        return dt.mean_nll(*self.model(0, *batch[1:6]), batch.actions, batch.mask, self.discrete)
+
+    def update(self) -> None:
+        """One update, in which nothing waits for the device."""
+        batch = self.windows.sample(self.cfg.batch_size, self.share, self.generator)
+        loss = self.nll(batch)
+        n_tokens = batch.mask.sum()
+        total, all_tokens = processes.summed(loss.detach() * n_tokens, n_tokens)
+        self.theta.grad.zero_()
+        (loss * (n_tokens / all_tokens)).backward()  # of the mean over all processes' tokens
+        processes.all_reduce(self.theta.grad)
+        with torch.no_grad():
+            norm = project_adamw(
+                self.theta,
+                self.theta.grad,
+                None,
+                self.m,
+                self.v,
+                self.schedule[self.done][0],
+                self.alive,
+                clip=self.cfg.grad_clip,
+                weight_decay=self.cfg.weight_decay,
+            )[2]
+            self.record[self.done % self.cfg.log_interval] = torch.stack((total / all_tokens, norm))
+            self.done.add_(1)
+
+
+def main(cfg: Config) -> Path:
     """Train and evaluate; returns the run's directory. Skips a run that is there already."""
-    run.check(cfg, steps=1, batch_size=1, lr=0, warmup=1, context=1, n_layer=1, n_head=1, n_embd=1, log_interval=1, eval_episodes=0, seed=0,
-              checkpoint_interval=1, dropout=0, grad_clip=1e-9, weight_decay=0)  # fmt: skip
-    if cfg.dropout >= 1:
-        raise run.UserError(f"--dropout {cfg.dropout}: must be below 1")
-    if cfg.n_embd % cfg.n_head:
-        raise run.UserError(f"--n-embd {cfg.n_embd}: must be a multiple of --n-head {cfg.n_head}")
-    if cfg.context > dt.MAX_CONTEXT:
-        raise run.UserError(f"--context {cfg.context}: must be at most {dt.MAX_CONTEXT}")
+    cfg.check()
     name = data.task_name(cfg.dataset) if cfg.dataset else cfg.env
-    if not cfg.dataset:
-        data.dataset_id(cfg.env)  # a mistyped env is told before anything is done
     out = Path(cfg.out_dir) if cfg.out_dir else directory(name)
-    if not run.start(out, cfg):
+    if not run_directory.start(out, cfg):
         print(f"teacher of {name} is there: {out} (--overwrite to train it again)")
         return out
-
-    # ---- data and model ----------------------------------------------------------------------------------------------
-    clock, device = run.Clock(), run.device(cfg)
+    clock = log.Clock()
     with clock("data"):
-        with run.first():
-            ds = data.load(name, cfg.seed)
-        task = ds.task
+        with processes.rank_0_first():
+            dataset = data.load(name, cfg.seed)
+        task = dataset.task
         if cfg.eval_episodes:
             evaluate.check([task])
-        train = data.Windows([ds.train], [task], cfg.context, device, cfg.data_device)
-        held_out = data.Windows([ds.held_out], [task], cfg.context, device, cfg.data_device).spread(256)
-    torch.manual_seed(cfg.seed)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    model = dt.DecisionTransformer(dt.ModelConfig.of([task], n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, context=cfg.context, dropout=cfg.dropout))
-    model = model.to(device)
-    model.bfloat16 = run.bfloat16(cfg)
-    theta = dt.flatten(model)
-    if run.rank():
-        torch.manual_seed(cfg.seed + 2**32 * run.rank())  # dropout's masks differ among the processes, and nothing else
-    print(f"{task.name}: {len(ds.lengths)} episodes, {ds.lengths.sum():,} steps; teacher of {model.n_params:,} parameters on {device}, "
-          f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}; kernels: {kernels.path(device)}", flush=True)  # fmt: skip
+        device = machine.device(cfg)
+        windows = data.Windows([dataset.train], [task], cfg.context, device, cfg.data_device)
+        held_out = data.Windows([dataset.held_out], [task], cfg.context, device, cfg.data_device).spread(256)
+    learner = make_learner(cfg, dataset, windows)
+    model = learner.model
 
-    def nll(b):
-        return dt.mean_nll(*model(0, *b[1:6]), b.actions, b.mask, task.discrete)
-
+    @torch.no_grad()
     def held_out_nll():
         model.eval()
-        with torch.no_grad():
-            held = nll(held_out).item()
+        held = learner.nll(held_out).item()
         model.train()
         return held
 
-    # ---- training ----------------------------------------------------------------------------------------------------
-    share, schedule = torch.ones(1, device=device), run.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
-    m, v = torch.zeros_like(theta.data), torch.zeros_like(theta.data)  # AdamW's moments
-    done, alive = torch.zeros(1, dtype=torch.long, device=device), torch.ones((), dtype=torch.bool, device=device)
-    record = torch.zeros(cfg.log_interval, 2, device=device)  # loss and gradient norm of every update
-
-    def update():
-        """One update, in which nothing waits for the device."""
-        batch = train.sample(cfg.batch_size, share, generator)
-        loss, tokens = nll(batch), batch.mask.sum()
-        total, all_tokens = run.summed(loss.detach() * tokens, tokens)
-        theta.grad.zero_()
-        (loss * (tokens / all_tokens)).backward()  # of the mean over all processes' tokens
-        run.add_up(theta.grad)
-        with torch.no_grad():
-            norm = project_adamw(theta, theta.grad, None, m, v, schedule[done][0], alive, clip=cfg.grad_clip, weight_decay=cfg.weight_decay)[2]
-            record[done % cfg.log_interval] = torch.stack((total / all_tokens, norm))
-            done.add_(1)
-
     meta = {"tasks": [dataclasses.asdict(task)]}
-    state = {"theta": theta.data, "m": m, "v": v, "done": done, "alive": alive, "record": record}
-    if kernels.compiled(device) and not train.host and run.world() == 1:
-        update = run.captured(update, list(state.values()), generator)
-    saved = run.Checkpoint(out, cfg, state, {"windows": generator}, dataclasses.asdict(task))
-    first, log = saved.restore()
-    with clock("train"), tqdm(total=cfg.steps, initial=first, unit="step", desc=f"teacher {task.name}", disable=True if run.rank() else None) as bar, saved:
-        for step in range(first, cfg.steps):
-            update()
-            bar.update()
-            if not run.rank() and ((step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps):
-                rows = record[: step % cfg.log_interval + 1].tolist()
-                for i, (loss, norm) in enumerate(rows, step + 1 - len(rows)):
-                    if not math.isfinite(loss + norm):  # this update was not applied, nor any after it: the parameters are still the last good ones
-                        dt.save(out, model, meta)
-                        raise run.UserError(f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of teacher {task.name}: stopped; "
-                                            f"the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}")  # fmt: skip
-                held, lr = held_out_nll(), run.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
-                log.row(step=step + 1, nll=loss, heldout_nll=held, grad_norm=norm, lr=lr, seconds=saved.seconds)
-                log.flush()
-                bar.write(run.line(step + 1, cfg.steps, saved.seconds, f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"))
-            saved.after(step + 1)
-    if run.rank():
-        run.meet()  # when rank 0 is done
+    with clock("train"):
+        checkpoint = train(cfg, out, learner, task, meta, held_out_nll)
+    if processes.rank():
+        processes.barrier()  # when rank 0 is done
         return out
-    held, trained = held_out_nll(), saved.seconds
+    held = held_out_nll()
+    seconds_of_training = checkpoint.seconds
     model.eval()
     dt.save(out, model, meta)
-
-    # ---- evaluation --------------------------------------------------------------------------------------------------
-    metrics = {"target": task.targets["p95"], "return_mean": None, "return_std": None, "normalized_score": None, "retention": None,
-               "heldout_kl": None, "heldout_nll": held}  # fmt: skip
     with clock("evaluate"):
-        if cfg.eval_episodes and task.env_id:
-            for target, value in task.targets.items():
-                got = evaluate.scores(evaluate.rollout(model, task, 0, value, cfg.eval_episodes, 1000)[0], task)
-                metrics |= got if target == "p95" else {target: {"target": value, **got}}
-                print(f"{task.name}: target {value:.0f} ({target}) -> return {got['return_mean']:.0f} +- {got['return_std']:.0f}, "
-                      f"score {got['normalized_score']:.1f} (mean and std of {cfg.eval_episodes} episodes)", flush=True)  # fmt: skip
-    run.write_json(out / "metrics.json", {"tasks": {task.name: metrics}, "compression": None, "parameters": model.n_params,
-                                          "seconds": {**clock.seconds, "train": round(trained, 2)}, "machine": run.machine(cfg)})  # fmt: skip
-    saved.finish()
-    run.meet()
+        metrics = evaluated(cfg, model, task, held)
+    results = {
+        "tasks": {task.name: metrics},
+        "compression": None,
+        "parameters": model.n_params,
+        "seconds": {**clock.seconds, "train": round(seconds_of_training, 2)},
+        "machine": machine.describe(cfg),
+    }
+    files.write_json(out / "metrics.json", results)
+    checkpoint.finish()
+    processes.barrier()
     return out
 
 
+def make_learner(cfg: Config, dataset: data.Dataset, windows: data.Windows) -> Learner:
+    """A teacher, initialised by seed, and the generator of its windows; says what it is."""
+    task = dataset.task
+    device = windows.size.device
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    sizes = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "context", "dropout")}
+    model = dt.DecisionTransformer(dt.ModelConfig.of([task], **sizes)).to(device)
+    model.bfloat16 = machine.bfloat16(cfg)
+    if processes.rank():
+        torch.manual_seed(
+            cfg.seed + 2**32 * processes.rank()
+        )  # for dropout's masks, which differ among processes
+    print(
+        f"{task.name}: {len(dataset.lengths)} episodes, {dataset.lengths.sum():,} steps; "
+        f"teacher of {model.n_params:,} parameters on {device}, "
+        f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}; kernels: {kernels.path(device)}",
+        flush=True,
+    )
+    return Learner(cfg, model, windows, generator, task.discrete)
+
+
+def train(
+    cfg: Config,
+    out: Path,
+    learner: Learner,
+    task: data.Task,
+    meta: dict[str, Any],
+    held_out_nll: Callable[[], float],
+) -> Checkpoint:
+    """The loop of updates, with log and checkpoints; goes on from a checkpoint where --resume says so.
+
+    Raises UserError where a loss is not finite; the model before that update is saved.
+    """
+    generators = {"windows": learner.generator}
+    settings = run_directory.settings(cfg)
+    checkpoint = Checkpoint(out, cfg, learner.state, generators, dataclasses.asdict(task), settings)
+    first, csv = checkpoint.restore()
+    silent = True if processes.rank() else None
+    bar = tqdm(total=cfg.steps, initial=first, unit="step", desc=f"teacher {task.name}", disable=silent)
+    with bar, checkpoint:
+        for step in range(first, cfg.steps):
+            learner.step()
+            bar.update()
+            due = (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
+            if due and not processes.rank():
+                rows = learner.record[: step % cfg.log_interval + 1].tolist()
+                for i, (loss, norm) in enumerate(rows, step + 1 - len(rows)):
+                    if not math.isfinite(loss + norm):  # not applied, nor any update after it
+                        dt.save(out, learner.model, meta)
+                        raise UserError(
+                            f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of teacher {task.name}: "
+                            f"stopped; the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}"
+                        )
+                held = held_out_nll()
+                lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+                seconds = checkpoint.seconds
+                csv.row(step=step + 1, nll=loss, heldout_nll=held, grad_norm=norm, lr=lr, seconds=seconds)
+                csv.flush()
+                text = f"nll {loss:7.3f} | held-out {held:7.3f} | grad {norm:6.2f}"
+                bar.write(log.progress(step + 1, cfg.steps, seconds, text))
+            checkpoint.after(step + 1)
+    return checkpoint
+
+
+def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held: float) -> dict[str, Any]:
+    """metrics.json's part of the task; held: the held-out negative log-likelihood."""
+    metrics = {
+        "target": task.targets["p95"],
+        **dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention", "heldout_kl")),
+        "heldout_nll": held,
+    }
+    if not (cfg.eval_episodes and task.env_id):
+        return metrics
+    for name, target in task.targets.items():
+        returns, _ = evaluate.rollout(model, task, 0, target, cfg.eval_episodes, evaluate.SEED)
+        scores = evaluate.scores(returns, task)
+        metrics |= scores if name == "p95" else {name: {"target": target, **scores}}
+        print(
+            f"{task.name}: target {target:.0f} ({name}) -> "
+            f"return {scores['return_mean']:.0f} +- {scores['return_std']:.0f}, "
+            f"score {scores['normalized_score']:.1f} (mean and std of {cfg.eval_episodes} episodes)",
+            flush=True,
+        )
+    return metrics
+
+
 if __name__ == "__main__":
-    run.cli(main, Config, __doc__)
+    cli.run(main, Config, __doc__)

@@ -1,6 +1,6 @@
 """Act with an exported policy: numpy, onnxruntime and gymnasium alone.
 
-    python examples/act_onnx.py out/student/hopper.onnx --episodes 20
+python examples/act_onnx.py out/student/hopper.onnx --episodes 20
 """
 
 import argparse
@@ -28,7 +28,10 @@ returns = []
 for i in range(args.episodes):
     observation, _ = env.reset(seed=args.seed + i)
     left = card["targets"]["p95"] if args.target is None else args.target
-    action, memory = np.zeros((1, *card["action_shape"]), card["action_type"]), np.zeros((1, card["memory"]), np.float32)
+    action, memory = (
+        np.zeros((1, *card["action_shape"]), card["action_type"]),
+        np.zeros((1, card["memory"]), np.float32),
+    )
     returns.append(0.0)
     for t in range(card["max_steps"]):
         action, memory = session.run(None, {

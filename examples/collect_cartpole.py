@@ -1,7 +1,7 @@
 """Make a dataset of one's own, here of discrete actions: episodes of CartPole under a hand-written policy, some of its actions random.
 
-    python examples/collect_cartpole.py          # Minari dataset cartpole/mixed-v0
-    python teacher.py --dataset cartpole/mixed-v0
+python examples/collect_cartpole.py          # Minari dataset cartpole/mixed-v0
+python teacher.py --dataset cartpole/mixed-v0
 """
 
 import argparse
@@ -16,7 +16,9 @@ parser.add_argument("--id", default="cartpole/mixed-v0")
 parser.add_argument("--episodes", type=int, default=300)
 args = parser.parse_args()
 if args.id in minari.list_local_datasets():
-    parser.error(f"there is a dataset {args.id} already; give another --id, or delete it (minari delete {args.id})")
+    parser.error(
+        f"there is a dataset {args.id} already; give another --id, or delete it (minari delete {args.id})"
+    )
 
 env, rng, buffers = gym.make("CartPole-v1"), np.random.default_rng(0), []
 for i in range(args.episodes):
@@ -32,7 +34,16 @@ for i in range(args.episodes):
         rewards.append(reward)
         terminations.append(terminated)
         truncations.append(truncated)
-    buffers.append(EpisodeBuffer(i, observations=observations, actions=actions, rewards=rewards, terminations=terminations, truncations=truncations))
+    buffers.append(
+        EpisodeBuffer(
+            i,
+            observations=observations,
+            actions=actions,
+            rewards=rewards,
+            terminations=terminations,
+            truncations=truncations,
+        )
+    )
 minari.create_dataset_from_buffers(
     args.id, buffers, env=env, eval_env=env, algorithm_name="hand-written", description="10, 30, 50, 70 or 100 % of an episode's actions random",
     author="manyteachers", author_email="-@-.org", code_permalink="examples/collect_cartpole.py")  # fmt: skip

@@ -32,7 +32,9 @@ def snapshots(path):
         for _, snapshot in sorted(file["snapshots"].items()):
             policy = snapshot["GaussianPolicy"]
             norm, hidden = policy["obsnorm/Standardizer"], policy["hidden/FeedforwardNet"]
-            layers = [hidden[k]["AffineLayer"] for k in sorted(hidden, key=lambda k: int(k.split("_")[1]))] + [policy["out/AffineLayer"]]
+            layers = [
+                hidden[k]["AffineLayer"] for k in sorted(hidden, key=lambda k: int(k.split("_")[1]))
+            ] + [policy["out/AffineLayer"]]
             layers = [(x["W"][:], x["b"][:].ravel()) for x in layers]
             mean, std = np.zeros(layers[0][0].shape[0]), 1.0
             if norm["count"][()] > 0:  # it has seen something
@@ -51,13 +53,29 @@ def snapshots(path):
             yield act
 
 
-env, rng, policies, buffers = gym.make(ENVS[args.env][0], **ENVS[args.env][1]), np.random.default_rng(0), list(snapshots(args.log)), []
+env, rng, policies, buffers = (
+    gym.make(ENVS[args.env][0], **ENVS[args.env][1]),
+    np.random.default_rng(0),
+    list(snapshots(args.log)),
+    [],
+)
 for act in policies:
     steps = 0
     while steps < args.steps // len(policies):
-        observations, actions, rewards, terminations, truncations, done = [env.reset(seed=len(buffers))[0]], [], [], [], [], False
+        observations, actions, rewards, terminations, truncations, done = (
+            [env.reset(seed=len(buffers))[0]],
+            [],
+            [],
+            [],
+            [],
+            False,
+        )
         while not done:
-            actions.append(np.clip(act(observations[-1], rng), env.action_space.low, env.action_space.high).astype(np.float32))
+            actions.append(
+                np.clip(act(observations[-1], rng), env.action_space.low, env.action_space.high).astype(
+                    np.float32
+                )
+            )
             observation, reward, terminated, truncated, _ = env.step(actions[-1])
             done = terminated or truncated
             observations.append(observation)
@@ -65,7 +83,16 @@ for act in policies:
             terminations.append(terminated)
             truncations.append(truncated)
         steps += len(rewards)
-        buffers.append(EpisodeBuffer(len(buffers), observations=observations, actions=actions, rewards=rewards, terminations=terminations, truncations=truncations))
+        buffers.append(
+            EpisodeBuffer(
+                len(buffers),
+                observations=observations,
+                actions=actions,
+                rewards=rewards,
+                terminations=terminations,
+                truncations=truncations,
+            )
+        )
 minari.create_dataset_from_buffers(
     id_, buffers, env=env, eval_env=env, algorithm_name="TRPO", description="26 snapshots of one run, under their own action noise",
     author="manyteachers", author_email="-@-.org", code_permalink="examples/collect_trpo.py")  # fmt: skip

@@ -24,7 +24,13 @@ except ImportError:
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it when a kernel is decorated
-MISSING = "Triton" if triton.__version__ is None else "" if INTERPRET or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else "C compiler"
+MISSING = (
+    "Triton"
+    if triton.__version__ is None
+    else ""
+    if INTERPRET or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    else "C compiler"
+)
 DTYPES = (torch.float32, torch.bfloat16)
 on_cpu = False  # tests alone set it
 
@@ -36,7 +42,11 @@ def available(*tensors) -> bool:
 
 def fits(tensor, numbers) -> bool:
     """Whether a program whose tiles hold so many numbers of the tensor's type has room for them in the shared memory of its GPU."""
-    return not tensor.is_cuda or numbers * tensor.element_size() <= torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+    return (
+        not tensor.is_cuda
+        or numbers * tensor.element_size()
+        <= torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+    )
 
 
 def compiled(device) -> bool:

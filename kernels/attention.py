@@ -40,8 +40,14 @@ def attention_ref(qkv, mask, n_head: int, dropout: float = 0.0, keep: slice = EV
 def kept(shape, p, like):
     """Dropout's factors, 0 or 1 / (1 - p), of like's dtype and device: from 16 random bits each, a quarter of what bernoulli_ takes on a CPU."""
     n = math.prod(shape)
-    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None).view(torch.int16)[:n]
-    return (bits < min(round((1 - p) * 2**16), 2**16 - 1) - 2**15).view(shape).to(like.dtype).mul_(1 / (1 - p))
+    bits = (
+        torch.empty(-(-n // 4), dtype=torch.int64, device=like.device)
+        .random_(-(2**63), None)
+        .view(torch.int16)[:n]
+    )
+    return (
+        (bits < min(round((1 - p) * 2**16), 2**16 - 1) - 2**15).view(shape).to(like.dtype).mul_(1 / (1 - p))
+    )
 
 
 class _Eager(torch.autograd.Function):
@@ -56,8 +62,12 @@ class _Eager(torch.autograd.Function):
         q, k, v = (_Eager.heads(x, n_head) for x in qkv.chunk(3, -1))
         T, valid = qkv.shape[1], mask[:, keep, None]
         unseen = ~(torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()[keep] & mask[:, None])
-        bias = torch.zeros(unseen.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(unseen, torch.finfo(qkv.dtype).min)
-        p = torch.baddbmm(bias.repeat_interleave(n_head, 0), q[:, keep], k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+        bias = torch.zeros(unseen.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(
+            unseen, torch.finfo(qkv.dtype).min
+        )
+        p = torch.baddbmm(
+            bias.repeat_interleave(n_head, 0), q[:, keep], k.transpose(1, 2), alpha=q.shape[-1] ** -0.5
+        ).softmax(-1)
         p.masked_fill_(~valid.repeat_interleave(n_head, 0), 0.0)
         factors = kept(p.shape, dropout, p) if dropout > 0 else torch.ones((), dtype=p.dtype)
         y = torch.bmm(p * factors if dropout > 0 else p, v)
@@ -79,7 +89,9 @@ class _Eager(torch.autograd.Function):
             dp, used = dp * factors, p * factors
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
         dqkv = torch.zeros_like(qkv) if ctx.keep != EVERY else torch.empty_like(qkv)
-        dq, dk, dv = (x.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2) for x in dqkv.chunk(3, -1))  # (B, nh, T, hs)
+        dq, dk, dv = (
+            x.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2) for x in dqkv.chunk(3, -1)
+        )  # (B, nh, T, hs)
         dq[:, :, ctx.keep] = torch.bmm(ds, k).unflatten(0, (-1, ctx.n_head))
         dk.copy_(torch.bmm(ds.transpose(1, 2), q[:, ctx.keep]).unflatten(0, (-1, ctx.n_head)))
         dv.copy_(torch.bmm(used.transpose(1, 2), dy).unflatten(0, (-1, ctx.n_head)))
@@ -104,19 +116,29 @@ class _Eager(torch.autograd.Function):
 def _rows(base, i, stride, T, hs, D: tl.constexpr, DOT: tl.constexpr):
     """Rows i of a (T, hs) matrix at `base`, zero beyond it: (BM, D)."""
     d = tl.arange(0, D)
-    return tl.load(base + i[:, None] * stride + d[None, :], mask=(i < T)[:, None] & (d < hs)[None, :], other=0.0).to(DOT)
+    return tl.load(
+        base + i[:, None] * stride + d[None, :], mask=(i < T)[:, None] & (d < hs)[None, :], other=0.0
+    ).to(DOT)
 
 
 @triton.jit
 def _heads(base, i, stride, T, hs, C, D: tl.constexpr, DOT: tl.constexpr):
     """Rows i of q, k and v, which lie C apart in a packed row."""
-    return _rows(base, i, stride, T, hs, D, DOT), _rows(base + C, i, stride, T, hs, D, DOT), _rows(base + 2 * C, i, stride, T, hs, D, DOT)
+    return (
+        _rows(base, i, stride, T, hs, D, DOT),
+        _rows(base + C, i, stride, T, hs, D, DOT),
+        _rows(base + 2 * C, i, stride, T, hs, D, DOT),
+    )
 
 
 @triton.jit
 def _store(base, i, stride, T, hs, x, D: tl.constexpr):
     d = tl.arange(0, D)
-    tl.store(base + i[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), mask=(i < T)[:, None] & (d < hs)[None, :])
+    tl.store(
+        base + i[:, None] * stride + d[None, :],
+        x.to(base.dtype.element_ty),
+        mask=(i < T)[:, None] & (d < hs)[None, :],
+    )
 
 
 @triton.jit
@@ -193,7 +215,9 @@ def _tile_backward(
             to = dqkv + b * T * 3 * C + h * hs
             _store(to, i, 3 * C, T, hs, tl.dot(ds, k, input_precision=PRECISION), D)
             _store(to + C, i, 3 * C, T, hs, tl.dot(tl.trans(ds), q, input_precision=PRECISION), D)
-            _store(to + 2 * C, i, 3 * C, T, hs, tl.dot(tl.trans(used.to(DOT)), dy, input_precision=PRECISION), D)
+            _store(
+                to + 2 * C, i, 3 * C, T, hs, tl.dot(tl.trans(used.to(DOT)), dy, input_precision=PRECISION), D
+            )
 
 
 @triton.jit
@@ -214,12 +238,17 @@ def _tile_tangent(
             tq, tk, tv = _heads(tbase, i, 3 * C, T, hs, C, D, DOT)
             valid = tl.load(mask + b * T + i, mask=i < T, other=0) != 0
             w = _softmax(q, k, i, valid, scale, PRECISION)
-            ts = (tl.dot(tq, tl.trans(k), input_precision=PRECISION) + tl.dot(q, tl.trans(tk), input_precision=PRECISION)) * scale
+            ts = (
+                tl.dot(tq, tl.trans(k), input_precision=PRECISION)
+                + tl.dot(q, tl.trans(tk), input_precision=PRECISION)
+            ) * scale
             tw = w * (ts - tl.sum(w * ts, 1)[:, None])
             if DROPOUT:
                 kept = _kept(seed, pair, i, i, T, p)
                 w, tw = w * kept, tw * kept
-            y = tl.dot(tw.to(DOT), v, input_precision=PRECISION) + tl.dot(w.to(DOT), tv, input_precision=PRECISION)
+            y = tl.dot(tw.to(DOT), v, input_precision=PRECISION) + tl.dot(
+                w.to(DOT), tv, input_precision=PRECISION
+            )
             _store(tout + b * T * C + h * hs, i, C, T, hs, tl.where(valid[:, None], y, 0.0), D)
 
 
@@ -238,7 +267,11 @@ def _block_forward(
     base = qkv + b * window + h * hs
     i = m * BM + tl.arange(0, BM)
     q = _rows(base, i, row, T, hs, D, DOT)
-    y, top, total = tl.zeros((BM, D), tl.float32), tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    y, top, total = (
+        tl.zeros((BM, D), tl.float32),
+        tl.full((BM,), float("-inf"), tl.float32),
+        tl.zeros((BM,), tl.float32),
+    )
     for n in range(m + 1):
         j = n * BM + tl.arange(0, BM)
         k, v = _rows(base + C, j, row, T, hs, D, DOT), _rows(base + 2 * C, j, row, T, hs, D, DOT)
@@ -252,8 +285,20 @@ def _block_forward(
         y = y * shrink[:, None] + tl.dot(e.to(DOT), v, input_precision=PRECISION)
         top = new
     valid = (tl.load(mask + b * T + i, mask=i < T, other=0) != 0) & (total > 0)
-    _store(out + b * T * C + h * hs, i, C, T, hs, tl.where(valid[:, None], y / tl.where(total == 0, 1.0, total)[:, None], 0.0), D)
-    tl.store(lse + pair.to(tl.int64) * T + i, tl.where(valid, top + tl.log(tl.where(total == 0, 1.0, total)), float("inf")), mask=i < T)
+    _store(
+        out + b * T * C + h * hs,
+        i,
+        C,
+        T,
+        hs,
+        tl.where(valid[:, None], y / tl.where(total == 0, 1.0, total)[:, None], 0.0),
+        D,
+    )
+    tl.store(
+        lse + pair.to(tl.int64) * T + i,
+        tl.where(valid, top + tl.log(tl.where(total == 0, 1.0, total)), float("inf")),
+        mask=i < T,
+    )
 
 
 @triton.jit
@@ -275,7 +320,10 @@ def _block_backward(
     for n in range(m + 1):  # this block's queries against the keys before them
         j = n * BM + tl.arange(0, BM)
         kj, vj = _rows(base + C, j, row, T, hs, D, DOT), _rows(base + 2 * C, j, row, T, hs, D, DOT)
-        w = tl.exp(_scores(q, kj, here, j, tl.load(mask + b * T + j, mask=j < T, other=0) != 0, scale, PRECISION) - l[:, None])
+        w = tl.exp(
+            _scores(q, kj, here, j, tl.load(mask + b * T + j, mask=j < T, other=0) != 0, scale, PRECISION)
+            - l[:, None]
+        )
         dw = tl.dot(dy, tl.trans(vj), input_precision=PRECISION)
         if DROPOUT:
             dw *= _kept(seed, pair, here, j, T, p)
@@ -283,7 +331,10 @@ def _block_backward(
     for n in range(m, tl.cdiv(T, BM)):  # this block's keys under the queries after them
         i = n * BM + tl.arange(0, BM)
         qi, dyi = _rows(base, i, row, T, hs, D, DOT), _rows(dout + ybase, i, C, T, hs, D, DOT)
-        li, yi = tl.load(lse + i, mask=i < T, other=float("inf")), _rows(out + ybase, i, C, T, hs, D, tl.float32)
+        li, yi = (
+            tl.load(lse + i, mask=i < T, other=float("inf")),
+            _rows(out + ybase, i, C, T, hs, D, tl.float32),
+        )
         w = tl.exp(_scores(qi, k, i, here, valid, scale, PRECISION) - li[:, None])
         dw, used = tl.dot(dyi, tl.trans(v), input_precision=PRECISION), w
         if DROPOUT:
@@ -309,22 +360,36 @@ def _block_tangent(
     i = m * BM + tl.arange(0, BM)
     q, tq = _rows(base, i, row, T, hs, D, DOT), _rows(tbase, i, 3 * C, T, hs, D, DOT)
     l = tl.load(lse + pair.to(tl.int64) * T + i, mask=i < T, other=float("inf"))
-    ty, along = tl.zeros((BM, D), tl.float32), tl.zeros((BM,), tl.float32)  # along: the weights' mean of the scores' tangent
+    ty, along = (
+        tl.zeros((BM, D), tl.float32),
+        tl.zeros((BM,), tl.float32),
+    )  # along: the weights' mean of the scores' tangent
     for twice in tl.static_range(2):  # first that mean, for taking it off at the end instead cancels
         for n in range(m + 1):
             j = n * BM + tl.arange(0, BM)
             k, tk = _rows(base + C, j, row, T, hs, D, DOT), _rows(tbase + C, j, 3 * C, T, hs, D, DOT)
-            w = tl.exp(_scores(q, k, i, j, tl.load(mask + b * T + j, mask=j < T, other=0) != 0, scale, PRECISION) - l[:, None])
-            ts = (tl.dot(tq, tl.trans(k), input_precision=PRECISION) + tl.dot(q, tl.trans(tk), input_precision=PRECISION)) * scale
+            w = tl.exp(
+                _scores(q, k, i, j, tl.load(mask + b * T + j, mask=j < T, other=0) != 0, scale, PRECISION)
+                - l[:, None]
+            )
+            ts = (
+                tl.dot(tq, tl.trans(k), input_precision=PRECISION)
+                + tl.dot(q, tl.trans(tk), input_precision=PRECISION)
+            ) * scale
             if twice == 0:
                 along += tl.sum(w * ts, 1)
             else:
-                v, tv = _rows(base + 2 * C, j, row, T, hs, D, DOT), _rows(tbase + 2 * C, j, 3 * C, T, hs, D, DOT)
+                v, tv = (
+                    _rows(base + 2 * C, j, row, T, hs, D, DOT),
+                    _rows(tbase + 2 * C, j, 3 * C, T, hs, D, DOT),
+                )
                 tw = w * (ts - along[:, None])
                 if DROPOUT:
                     kept = _kept(seed, pair, i, j, T, p)
                     w, tw = w * kept, tw * kept
-                ty += tl.dot(tw.to(DOT), v, input_precision=PRECISION) + tl.dot(w.to(DOT), tv, input_precision=PRECISION)
+                ty += tl.dot(tw.to(DOT), v, input_precision=PRECISION) + tl.dot(
+                    w.to(DOT), tv, input_precision=PRECISION
+                )
     valid = tl.load(mask + b * T + i, mask=i < T, other=0) != 0
     _store(tout + ybase, i, C, T, hs, tl.where(valid[:, None], ty, 0.0), D)
 
@@ -346,7 +411,23 @@ def _launch(tile, block, qkv, mask, seed, n_head, p, lse, *args):
                                           num_warps=4, **const)  # fmt: skip
     else:
         BM = 64 if D <= 64 else 32
-        block[(B * n_head, triton.cdiv(T, BM))](qkv, mask, seed, *lse, *args, T, n_head, hs, qkv.stride(0), qkv.stride(1), scale, p, BM=BM, num_warps=4, **const)
+        block[(B * n_head, triton.cdiv(T, BM))](
+            qkv,
+            mask,
+            seed,
+            *lse,
+            *args,
+            T,
+            n_head,
+            hs,
+            qkv.stride(0),
+            qkv.stride(1),
+            scale,
+            p,
+            BM=BM,
+            num_warps=4,
+            **const,
+        )
 
 
 class _Attention(torch.autograd.Function):
@@ -355,7 +436,9 @@ class _Attention(torch.autograd.Function):
         B, T, C3 = qkv.shape
         out = torch.empty(B, T, C3 // 3, dtype=qkv.dtype, device=qkv.device)
         lse = torch.empty(B * n_head if T > 64 else 0, T, dtype=torch.float32, device=qkv.device)
-        _launch(_tile_forward, _block_forward, qkv, mask, seed, n_head, p, (), *((out, lse) if T > 64 else (out,)))
+        _launch(
+            _tile_forward, _block_forward, qkv, mask, seed, n_head, p, (), *((out, lse) if T > 64 else (out,))
+        )
         return out, lse
 
     @staticmethod
@@ -369,7 +452,18 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, _):
         qkv, mask, seed, out, lse = ctx.saved_tensors
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        _launch(_tile_backward, _block_backward, qkv, mask, seed, ctx.n_head, ctx.p, (out, lse), dout.contiguous(), dqkv)
+        _launch(
+            _tile_backward,
+            _block_backward,
+            qkv,
+            mask,
+            seed,
+            ctx.n_head,
+            ctx.p,
+            (out, lse),
+            dout.contiguous(),
+            dqkv,
+        )
         return dqkv, None, None, None, None
 
     @staticmethod
@@ -383,7 +477,9 @@ class _Tangent(torch.autograd.Function):
     @staticmethod
     def forward(tqkv, qkv, mask, seed, out, lse, n_head, p):
         tout = torch.empty_like(out)
-        _launch(_tile_tangent, _block_tangent, qkv, mask, seed, n_head, p, (out, lse), tqkv.contiguous(), tout)
+        _launch(
+            _tile_tangent, _block_tangent, qkv, mask, seed, n_head, p, (out, lse), tqkv.contiguous(), tout
+        )
         return tout
 
     @staticmethod
@@ -401,7 +497,13 @@ def attention(qkv, mask, n_head: int, dropout: float = 0.0, keep: slice = EVERY)
     """Causal attention; arguments and result as in attention_ref. The kernels take float32 and bfloat16, T <= 1024 and head sizes up to 128
     on a GPU; anything else goes to plain PyTorch. qkv may have any strides between windows and timesteps, not within a row."""
     B, T, C3 = qkv.shape
-    if not kernels.available(qkv) or T > 1024 or (hs := C3 // 3 // n_head) > 128 or B == 0 or not kernels.fits(qkv, tiles(T, hs)):
+    if (
+        not kernels.available(qkv)
+        or T > 1024
+        or (hs := C3 // 3 // n_head) > 128
+        or B == 0
+        or not kernels.fits(qkv, tiles(T, hs))
+    ):
         return _Eager.apply(qkv, mask, n_head, dropout, keep)[0]
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     seed = torch.empty((), dtype=torch.int64, device=qkv.device)

@@ -14,7 +14,10 @@ from kernels import tl, triton
 
 LOG_STD = (-4.0, 0.0)  # bounds of the head's log-std, in units of half the action range
 NEVER = -1e9  # logit of an action that a task does not have; not -inf, whose gradient would be NaN
-DIRECTIONS = ("reverse", "forward")  # reverse: KL(student || teacher), the proposal's; forward: KL(teacher || student), Rusu et al.'s
+DIRECTIONS = (
+    "reverse",
+    "forward",
+)  # reverse: KL(student || teacher), the proposal's; forward: KL(teacher || student), Rusu et al.'s
 
 
 def divergence(mean, log_std, t_mean, t_log_std, direction="reverse", sigma_floor=0.0, temperature=1.0):
@@ -65,7 +68,19 @@ def per_teacher(x, mask, task, act_dims, discrete=None):
     return sums, counts
 
 
-def policy_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0, discrete=None):
+def policy_kl(
+    mean,
+    log_std,
+    t_mean,
+    t_log_std,
+    mask,
+    task,
+    act_dims,
+    direction="reverse",
+    sigma_floor=0.0,
+    temperature=1.0,
+    discrete=None,
+):
     """Student and teacher, each (B, K, A), padded to the widest action; mask (B, K); task (B,): whose window; act_dims (N,); discrete as in `policies`.
 
     Returns sums (N,) of the KL per action dimension over each teacher's valid tokens, and counts (N,) of those tokens:
@@ -74,7 +89,9 @@ def policy_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction=
     x = divergence(mean, log_std, t_mean, t_log_std, direction, sigma_floor, temperature)
     if discrete is not None:
         other = ~real(mean.shape[-1], task, act_dims)
-        terms = categorical_divergence(mean.masked_fill(other, NEVER), t_mean.masked_fill(other, NEVER), direction, temperature)
+        terms = categorical_divergence(
+            mean.masked_fill(other, NEVER), t_mean.masked_fill(other, NEVER), direction, temperature
+        )
         x = torch.where(discrete[task][:, None, None], terms, x)
     return per_teacher(x, mask, task, act_dims, discrete)
 
@@ -85,10 +102,25 @@ def bounded(x):
     return lo + (hi - lo) * torch.sigmoid(x)
 
 
-def head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0, discrete=None):
+def head_kl_ref(
+    h,
+    weight,
+    bias,
+    t_mean,
+    t_log_std,
+    mask,
+    task,
+    act_dims,
+    direction="reverse",
+    sigma_floor=0.0,
+    temperature=1.0,
+    discrete=None,
+):
     """policy_kl of the student's head on hidden states: h (B, K, C), weight (N, C, 2A), bias (N, 2A); the rest as there."""
     mean, log_std = policies(torch.baddbmm(bias[task][:, None], h, weight[task]), task, act_dims, discrete)
-    return policy_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction, sigma_floor, temperature, discrete)
+    return policy_kl(
+        mean, log_std, t_mean, t_log_std, mask, task, act_dims, direction, sigma_floor, temperature, discrete
+    )
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -97,7 +129,9 @@ def head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direct
 @triton.jit
 def _tile(x, i, j, rows, columns, stride, DOT: tl.constexpr):
     """Rows i and columns j of the matrix at x, zero beyond `rows` and `columns`."""
-    return tl.load(x + i[:, None] * stride + j[None, :], mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0).to(DOT)
+    return tl.load(
+        x + i[:, None] * stride + j[None, :], mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0
+    ).to(DOT)
 
 
 @triton.jit
@@ -135,8 +169,14 @@ def _head_kl(
         w, b, size = weight + n * C * 2 * A, bias + n * 2 * A, tl.load(act_dims + n)
         x = _tile(h + i * K * C, k, c, K, C, C, DOT)
         w_mean, w_std = _tile(w, c, a, C, A, 2 * A, DOT), _tile(w + A, c, a, C, A, 2 * A, DOT)
-        mean = tl.dot(x, w_mean, input_precision=PRECISION) + tl.load(b + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
-        std = tl.dot(x, w_std, input_precision=PRECISION) + tl.load(b + A + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+        mean = (
+            tl.dot(x, w_mean, input_precision=PRECISION)
+            + tl.load(b + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+        )
+        std = (
+            tl.dot(x, w_std, input_precision=PRECISION)
+            + tl.load(b + A + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+        )
 
         # the student's mean and variance; e = exp(-2 |x|), so that neither tanh nor its slope cancels
         e = tl.exp(-2 * tl.abs(mean))
@@ -147,7 +187,9 @@ def _head_kl(
         slope_std = (HI - LO) * s * (1 - s) * 2 * var  # of the variance
         inside = (k < K)[:, None] & (a < A)[None, :]
         m = tl.load(t_mean + i * K * A + k[:, None] * A + a[None, :], mask=inside, other=0.0).to(tl.float32)
-        l = tl.load(t_log_std + i * K * A + k[:, None] * A + a[None, :], mask=inside, other=0.0).to(tl.float32)
+        l = tl.load(t_log_std + i * K * A + k[:, None] * A + a[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         student, teacher = var + floor2, tl.exp(2 * l) * temperature2 + floor2
         valid = tl.load(mask + i * K + k, mask=k < K, other=0) != 0
         counted = valid[:, None] & (a < size)[None, :]
@@ -160,7 +202,9 @@ def _head_kl(
         gap, r = mean - m, (over - under) / under
         q = r / (2 + r)  # log(1 + r) = 2 atanh(q)
         q2 = q * q
-        series = r * q - 2 * q * q2 * (1 / 3 + q2 * (1 / 5 + q2 * (1 / 7 + q2 * (1 / 9 + q2 * (1 / 11 + q2 * (1 / 13 + q2 / 15))))))
+        series = r * q - 2 * q * q2 * (
+            1 / 3 + q2 * (1 / 5 + q2 * (1 / 7 + q2 * (1 / 9 + q2 * (1 / 11 + q2 * (1 / 13 + q2 / 15)))))
+        )
         kl = 0.5 * (tl.where(tl.abs(r) < 0.5, series, r - tl.log(1 + r)) + gap * gap / under)
         tl.atomic_add(sums + n, tl.sum(tl.where(counted, kl, 0.0)) / size)
         tl.atomic_add(counts + n, tl.sum(valid.to(tl.float32)))
@@ -171,8 +215,12 @@ def _head_kl(
         g_std = tl.where(counted, 0.5 * g_var / (student * under) * slope_std / size, 0.0)
         if TANGENT:
             tw, tb, tx = tweight + n * C * 2 * A, tbias + n * 2 * A, _tile(th + i * K * C, k, c, K, C, C, DOT)
-            t_m = tl.dot(tx, w_mean, input_precision=PRECISION) + tl.dot(x, _tile(tw, c, a, C, A, 2 * A, DOT), input_precision=PRECISION)
-            t_s = tl.dot(tx, w_std, input_precision=PRECISION) + tl.dot(x, _tile(tw + A, c, a, C, A, 2 * A, DOT), input_precision=PRECISION)
+            t_m = tl.dot(tx, w_mean, input_precision=PRECISION) + tl.dot(
+                x, _tile(tw, c, a, C, A, 2 * A, DOT), input_precision=PRECISION
+            )
+            t_s = tl.dot(tx, w_std, input_precision=PRECISION) + tl.dot(
+                x, _tile(tw + A, c, a, C, A, 2 * A, DOT), input_precision=PRECISION
+            )
             t_m += tl.load(tb + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
             t_s += tl.load(tb + A + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
             tl.atomic_add(along + n, tl.sum(g_mean * t_m + g_std * t_s))
@@ -180,8 +228,14 @@ def _head_kl(
             gb_mean += tl.sum(g_mean, 0)
             gb_std += tl.sum(g_std, 0)
             g_mean, g_std = g_mean.to(DOT), g_std.to(DOT)
-            gx = tl.dot(g_mean, tl.trans(w_mean), input_precision=PRECISION) + tl.dot(g_std, tl.trans(w_std), input_precision=PRECISION)
-            tl.store(gh + i * K * C + k[:, None] * C + c[None, :], gx.to(gh.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+            gx = tl.dot(g_mean, tl.trans(w_mean), input_precision=PRECISION) + tl.dot(
+                g_std, tl.trans(w_std), input_precision=PRECISION
+            )
+            tl.store(
+                gh + i * K * C + k[:, None] * C + c[None, :],
+                gx.to(gh.dtype.element_ty),
+                mask=(k < K)[:, None] & (c < C)[None, :],
+            )
             gw_mean += tl.dot(tl.trans(x), g_mean, input_precision=PRECISION)
             gw_std += tl.dot(tl.trans(x), g_std, input_precision=PRECISION)
     if GRADIENT:
@@ -199,7 +253,9 @@ def _launch(h, weight, bias, targets, options, gradient=False, tangents=None):
     (t_mean, t_log_std, mask, task, act_dims), (direction, floor, temperature) = targets, options
     (B, K, C), (N, _, A2) = h.shape, weight.shape
     A, dev = A2 // 2, h.device
-    sums, counts, along = (torch.zeros(N, device=dev) for _ in range(3))  # not views of one: forward mode takes none that share memory
+    sums, counts, along = (
+        torch.zeros(N, device=dev) for _ in range(3)
+    )  # not views of one: forward mode takes none that share memory
     gh = torch.empty_like(h) if gradient else h.new_empty(0)
     gweight, gbias = (torch.zeros(x.shape if gradient else 0, device=dev) for x in (weight, bias))
     programs = 4 * torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == "cuda" else 4
@@ -232,11 +288,21 @@ class _HeadKL(torch.autograd.Function):
     def backward(ctx, dsums, *_):  # each window's part of sums has one upstream, its teacher's
         gh, gweight, gbias, task = ctx.saved_tensors
         dh = gh * dsums[task].to(gh.dtype)[:, None, None]
-        return dh, (gweight * dsums[:, None, None]).to(ctx.dtypes[0]), (gbias * dsums[:, None]).to(ctx.dtypes[1]), None, None, None
+        return (
+            dh,
+            (gweight * dsums[:, None, None]).to(ctx.dtypes[0]),
+            (gbias * dsums[:, None]).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx, th, tweight, tbias, *_):
-        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(ctx.saved_tensors, (th, tweight, tbias), strict=True)]
+        tangents = [
+            torch.zeros_like(x) if t is None else t
+            for x, t in zip(ctx.saved_tensors, (th, tweight, tbias), strict=True)
+        ]
         return _Tangent.apply(*tangents, *ctx.saved_tensors, ctx.targets, ctx.options), None, None, None, None
 
 
@@ -245,7 +311,9 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def forward(th, tweight, tbias, h, weight, bias, targets, options):
-        return _launch(h, weight, bias, targets, options, tangents=tuple(t.contiguous() for t in (th, tweight, tbias)))[2]
+        return _launch(
+            h, weight, bias, targets, options, tangents=tuple(t.contiguous() for t in (th, tweight, tbias))
+        )[2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -258,7 +326,20 @@ def tiles(K, C, A):
     return 2 * BK * D + 4 * D * BA + 4 * BK * BA
 
 
-def head_kl(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, direction="reverse", sigma_floor=0.0, temperature=1.0, discrete=None):
+def head_kl(
+    h,
+    weight,
+    bias,
+    t_mean,
+    t_log_std,
+    mask,
+    task,
+    act_dims,
+    direction="reverse",
+    sigma_floor=0.0,
+    temperature=1.0,
+    discrete=None,
+):
     """KL per teacher from the student's hidden states; arguments and results as in head_kl_ref. The kernel takes Gaussians in float32 and bfloat16, up to 128
     channels, 64 actions and 128 timesteps on a GPU; anything else goes to the reference, a student with a categorical task too. Its sums are added
     atomically: they differ by rounding from run to run."""

@@ -25,7 +25,13 @@ def dot(x, y) -> float:
 
 def without(g, u, k: float):
     """g - k u, k in float64: with a tiny u it may leave float32's range where k u does not."""
-    return g if k == 0 else torch.sub(g, u, alpha=k) if abs(k) < 1e30 else (g.double() - k * u.double()).to(g.dtype)
+    return (
+        g
+        if k == 0
+        else torch.sub(g, u, alpha=k)
+        if abs(k) < 1e30
+        else (g.double() - k * u.double()).to(g.dtype)
+    )
 
 
 def project_ref(g, u):
@@ -34,7 +40,22 @@ def project_ref(g, u):
     return without(g, u, gu / uu if gu < 0 < uu else 0.0)
 
 
-def project_adamw_ref(theta, g, u, m, v, schedule, alive, kappa=None, on=None, beta=0.0, clip=0.25, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+def project_adamw_ref(
+    theta,
+    g,
+    u,
+    m,
+    v,
+    schedule,
+    alive,
+    kappa=None,
+    on=None,
+    beta=0.0,
+    clip=0.25,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+):
     """One update in place of theta, u, m, v (P,) from the gradient g (P,); returns (5,): <g, u>, <u, u>, |g|, |g'|, how much of u was taken away.
 
     u: None for no surgery. schedule (4,): learning rate, 1 - betas[0]^t, 1 - betas[1]^t and t, from 1; a tensor, so that a captured graph reads the step's own.
@@ -67,10 +88,17 @@ def project_adamw_ref(theta, g, u, m, v, schedule, alive, kappa=None, on=None, b
 def _dots(g, u, partial, P, programs, BLOCK: tl.constexpr):
     """partial (3, programs) float64: <g, u>, <u, u>, <g, g> over every programs-th block of g, u (P,)."""
     pid = tl.program_id(0)
-    gu, uu, gg = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    gu, uu, gg = (
+        tl.zeros((BLOCK,), tl.float64),
+        tl.zeros((BLOCK,), tl.float64),
+        tl.zeros((BLOCK,), tl.float64),
+    )
     for block in range(pid, tl.cdiv(P, BLOCK), programs):
         i = tl.full((), block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x, y = tl.load(g + i, mask=i < P, other=0.0).to(tl.float64), tl.load(u + i, mask=i < P, other=0.0).to(tl.float64)
+        x, y = (
+            tl.load(g + i, mask=i < P, other=0.0).to(tl.float64),
+            tl.load(u + i, mask=i < P, other=0.0).to(tl.float64),
+        )
         gu += x * y
         uu += y * y
         gg += x * x
@@ -90,7 +118,9 @@ def _update(
     BLOCK: tl.constexpr, N: tl.constexpr, SURGERY: tl.constexpr, KAPPA: tl.constexpr, SWITCH: tl.constexpr, ADAMW: tl.constexpr,
 ):  # fmt: skip
     pid, n = tl.program_id(0), tl.arange(0, N)
-    gu = tl.sum(tl.load(partial + n, mask=n < programs, other=0.0))  # every program adds them up again, in one order
+    gu = tl.sum(
+        tl.load(partial + n, mask=n < programs, other=0.0)
+    )  # every program adds them up again, in one order
     uu = tl.sum(tl.load(partial + programs + n, mask=n < programs, other=0.0))
     gg = tl.sum(tl.load(partial + 2 * programs + n, mask=n < programs, other=0.0))
     if not SURGERY:
@@ -114,19 +144,27 @@ def _update(
             tl.store(stats + 2, tl.sqrt(gg).to(tl.float32))
             tl.store(stats + 3, after.to(tl.float32))
             tl.store(stats + 4, k.to(tl.float32))
-            tl.store(alive, fine.to(tl.uint8))  # the others, whether they read it before or after, find gg the same
+            tl.store(
+                alive, fine.to(tl.uint8)
+            )  # the others, whether they read it before or after, find gg the same
     for block in range(pid, tl.cdiv(P, BLOCK), programs):
         i = tl.full((), block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         here = i < end
         x = tl.load(g + i, mask=here, other=0.0)
         if SURGERY:
             y = tl.load(u + i, mask=here, other=0.0)
-            x = tl.where(k != 0, (x.to(tl.float64) - k * y.to(tl.float64)).to(tl.float32), x)  # k alone may leave float32's range
+            x = tl.where(
+                k != 0, (x.to(tl.float64) - k * y.to(tl.float64)).to(tl.float32), x
+            )  # k alone may leave float32's range
             if ADAMW:
                 tl.store(u + i, beta * y + one_beta * x, mask=here)
         if ADAMW:
             x *= shrink
-            a, b, w = tl.load(m + i, mask=here, other=0.0), tl.load(v + i, mask=here, other=0.0), tl.load(theta + i, mask=here, other=0.0)
+            a, b, w = (
+                tl.load(m + i, mask=here, other=0.0),
+                tl.load(v + i, mask=here, other=0.0),
+                tl.load(theta + i, mask=here, other=0.0),
+            )
             a += one_b1 * (x - a)
             b = b2 * b + one_b2 * x * x
             w = w * (1 - lr * weight_decay) - lr * (a / c1) / (tl.sqrt(b / c2) + eps)
@@ -149,7 +187,10 @@ def _launch(g, u, out, theta=None, m=None, v=None, schedule=None, alive=None, ka
     partial = torch.empty(3, programs, dtype=torch.float64, device=g.device)
     _dots[(programs,)](g, g if u is None else u, partial, len(g), programs, BLOCK=BLOCK)
     unused = [g if x is None else x for x in (u, out, theta, m, v, schedule)]
-    flags = [g if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x for x in (alive, kappa, on, stats)]
+    flags = [
+        g if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x
+        for x in (alive, kappa, on, stats)
+    ]
     _update[(programs,)](partial, g, *unused, *flags, len(g), programs, beta, 1 - beta, clip, 1 - betas[0], betas[1], 1 - betas[1], eps, weight_decay,
                          BLOCK=BLOCK, N=triton.next_power_of_2(programs),
                          SURGERY=u is not None, KAPPA=kappa is not None, SWITCH=on is not None, ADAMW=theta is not None)  # fmt: skip
@@ -164,10 +205,27 @@ def project(g, u):
     return out
 
 
-def project_adamw(theta, g, u, m, v, schedule, alive, kappa=None, on=None, beta=0.0, clip=0.25, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+def project_adamw(
+    theta,
+    g,
+    u,
+    m,
+    v,
+    schedule,
+    alive,
+    kappa=None,
+    on=None,
+    beta=0.0,
+    clip=0.25,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+):
     """One update in place; arguments and result as in project_adamw_ref, which takes what is not float32 on a GPU."""
     if g.dtype != torch.float32 or not kernels.available(theta, g, m, v):
-        return project_adamw_ref(theta, g, u, m, v, schedule, alive, kappa, on, beta, clip, betas, eps, weight_decay)
+        return project_adamw_ref(
+            theta, g, u, m, v, schedule, alive, kappa, on, beta, clip, betas, eps, weight_decay
+        )
     stats = torch.empty(5, device=g.device)
     _launch(g, u, None, theta, m, v, schedule, alive, kappa, on, stats, beta, clip, betas, eps, weight_decay)
     return stats

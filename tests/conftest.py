@@ -5,13 +5,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a test has one core, and spinning threads would take the others'
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: a test has one core, and spinning threads would take the others'
 
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH"))))  # for the fork server's preload (cpython 117378)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")))
+)  # for the fork server's preload (cpython 117378)
 if "MANYTEACHERS_TESTS" not in os.environ:  # it is in processes that tests start
     _tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
     os.environ["MANYTEACHERS_TESTS"] = _tmp.name
@@ -44,7 +48,9 @@ def make_dataset(name, lengths, obs_dim=3, act_dim=2, seed=0, spec="Hopper-v5", 
     for i, L in enumerate(lengths):
         ep = {
             "observations": rng.normal(size=(L + 1, *obs_space.shape)),
-            "actions": rng.uniform(-2, 2, (L, *act_space.shape)).astype(np.float32) if act_space.dtype == np.float32 else rng.integers(0, 2, L),
+            "actions": rng.uniform(-2, 2, (L, *act_space.shape)).astype(np.float32)
+            if act_space.dtype == np.float32
+            else rng.integers(0, 2, L),
             "rewards": rng.normal(size=L) + 1,
             "terminations": np.eye(L, dtype=bool)[-1],
             "truncations": np.zeros(L, bool),

@@ -1,6 +1,6 @@
 """50,000 updates of the smallest student -> results/long_run.csv: memory, time and log, a row every 1000 updates. It ends with what README says of it.
 
-    python tests/long_run.py
+python tests/long_run.py
 """
 
 import csv
@@ -15,10 +15,21 @@ import torch
 
 import conftest  # data and cache in a temporary folder
 import distill
-import run
 import teacher
+from support import (
+    checkpoint,
+    machine,
+)
 
-SMALLEST = {"n_layer": 1, "n_embd": 8, "batch_size": 4, "eval_episodes": 0, "device": "cpu", "log_interval": 100, "checkpoint_interval": 1000}
+SMALLEST = {
+    "n_layer": 1,
+    "n_embd": 8,
+    "batch_size": 4,
+    "eval_episodes": 0,
+    "device": "cpu",
+    "log_interval": 100,
+    "checkpoint_interval": 1000,
+}
 STEPS, EVERY = 50_000, 1000
 
 
@@ -29,8 +40,8 @@ def resident() -> float:
 
 def main():
     torch.set_num_threads(1)
-    run.keep_memory()
-    rows, after = [], run.Checkpoint.after
+    machine.keep_freed_memory()
+    rows, after = [], checkpoint.Checkpoint.after
 
     def watched(self, step):
         after(self, step)
@@ -38,13 +49,21 @@ def main():
             rows.append({"step": step, "seconds": round(time.perf_counter() - start, 3), "rss_mb": round(resident(), 2),
                          "log_bytes": (self.path.parent / "log.csv").stat().st_size})  # fmt: skip
 
-    run.Checkpoint.after = watched
+    checkpoint.Checkpoint.after = watched
     with tempfile.TemporaryDirectory() as tmp:
         for i in range(2):
-            conftest.make_dataset(f"tests/long-{i}-v0", [30, 25, 40, 20], obs_dim=3 + i, act_dim=1 + i, seed=i)
-            teacher.main(teacher.Config(dataset=f"tests/long-{i}-v0", steps=50, out_dir=f"{tmp}/{i}", **SMALLEST))
+            conftest.make_dataset(
+                f"tests/long-{i}-v0", [30, 25, 40, 20], obs_dim=3 + i, act_dim=1 + i, seed=i
+            )
+            teacher.main(
+                teacher.Config(dataset=f"tests/long-{i}-v0", steps=50, out_dir=f"{tmp}/{i}", **SMALLEST)
+            )
         start = time.perf_counter()
-        distill.main(distill.Config(teachers=(f"{tmp}/0", f"{tmp}/1"), steps=STEPS, out_dir=f"{tmp}/student", **SMALLEST))
+        distill.main(
+            distill.Config(
+                teachers=(f"{tmp}/0", f"{tmp}/1"), steps=STEPS, out_dir=f"{tmp}/student", **SMALLEST
+            )
+        )
     path = conftest.ROOT / "results/long_run.csv"
     with open(path, "w", newline="") as f:
         out = csv.DictWriter(f, rows[0])

@@ -7,12 +7,16 @@ from hypothesis import strategies as st
 
 import curriculum
 
-distances = st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=20).map(lambda x: torch.tensor(x, dtype=torch.float64))
+distances = st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=20).map(
+    lambda x: torch.tensor(x, dtype=torch.float64)
+)
 powers = st.sampled_from([0.5, 1.0, 2.0, 4.0])
 
 
 def shares_of(name, d, step=0, seed=0, **knobs):
-    return curriculum.METHODS[name](d, step, torch.full_like(d, 1 / len(d)), torch.Generator().manual_seed(seed), **knobs)
+    return curriculum.METHODS[name](
+        d, step, torch.full_like(d, 1 / len(d)), torch.Generator().manual_seed(seed), **knobs
+    )
 
 
 @given(st.sampled_from(sorted(curriculum.METHODS)), distances, st.integers(0, 1000), st.integers(0, 1000))
@@ -28,7 +32,10 @@ def test_power_zero_is_all_teachers_at_once(name, d):
 
 @given(distances)
 def test_infinite_power_is_the_argmax_and_leasts_the_argmin(d):
-    assert shares_of("novelty", d, power=float("inf")).argmax() == d.argmax() and shares_of("novelty", d, power=float("inf")).max() == 1
+    assert (
+        shares_of("novelty", d, power=float("inf")).argmax() == d.argmax()
+        and shares_of("novelty", d, power=float("inf")).max() == 1
+    )
     assert shares_of("least", d, power=float("inf")).argmax() == d.argmin()
 
 
@@ -42,12 +49,16 @@ def test_renaming_the_teachers_renames_their_shares(name, d, random):
 @given(distances, powers)
 def test_the_farther_the_teacher_the_more_of_the_batch_and_least_the_other_way(d, p):
     i = d.argsort()
-    assert (shares_of("novelty", d, power=p)[i].diff() >= -1e-12).all() and (shares_of("dro", d)[i].diff() >= -1e-12).all()
+    assert (shares_of("novelty", d, power=p)[i].diff() >= -1e-12).all() and (
+        shares_of("dro", d)[i].diff() >= -1e-12
+    ).all()
     assert (shares_of("least", d, power=p)[i].diff() <= 1e-12).all()
 
 
 def test_twice_as_far_is_four_times_the_share_at_power_two():
-    s = (shares_of("novelty", torch.tensor([1.0, 2.0]), power=2.0) - curriculum.FLOOR / 2) / (1 - curriculum.FLOOR)
+    s = (shares_of("novelty", torch.tensor([1.0, 2.0]), power=2.0) - curriculum.FLOOR / 2) / (
+        1 - curriculum.FLOOR
+    )
     assert torch.allclose(s, torch.tensor([0.2, 0.8]))
 
 
@@ -63,7 +74,9 @@ def test_no_teacher_is_ever_left_out_of_a_mixed_order(name, d):
 
 @given(st.integers(1, 10), st.integers(0, 100))
 def test_fixed_visits_every_teacher_in_turn(n, start):
-    assert [int(shares_of("fixed", torch.ones(n), start + k).argmax()) for k in range(n)] == [(start + k) % n for k in range(n)]
+    assert [int(shares_of("fixed", torch.ones(n), start + k).argmax()) for k in range(n)] == [
+        (start + k) % n for k in range(n)
+    ]
 
 
 @given(st.integers(1, 6))
@@ -95,13 +108,24 @@ def test_ties_go_to_the_lowest_index(n):
     assert shares_of("novelty", torch.tensor([1.0, 5.0, 5.0]), power=float("inf")).tolist() == [0.0, 1.0, 0.0]
 
 
-@given(st.sampled_from(sorted(curriculum.METHODS)), st.integers(1, 5), st.sampled_from([0.0, 1.0, 2.0, float("inf")]))
+@given(
+    st.sampled_from(sorted(curriculum.METHODS)),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 1.0, 2.0, float("inf")]),
+)
 def test_zero_distances_still_give_a_distribution(name, n, p):
-    method = functools.partial(curriculum.METHODS[name], power=p) if name in ("novelty", "least") else curriculum.METHODS[name]
+    method = (
+        functools.partial(curriculum.METHODS[name], power=p)
+        if name in ("novelty", "least")
+        else curriculum.METHODS[name]
+    )
     s = method(torch.zeros(n), 0, torch.ones(n) / n, torch.Generator())
     assert s.isfinite().all() and abs(s.sum() - 1) < 1e-6
     if name == "least" and n > 1:
-        assert method(torch.tensor([0.0] + [1.0] * (n - 1)), 0, torch.ones(n) / n, torch.Generator()).argmax() == 0
+        assert (
+            method(torch.tensor([0.0] + [1.0] * (n - 1)), 0, torch.ones(n) / n, torch.Generator()).argmax()
+            == 0
+        )
 
 
 @given(st.sampled_from(sorted(curriculum.METHODS)), st.integers(1, 5), st.data())

@@ -19,8 +19,13 @@ from hypothesis import strategies as st
 import data
 import model as dt
 import policy
-import run
 from conftest import ROOT, make_dataset
+from support import (
+    UserError,
+    files,
+    log,
+    minari_files,
+)
 
 CASES = int(os.environ.get("FUZZ_CASES", "10000"))
 
@@ -57,15 +62,41 @@ def read_or_told(f):
     start = time.perf_counter()
     try:
         f()
-    except run.UserError as e:
+    except UserError as e:
         assert str(e).strip() and "\n" not in str(e), str(e)
     assert time.perf_counter() - start < 2
 
 
-NUMBERS = st.sampled_from([-1, 0, 1, 2, 3.5, 7, 2**20, 2**31, 2**40, 2**63, 10**30, float("nan"), float("inf"), "3", "../../x", None, True, [], {}, [[]], [1e9]])
+NUMBERS = st.sampled_from(
+    [
+        -1,
+        0,
+        1,
+        2,
+        3.5,
+        7,
+        2**20,
+        2**31,
+        2**40,
+        2**63,
+        10**30,
+        float("nan"),
+        float("inf"),
+        "3",
+        "../../x",
+        None,
+        True,
+        [],
+        {},
+        [[]],
+        [1e9],
+    ]
+)
 # JSON of many shapes, among them what breaks readers: deep nesting, numbers without bounds, names that climb out of a folder
 KEYS = st.sampled_from(["n_embd", "obs_dims", "name", "../x"])
-JUNK = st.one_of(NUMBERS, st.text(max_size=20), st.lists(NUMBERS, max_size=4), st.dictionaries(KEYS, NUMBERS, max_size=3))
+JUNK = st.one_of(
+    NUMBERS, st.text(max_size=20), st.lists(NUMBERS, max_size=4), st.dictionaries(KEYS, NUMBERS, max_size=3)
+)
 
 
 @st.composite
@@ -79,7 +110,9 @@ def damage(draw, blob):
         elif kind == 1 and blob:
             blob[at] ^= 1 << draw(st.integers(0, 7))
         elif kind == 2:
-            blob[at : at + 8] = struct.pack("<Q", draw(st.sampled_from([0, 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1])))
+            blob[at : at + 8] = struct.pack(
+                "<Q", draw(st.sampled_from([0, 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1]))
+            )
         elif kind == 3:
             blob[at:at] = blob[at : at + draw(st.integers(1, 400))]
         else:
@@ -89,7 +122,24 @@ def damage(draw, blob):
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
-TASK = data.Task("walk", "-", None, {}, 10, 2, 1, [0.5, -0.5], [2.0, 3.0], [-3.0], [1.0], 4.0, {"p95": 8.0, "median": 2.0}, (1.0, 5.0), "-", 0)
+TASK = data.Task(
+    "walk",
+    "-",
+    None,
+    {},
+    10,
+    2,
+    1,
+    [0.5, -0.5],
+    [2.0, 3.0],
+    [-3.0],
+    [1.0],
+    4.0,
+    {"p95": 8.0, "median": 2.0},
+    (1.0, 5.0),
+    "-",
+    0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,25 +169,36 @@ def test_a_hostile_model_is_read_or_told(saved, draws):
     elif kind == 1:  # weights damaged and signed for all the same
         blob, meta = draws.draw(damage(files["model.safetensors"])), json.loads(files["model.json"])
         put(path / "model.safetensors", blob)
-        put(path / "model.json", json.dumps({**meta, "blake2b": dt.hashlib.blake2b(blob).hexdigest()}).encode())
+        put(
+            path / "model.json",
+            json.dumps({**meta, "blake2b": dt.hashlib.blake2b(blob).hexdigest()}).encode(),
+        )
     else:  # any field of model.json anything
         meta = json.loads(files["model.json"])
-        where = draws.draw(st.sampled_from([meta, meta["config"], meta["tasks"][0], meta["tasks"][0]["targets"]]))
+        where = draws.draw(
+            st.sampled_from([meta, meta["config"], meta["tasks"][0], meta["tasks"][0]["targets"]])
+        )
         where[draws.draw(st.sampled_from(sorted(where) + ["../x"]))] = draws.draw(JUNK)
         if kind == 3 and isinstance(meta["config"], dict):
-            meta["config"][draws.draw(st.sampled_from(["n_layer", "n_embd", "context", "dropout"]))] = draws.draw(JUNK)
+            meta["config"][draws.draw(st.sampled_from(["n_layer", "n_embd", "context", "dropout"]))] = (
+                draws.draw(JUNK)
+            )
         put(path / "model.json", json.dumps(meta).encode())
     read_or_told(lambda: load(path))
 
 
-@pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, "[[]," * 10**6, "9" * 10**5, "\x00", "[]", '"x"', "null"], ids=lambda t: t[:6])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**6, '{"a":' * 10**5, "[[]," * 10**6, "9" * 10**5, "\x00", "[]", '"x"', "null"],
+    ids=lambda t: t[:6],
+)
 def test_json_that_breaks_readers_is_told(saved, text):
     path, files = saved
     (path / "model.safetensors").write_bytes(files["model.safetensors"])
     (path / "model.json").write_text(text)
-    with pytest.raises(run.UserError):
+    with pytest.raises(UserError):
         dt.load(path)
-    assert run.read_json(path / "model.json") is None
+    assert files.read_json(path / "model.json") is None
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
@@ -159,8 +220,8 @@ NAME = "tests/hostile-v0"
 @pytest.fixture(scope="module")
 def dataset():
     make_dataset(NAME, [5, 3, 8], seed=3)
-    want = data.read(NAME)
-    return want, next(data.CACHE.glob("tests--hostile-v0-*")), data.find(NAME)
+    want = minari_files.read(NAME)
+    return want, next(minari_files.CACHE.glob("tests--hostile-v0-*")), minari_files.find(NAME)
 
 
 @fuzz(0.15)
@@ -171,11 +232,20 @@ def test_a_hostile_cache_is_read_or_made_again(dataset, draws):
     if kind == 0:
         blob = draws.draw(damage(safetensors.numpy.save(arrays, {"about": json.dumps(about)})))
     elif kind == 1:  # a whole file, of arrays that don't fit together
-        wrong = [x[1:] for x in arrays.values()] + [x.astype("f2") for x in arrays.values()] + [-arrays["lengths"], arrays["table"] * float("nan")]
+        wrong = (
+            [x[1:] for x in arrays.values()]
+            + [x.astype("f2") for x in arrays.values()]
+            + [-arrays["lengths"], arrays["table"] * float("nan")]
+        )
         wrong = draws.draw(st.sampled_from(wrong))
-        blob = safetensors.numpy.save({**arrays, name: np.ascontiguousarray(wrong)}, {"about": json.dumps(about)})
+        blob = safetensors.numpy.save(
+            {**arrays, name: np.ascontiguousarray(wrong)}, {"about": json.dumps(about)}
+        )
     else:
-        blob = safetensors.numpy.save(arrays, {"about": json.dumps({**about, draws.draw(st.sampled_from(sorted(about))): draws.draw(JUNK)})})
+        blob = safetensors.numpy.save(
+            arrays,
+            {"about": json.dumps({**about, draws.draw(st.sampled_from(sorted(about))): draws.draw(JUNK)})},
+        )
     put(cached, blob)
     read_or_told(lambda: data.load(NAME))
 
@@ -199,9 +269,9 @@ def test_no_file_is_written_through_a_link(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("log.csv", "metrics.json", "model.json", f"model.json.{os.getpid()}.tmp"):
         (tmp_path / "run" / name).symlink_to(outside)
-    run.write(tmp_path / "run/model.json", b"{}")
-    run.write_json(tmp_path / "run/metrics.json", {})
-    log = run.Log(tmp_path / "run/log.csv")
+    files.write(tmp_path / "run/model.json", b"{}")
+    files.write_json(tmp_path / "run/metrics.json", {})
+    log = log.Log(tmp_path / "run/log.csv")
     log.row(a=1)
     log.flush()
     assert outside.read_text() == "mine" and (tmp_path / "run/log.csv").read_text().split() == ["a", "1"]
@@ -209,7 +279,17 @@ def test_no_file_is_written_through_a_link(tmp_path):
 
 
 def test_nothing_in_the_tree_reads_pickles():
-    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split() or [str(p.relative_to(ROOT)) for p in ROOT.glob("*.py")]
-    words = re.compile(r"\bpickle\b|torch\.(load|save)\(|joblib|allow_pickle|\bmarshal\b|\bshelve\b|yaml\.load|(?<![.\w])(eval|exec)\(")
-    found = [(f, line) for f in files if f != "tests/test_hostile.py" for line in (ROOT / f).read_text().splitlines() if words.search(line)]
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split() or [str(p.relative_to(ROOT)) for p in ROOT.glob("*.py")]
+    words = re.compile(
+        r"\bpickle\b|torch\.(load|save)\(|joblib|allow_pickle|\bmarshal\b|\bshelve\b|yaml\.load|(?<![.\w])(eval|exec)\("
+    )
+    found = [
+        (f, line)
+        for f in files
+        if f != "tests/test_hostile.py"
+        for line in (ROOT / f).read_text().splitlines()
+        if words.search(line)
+    ]
     assert len(files) > 10 and not [x for x in found if "safetensors.torch" not in x[1]]

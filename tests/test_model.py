@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import model as dt
-import run
 from kernels import kl
+from support import (
+    UserError,
+)
 
 CFG = dt.ModelConfig(obs_dims=(3, 5, 4), act_dims=(2, 1, 4), n_layer=2, n_head=2, n_embd=16, context=6)
 
@@ -21,7 +23,9 @@ def windows(B, task=None, seed=0, cfg=CFG):
     """Inputs of B windows with left padding of 0 .. K - 1, padded to the widest task unless `task` is an int."""
     gen = torch.Generator().manual_seed(seed)
     K = cfg.context
-    O, A = (max(cfg.obs_dims), max(cfg.act_dims)) if task is None else (cfg.obs_dims[task], cfg.act_dims[task])
+    O, A = (
+        (max(cfg.obs_dims), max(cfg.act_dims)) if task is None else (cfg.obs_dims[task], cfg.act_dims[task])
+    )
     start = torch.randint(0, K, (B, 1), generator=gen)
     which = torch.randint(0, len(cfg.obs_dims), (B,), generator=gen) if task is None else task
     return [which, torch.randn(B, K, O, generator=gen), torch.rand(B, K, A, generator=gen) * 2 - 1, torch.rand(B, K, generator=gen),
@@ -44,7 +48,9 @@ def test_changing_the_future_leaves_the_present_output_alone(seed, k, task):
     x[3][:, k + 1 :] += 1  # later returns-to-go
     after = m(*x)
     valid = x[5][:, : k + 1, None].expand_as(before[0][:, : k + 1])
-    assert all(torch.equal(b[:, : k + 1][valid], a[:, : k + 1][valid]) for b, a in zip(before, after, strict=True))
+    assert all(
+        torch.equal(b[:, : k + 1][valid], a[:, : k + 1][valid]) for b, a in zip(before, after, strict=True)
+    )
 
 
 @given(st.integers(0, 1000), st.integers(1, 5))
@@ -56,7 +62,11 @@ def test_the_past_does_reach_the_present_output(seed, k):
     assert not torch.allclose(m(*x)[0][:, k], before)
 
 
-@given(st.integers(0, 1000), st.sampled_from([None, 1]), st.sampled_from([float("nan"), float("inf"), 1e30, -3.0]))
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([None, 1]),
+    st.sampled_from([float("nan"), float("inf"), 1e30, -3.0]),
+)
 def test_masked_content_can_change_neither_outputs_nor_gradients(seed, task, junk):
     def outputs(x):
         m = make()
@@ -82,11 +92,18 @@ def test_a_mixed_batch_is_each_window_through_its_own_task(seed):
         one = [i, x[1][b : b + 1, :, :O], x[2][b : b + 1, :, :A], *[v[b : b + 1] for v in x[3:]]]
         x[2][b, :, A:] = 0
         got = m(*one)
-        x1 = [x[0][b : b + 1], x[1][b : b + 1].clone(), x[2][b : b + 1].clone(), *[v[b : b + 1] for v in x[3:]]]
+        x1 = [
+            x[0][b : b + 1],
+            x[1][b : b + 1].clone(),
+            x[2][b : b + 1].clone(),
+            *[v[b : b + 1] for v in x[3:]],
+        ]
         x1[1][..., O:], x1[2][..., A:] = 0, 0
         padded = m(*x1)
         valid = x[5][b]
-        assert torch.allclose(got[0][0][valid], padded[0][0, valid, :A], atol=1e-5) and torch.allclose(got[1][0][valid], padded[1][0, valid, :A], atol=1e-5)
+        assert torch.allclose(got[0][0][valid], padded[0][0, valid, :A], atol=1e-5) and torch.allclose(
+            got[1][0][valid], padded[1][0, valid, :A], atol=1e-5
+        )
     assert mean.shape == log_std.shape == (6, 6, 4)
 
 
@@ -105,7 +122,9 @@ def test_nll_is_that_of_torch_distributions_over_valid_tokens():
     assert torch.allclose(dt.mean_nll(mean, log_std, x, mask), want)
     actions = torch.randint(2, (4, 5))
     want = -torch.distributions.Categorical(logits=mean).log_prob(actions)[mask].mean()
-    assert torch.allclose(dt.mean_nll(mean.log_softmax(-1), None, torch.eye(2)[actions], mask, discrete=True), want)
+    assert torch.allclose(
+        dt.mean_nll(mean.log_softmax(-1), None, torch.eye(2)[actions], mask, discrete=True), want
+    )
 
 
 def test_flat_buffer_and_parameters_are_the_same_memory():
@@ -114,10 +133,14 @@ def test_flat_buffer_and_parameters_are_the_same_memory():
     theta = dt.flatten(m)
     assert torch.equal(m(*x)[0], before) and theta.numel() == m.n_params
     m(*x)[0].sum().backward()
-    assert torch.equal(theta.grad, torch.cat([p.grad.reshape(-1) for p in m.parameters()])) and theta.grad.any()
+    assert (
+        torch.equal(theta.grad, torch.cat([p.grad.reshape(-1) for p in m.parameters()])) and theta.grad.any()
+    )
     theta.data.zero_()
     assert all(not p.any() for p in m.parameters())
-    assert all(torch.equal(v, p) for v, p in zip(dt.unflatten(m, theta.data).values(), m.parameters(), strict=True))
+    assert all(
+        torch.equal(v, p) for v, p in zip(dt.unflatten(m, theta.data).values(), m.parameters(), strict=True)
+    )
 
 
 def test_dropout_acts_in_training_only():
@@ -170,7 +193,7 @@ def test_a_damaged_model_file_is_one_clear_error(tmp_path_factory, draws):
     else:
         blob[: draws.draw(st.integers(1, 20))] = b"["
     f.write_bytes(blob)
-    with pytest.raises(run.UserError, match=f"{path}.*train it again"):
+    with pytest.raises(UserError, match=f"{path}.*train it again"):
         dt.load(path)
 
 
@@ -179,10 +202,10 @@ def test_weights_of_another_model_are_not_taken(tmp_path):
     meta = json.loads((tmp_path / "model.json").read_text())
     meta["config"]["n_embd"] = 32
     (tmp_path / "model.json").write_text(json.dumps(meta))
-    with pytest.raises(run.UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         dt.load(tmp_path)
 
 
 def test_no_model_there_names_the_command_that_makes_one(tmp_path):
-    with pytest.raises(run.UserError, match="python teacher.py"):
+    with pytest.raises(UserError, match="python teacher.py"):
         dt.load(tmp_path / "nothing")

@@ -13,7 +13,9 @@ import data
 import evaluate
 import model as dt
 import policy
-import run
+from support import (
+    UserError,
+)
 
 
 @pytest.mark.parametrize("K, n_head", [(1, 1), (2, 2), (3, 1), (6, 2), (7, 1)])
@@ -25,11 +27,20 @@ def test_an_actor_acts_as_forward_does_on_the_window_that_it_shows(f64, K, n_hea
     states, rtg, actions = torch.randn(E, T, 5), torch.rand(E, T), torch.rand(E, T, 1) * 2 - 1
     actor, going = policy.Actor(m, task, E, T), torch.arange(E)
     for t in range(T):
-        got = actor.act(states[going, t], rtg[going, t], actions[going, t - 1])  # before the first timestep, whatever the last one holds
+        got = actor.act(
+            states[going, t], rtg[going, t], actions[going, t - 1]
+        )  # before the first timestep, whatever the last one holds
         start = max(0, (t // H - 1) * H) if K > 1 else t
         w, n = slice(start, t + 1), t + 1 - start
         assert n <= K and (n > K // 2 or start == 0)
-        want = m(task, states[going, w], actions[going, w], rtg[going, w], torch.arange(start, t + 1).expand(len(going), n), torch.ones(len(going), n, dtype=torch.bool))
+        want = m(
+            task,
+            states[going, w],
+            actions[going, w],
+            rtg[going, w],
+            torch.arange(start, t + 1).expand(len(going), n),
+            torch.ones(len(going), n, dtype=torch.bool),
+        )
         assert torch.allclose(got, want[0][:, -1], atol=1e-12)
         if t in (4, 11):
             still = torch.arange(len(going)) != 1
@@ -53,15 +64,37 @@ def test_episodes_that_begin_anew_one_by_one_act_as_if_each_were_alone(seed, K):
             together.keep(keep)
             a, alone = a[keep], [x for k, x in zip(keep, alone, strict=True) if k]
         E = len(alone)
-        states, rtg = torch.from_numpy(rng.normal(size=(E, 5))).float(), torch.from_numpy(rng.random(E)).float()
-        want = torch.cat([x.act(states[i : i + 1], rtg[i : i + 1], a[i : i + 1]) for i, x in enumerate(alone)])
+        states, rtg = (
+            torch.from_numpy(rng.normal(size=(E, 5))).float(),
+            torch.from_numpy(rng.random(E)).float(),
+        )
+        want = torch.cat(
+            [x.act(states[i : i + 1], rtg[i : i + 1], a[i : i + 1]) for i, x in enumerate(alone)]
+        )
         a = together.act(states, rtg, a)
         assert torch.allclose(a, want, atol=1e-5)
 
 
 # ---- in an environment -----------------------------------------------------------------------------------------------
 
-HOPPER = data.Task("hopper", "-", "Hopper-v5", {}, 1000, 11, 3, [0.1] * 11, [2.0] * 11, [-1.0] * 3, [1.0] * 3, 100.0, {"p95": 300.0}, (0.0, 1.0), "-", 0)
+HOPPER = data.Task(
+    "hopper",
+    "-",
+    "Hopper-v5",
+    {},
+    1000,
+    11,
+    3,
+    [0.1] * 11,
+    [2.0] * 11,
+    [-1.0] * 3,
+    [1.0] * 3,
+    100.0,
+    {"p95": 300.0},
+    (0.0, 1.0),
+    "-",
+    0,
+)
 
 
 BY_THEMSELVES = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -83,7 +116,12 @@ def test_in_a_vector_of_environments_that_begin_anew_each_acts_as_it_would_alone
         ended = terminated | truncated
     envs.close()
     ends = 0
-    for observations, _, ended, _ in seen:  # what `began` tells of is where Hopper-v5 begins: 1.25 m high, all else within 0.005 of zero
+    for (
+        observations,
+        _,
+        ended,
+        _,
+    ) in seen:  # what `began` tells of is where Hopper-v5 begins: 1.25 m high, all else within 0.005 of zero
         assert np.allclose(observations[ended] - [1.25, *[0] * 10], 0, atol=0.006)
     for i in range(n):
         one, begun = of_hopper(), False
@@ -108,7 +146,25 @@ def test_a_policy_asks_for_what_is_left_of_the_return():
     assert p.left.tolist() == [300]
 
 
-CARTPOLE = data.Task("cartpole", "-", "CartPole-v1", {}, 500, 4, 2, [0.0] * 4, [1.0] * 4, [0.0] * 2, [1.0] * 2, 100.0, {"p95": 500.0}, (0.0, 1.0), "-", 0, 0)
+CARTPOLE = data.Task(
+    "cartpole",
+    "-",
+    "CartPole-v1",
+    {},
+    500,
+    4,
+    2,
+    [0.0] * 4,
+    [1.0] * 4,
+    [0.0] * 2,
+    [1.0] * 2,
+    100.0,
+    {"p95": 500.0},
+    (0.0, 1.0),
+    "-",
+    0,
+    0,
+)
 
 
 @pytest.mark.parametrize("first", [0, -3])
@@ -121,7 +177,14 @@ def test_of_discrete_actions_the_most_likely_is_taken_and_numbered_as_the_enviro
     for t in range(4):
         action = p.act(states[:, t].numpy(), np.zeros(5))
         n = t + 1
-        logp, nothing = m(0, states[:, :n], taken[:, :n], rtg[:, :n], torch.arange(n).expand(5, -1), torch.ones(5, n, dtype=torch.bool))
+        logp, nothing = m(
+            0,
+            states[:, :n],
+            taken[:, :n],
+            rtg[:, :n],
+            torch.arange(n).expand(5, -1),
+            torch.ones(5, n, dtype=torch.bool),
+        )
         assert np.allclose(logp.exp().sum(-1).detach(), 1) and not nothing.any()
         assert action.dtype == np.int64 and action.tolist() == (logp[:, -1].argmax(-1) + first).tolist()
         taken[range(5), t, action - first] = 1
@@ -146,7 +209,7 @@ def test_an_episode_longer_than_its_task_is_told():
     p.reset(episodes=2)
     for t in range(15):
         p.act(np.zeros((2, 2)), np.zeros(2), began=[t == 5, t == 7])
-    with pytest.raises(run.UserError, match="goes on after its 10 steps"):
+    with pytest.raises(UserError, match="goes on after its 10 steps"):
         p.act(np.zeros((2, 2)), np.zeros(2))
 
 
@@ -160,7 +223,7 @@ def test_a_saved_students_policy_is_told_its_task_by_name(tmp_path):
     action = p.act(np.zeros((2, 2)), [0, 0])
     assert action.shape == (2, 1) and (action >= -3).all() and (action <= 1).all()
     for wrong in ("swimmer", None):
-        with pytest.raises(run.UserError, match="this model has walk, hopper"):
+        with pytest.raises(UserError, match="this model has walk, hopper"):
             p.reset(wrong)
 
 

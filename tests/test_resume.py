@@ -19,12 +19,29 @@ import torch
 
 import data
 import distill
-import run
 import teacher
 from conftest import make_dataset
+from support import (
+    UserError,
+    checkpoint,
+    cli,
+    files,
+    log,
+    minari_files,
+    run_directory,
+)
 
 DATASETS = ("tests/resume-a-v0", "tests/resume-b-v0")
-TINY = {"steps": 60, "batch_size": 4, "log_interval": 7, "checkpoint_interval": 9, "n_layer": 1, "n_embd": 8, "eval_episodes": 0, "device": "cpu"}
+TINY = {
+    "steps": 60,
+    "batch_size": 4,
+    "log_interval": 7,
+    "checkpoint_interval": 9,
+    "n_layer": 1,
+    "n_embd": 8,
+    "eval_episodes": 0,
+    "device": "cpu",
+}
 
 # A clean process that has imported everything, from which every run is forked: a run then begins in milliseconds.
 server = multiprocessing.get_context("forkserver")
@@ -42,7 +59,7 @@ def child(printed, script, argv, inject):
     if inject:
         die_in_writing(*inject)
     sys.argv = [script, *argv]
-    run.cli(SCRIPTS[script].main, SCRIPTS[script].Config, "")
+    cli.run(SCRIPTS[script].main, SCRIPTS[script].Config, "")
 
 
 def die_in_writing(call, at):
@@ -98,7 +115,16 @@ def runs(tmp_path_factory):
         "teacher": ("teacher", {"dataset": DATASETS[0], "dropout": 0.1, **TINY}),
         "student": ("distill", {"teachers": teachers, "surgery": "previous", **TINY}),
         "pcgrad": ("distill", {"teachers": teachers, "surgery": "pcgrad", "curriculum": "uniform", **TINY}),
-        "estimate": ("distill", {"teachers": teachers, "alignment_weight": 1.0, "alignment": "estimate", "surgery": "average", **TINY}),
+        "estimate": (
+            "distill",
+            {
+                "teachers": teachers,
+                "alignment_weight": 1.0,
+                "alignment": "estimate",
+                "surgery": "average",
+                **TINY,
+            },
+        ),
     }
     for name, (script, options) in runs.items():
         ended(script, home / name, **options)
@@ -107,7 +133,9 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["teacher", "student", "pcgrad", "estimate"])
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_end_and_resumed_equals_one_that_was_not_to_the_bit(runs, name, asked, tmp_path):
+def test_a_run_that_is_asked_to_end_and_resumed_equals_one_that_was_not_to_the_bit(
+    runs, name, asked, tmp_path
+):
     home, (script, options) = runs[0], runs[1][name]
     out = tmp_path / "run"
     p = launch(script, out, **options)
@@ -120,9 +148,11 @@ def test_a_run_that_is_asked_to_end_and_resumed_equals_one_that_was_not_to_the_b
     printed = Path(f"{out}.txt").read_text()
     assert time.monotonic() - began < 5 and p.exitcode in (128 + asked, 0), printed[-2000:]
     if p.exitcode:
-        assert f"({asked.name})" in printed and ("--resume" in printed or not (out / run.Checkpoint.NAME).exists())
+        assert f"({asked.name})" in printed and (
+            "--resume" in printed or not (out / checkpoint.Checkpoint.NAME).exists()
+        )
     ended(script, out, resume=True, **options)
-    assert result(out) == result(home / name) and not (out / run.Checkpoint.NAME).exists()
+    assert result(out) == result(home / name) and not (out / checkpoint.Checkpoint.NAME).exists()
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
@@ -161,34 +191,49 @@ def test_killed_at_any_stage_of_writing_a_file_a_run_resumes_and_ends_the_same(r
 
 def test_a_resumed_run_says_so_and_one_begun_anew_too(runs, tmp_path):
     script, options = runs[1]["teacher"]
-    p = launch(script, tmp_path / "run", inject=("replace", 6), **options)  # after the second checkpoint's flush
+    p = launch(
+        script, tmp_path / "run", inject=("replace", 6), **options
+    )  # after the second checkpoint's flush
     p.join(30)
     assert "resumed from" in ended(script, tmp_path / "run", resume=True, **options)
-    assert "resumed from" not in ended(script, tmp_path / "other", resume=True, **options)  # nothing there to resume: from the beginning
+    assert "resumed from" not in ended(
+        script, tmp_path / "other", resume=True, **options
+    )  # nothing there to resume: from the beginning
 
 
 def test_a_checkpoint_of_other_settings_other_data_or_damaged_is_not_resumed(runs, tmp_path):
     script, options = runs[1]["teacher"]
     launch(script, tmp_path / "run", inject=("replace", 6), **options).join(30)
-    assert re.search(r"an unfinished run with other settings \(lr .*\)", ended(script, tmp_path / "run", code=2, resume=True, **{**options, "lr": 0.5}))
-    checkpoint = tmp_path / "run" / run.Checkpoint.NAME
+    assert re.search(
+        r"an unfinished run with other settings \(lr .*\)",
+        ended(script, tmp_path / "run", code=2, resume=True, **{**options, "lr": 0.5}),
+    )
+    checkpoint = tmp_path / "run" / checkpoint.Checkpoint.NAME
     blob = checkpoint.read_bytes()
     checkpoint.write_bytes(blob[:-100])
     assert "is damaged" in ended(script, tmp_path / "run", code=2, resume=True, **options)
     checkpoint.write_bytes(blob)
     (tmp_path / "run/log.csv").write_text("step\n")
-    assert "shorter than its checkpoint says" in ended(script, tmp_path / "run", code=2, resume=True, **options)
-    assert "holds an unfinished run" in ended(script, tmp_path / "run", code=2, **options) and checkpoint.exists()
+    assert "shorter than its checkpoint says" in ended(
+        script, tmp_path / "run", code=2, resume=True, **options
+    )
+    assert (
+        "holds an unfinished run" in ended(script, tmp_path / "run", code=2, **options)
+        and checkpoint.exists()
+    )
     ended(script, tmp_path / "run", overwrite=True, **options)
-    assert not checkpoint.exists() and run.read_json(tmp_path / "run/metrics.json")
+    assert not checkpoint.exists() and files.read_json(tmp_path / "run/metrics.json")
 
 
 def test_resume_with_overwrite_goes_on_with_the_same_settings_and_begins_anew_with_others(tmp_path):
-    cfg, checkpoint = teacher.Config(out_dir=str(tmp_path), device="cpu", resume=True, overwrite=True), tmp_path / run.Checkpoint.NAME
-    run.start(tmp_path, cfg)
+    cfg, checkpoint = (
+        teacher.Config(out_dir=str(tmp_path), device="cpu", resume=True, overwrite=True),
+        tmp_path / checkpoint.Checkpoint.NAME,
+    )
+    run_directory.start(tmp_path, cfg)
     checkpoint.write_bytes(b"")
-    assert run.start(tmp_path, cfg) and checkpoint.exists()
-    assert run.start(tmp_path, dataclasses.replace(cfg, lr=0.5)) and not checkpoint.exists()
+    assert run_directory.start(tmp_path, cfg) and checkpoint.exists()
+    assert run_directory.start(tmp_path, dataclasses.replace(cfg, lr=0.5)) and not checkpoint.exists()
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -196,10 +241,10 @@ def test_resume_with_overwrite_goes_on_with_the_same_settings_and_begins_anew_wi
 
 def collector(home):
     """Collects a small built-in dataset if it is not there, reads it, and says how many steps it holds."""
-    os.environ["MINARI_DATASETS_PATH"], data.CACHE = str(home / "minari"), home / "cache"
+    os.environ["MINARI_DATASETS_PATH"], minari_files.CACHE = str(home / "minari"), home / "cache"
     if not (home / "minari" / data.dataset_id("hopper")).exists():
-        data.collect("hopper", 2000)
-    arrays, _ = data.read(data.dataset_id("hopper"))
+        data.collect_if_missing("hopper", 2000)
+    arrays, _ = minari_files.read(data.dataset_id("hopper"))
     (home / "steps").write_text(str(arrays["lengths"].sum()))
 
 
@@ -260,12 +305,19 @@ def in_process(out, **options):
     return teacher.main(teacher.Config(out_dir=str(out), **options))
 
 
-def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(runs, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
+    runs, tmp_path, monkeypatch, capsys
+):
     home, (_, options) = runs[0], runs[1]["teacher"]
     full(monkeypatch, 3)
     in_process(tmp_path / "run", **options)
     said = capsys.readouterr().err
-    assert said.count("No space left on device; choose another --out-dir or free the space; the run goes on without this checkpoint") == 3
+    assert (
+        said.count(
+            "No space left on device; choose another --out-dir or free the space; the run goes on without this checkpoint"
+        )
+        == 3
+    )
     assert result(tmp_path / "run") == result(home / "teacher")
 
 
@@ -274,28 +326,38 @@ def small_disk(tmp_path):
     """A file system of 400 KB."""
     path = tmp_path / "disk"
     path.mkdir()
-    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", path], capture_output=True).returncode:
+    if (
+        sys.platform != "linux"
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", path], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a file system is not allowed here")
     yield path
     subprocess.run(["umount", "-l", path], check=True)
 
 
-def test_on_a_disk_that_is_really_full_for_a_while_the_earlier_checkpoint_stays_and_the_run_ends_the_same(runs, small_disk, monkeypatch, capsys):
+def test_on_a_disk_that_is_really_full_for_a_while_the_earlier_checkpoint_stays_and_the_run_ends_the_same(
+    runs, small_disk, monkeypatch, capsys
+):
     home, (_, options) = runs[0], runs[1]["teacher"]
-    real, at = run.Checkpoint.after, []
+    real, at = checkpoint.Checkpoint.after, []
 
     def after(self, step):
         if step == 10:
-            with pytest.raises(OSError, match="No space left"), open(small_disk / "filler", "wb", buffering=0) as f:
+            with (
+                pytest.raises(OSError, match="No space left"),
+                open(small_disk / "filler", "wb", buffering=0) as f,
+            ):
                 while f.write(bytes(1024)):
                     pass
         if step == 40:
-            with safetensors.safe_open(small_disk / "run" / run.Checkpoint.NAME, "pt") as f:
+            with safetensors.safe_open(small_disk / "run" / checkpoint.Checkpoint.NAME, "pt") as f:
                 at.append(json.loads(f.metadata()["about"])["step"])
             (small_disk / "filler").unlink()
         return real(self, step)
 
-    monkeypatch.setattr(run.Checkpoint, "after", after)
+    monkeypatch.setattr(checkpoint.Checkpoint, "after", after)
     in_process(small_disk / "run", **options)
     said = capsys.readouterr().err
     assert at == [9] and said.count("checkpoint.safetensors: No space left on device") == 3
@@ -303,10 +365,12 @@ def test_on_a_disk_that_is_really_full_for_a_while_the_earlier_checkpoint_stays_
 
 
 def test_rows_that_find_no_room_wait_for_it(tmp_path, monkeypatch, capsys):
-    log, real = run.Log(tmp_path / "log.csv"), open
+    log, real = log.Log(tmp_path / "log.csv"), open
     log.row(a=1)
     log.flush()
-    monkeypatch.setattr("builtins.open", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "builtins.open", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     for i in (2, 3):
         log.row(a=i)
         log.flush()
@@ -319,14 +383,14 @@ def test_rows_that_find_no_room_wait_for_it(tmp_path, monkeypatch, capsys):
 
 def test_a_directory_lost_in_mid_run_is_made_again_with_the_checkpoint(runs, tmp_path, monkeypatch):
     home, (_, options) = runs[0], runs[1]["teacher"]
-    real = run.Checkpoint.after
+    real = checkpoint.Checkpoint.after
 
     def after(self, step):
         if step == 20:
             os.rename(tmp_path / "run", tmp_path / "lost")
         return real(self, step)
 
-    monkeypatch.setattr(run.Checkpoint, "after", after)
+    monkeypatch.setattr(checkpoint.Checkpoint, "after", after)
     in_process(tmp_path / "run", **options)
     assert result(tmp_path / "run")[0] == result(home / "teacher")[0]
 
@@ -337,12 +401,15 @@ def test_a_directory_that_becomes_read_only_keeps_the_model_elsewhere(runs, tmp_
     out = tmp_path / "run"
 
     def refuse(path, mode="r", *args, **kwargs):
-        if str(path).startswith(str(out)) and mode != "r" and (out / run.Checkpoint.NAME).exists():
+        if str(path).startswith(str(out)) and mode != "r" and (out / checkpoint.Checkpoint.NAME).exists():
             raise OSError(30, "Read-only file system")
         return real(path, mode, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(run.UserError, match="Read-only file system.*what could not be written there is in "):
+    with pytest.raises(UserError, match="Read-only file system.*what could not be written there is in "):
         in_process(out, **options)
     monkeypatch.setattr("builtins.open", real)
-    assert "the run goes on without this checkpoint" in capsys.readouterr().err and (out / run.Checkpoint.NAME).exists()
+    assert (
+        "the run goes on without this checkpoint" in capsys.readouterr().err
+        and (out / checkpoint.Checkpoint.NAME).exists()
+    )

@@ -15,7 +15,12 @@ def two_gradients(draw, scales=(-10, 10)):
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     g, u = rng.normal(size=(2, P))
     kind = draw(st.sampled_from(["any", "conflict", "agree", "opposite", "zero u", "zero g"]))
-    u = {"conflict": u - 2 * abs(u @ g) / (g @ g) * g, "agree": u + 2 * abs(u @ g) / (g @ g) * g, "opposite": -g, "zero u": 0 * u}.get(kind, u)
+    u = {
+        "conflict": u - 2 * abs(u @ g) / (g @ g) * g,
+        "agree": u + 2 * abs(u @ g) / (g @ g) * g,
+        "opposite": -g,
+        "zero u": 0 * u,
+    }.get(kind, u)
     g = 0 * g if kind == "zero g" else g
     s, t = (10.0 ** draw(st.integers(*scales)) for _ in range(2))
     return torch.tensor(g * s, dtype=dtype), torch.tensor(u * t, dtype=dtype)
@@ -53,20 +58,29 @@ def test_projection_is_the_formula_in_float64(pair):
     G, U = g.double(), u.double()
     U = U / U.norm() if U.any() else U
     want = G - min(0.0, float(G @ U)) * U
-    assert torch.allclose(surgery.project(g, u).double(), want, rtol=0, atol=float(100 * torch.finfo(g.dtype).eps * G.norm()) + 1e-45)
+    assert torch.allclose(
+        surgery.project(g, u).double(),
+        want,
+        rtol=0,
+        atol=float(100 * torch.finfo(g.dtype).eps * G.norm()) + 1e-45,
+    )
 
 
 @given(two_gradients())
 def test_projecting_twice_is_projecting_once(pair):
     g, u = pair
     once = surgery.project(g, u)
-    assert (surgery.project(once, u) - once).double().norm() <= 200 * torch.finfo(g.dtype).eps * g.double().norm()
+    assert (surgery.project(once, u) - once).double().norm() <= 200 * torch.finfo(
+        g.dtype
+    ).eps * g.double().norm()
 
 
 @given(two_gradients(scales=(-5, 5)), st.integers(-5, 5))
 def test_the_scale_of_the_previous_gradient_does_not_matter(pair, k):
     g, u = pair
-    assert (surgery.project(g, u * 10.0**k) - surgery.project(g, u)).double().norm() <= 200 * torch.finfo(g.dtype).eps * g.double().norm()
+    assert (surgery.project(g, u * 10.0**k) - surgery.project(g, u)).double().norm() <= 200 * torch.finfo(
+        g.dtype
+    ).eps * g.double().norm()
 
 
 @given(two_gradients(scales=(-5, 5)), st.integers(-5, 5))
@@ -91,7 +105,10 @@ def test_the_public_function_is_the_reference_on_a_cpu():
 @given(st.integers(0, 1000))
 def test_per_teacher_projection_is_the_sum_of_each_teachers_own_projected_gradient(seed):
     gen = torch.Generator().manual_seed(seed)
-    gs, u = torch.randn(4, 30, generator=gen, dtype=torch.float64), torch.randn(30, generator=gen, dtype=torch.float64)
+    gs, u = (
+        torch.randn(4, 30, generator=gen, dtype=torch.float64),
+        torch.randn(30, generator=gen, dtype=torch.float64),
+    )
     s = torch.rand(4, generator=gen, dtype=torch.float64)
     s = s / s.sum()
     want = sum(si * project(gi, u) for si, gi in zip(s, gs, strict=True))
@@ -124,7 +141,9 @@ def test_switch_operates_only_when_the_teacher_changed():
 
 def test_average_remembers_many_updates():
     g, u = surgery.METHODS["average"](G, U)
-    assert torch.allclose(g, torch.tensor([0.5, 0.5])) and torch.allclose(u, surgery.BETA * U + (1 - surgery.BETA) * g)
+    assert torch.allclose(g, torch.tensor([0.5, 0.5])) and torch.allclose(
+        u, surgery.BETA * U + (1 - surgery.BETA) * g
+    )
 
 
 @pytest.mark.parametrize("name", sorted(surgery.FUSED))
@@ -139,8 +158,12 @@ def test_the_fused_update_does_what_the_method_does(name, changed, kappa):
         got_u, theta, zero = u.clone(), torch.zeros(40), torch.zeros(40)
         stats = project_adamw(theta, g, got_u, zero.clone(), zero.clone(), torch.ones(3), torch.tensor(True), kappa, clip=1e9, betas=(0.0, 0.0), eps=1e9,
                               **surgery.FUSED[name](torch.tensor(changed)))  # fmt: skip
-        assert torch.allclose(got_u, want_u, atol=1e-6) and torch.allclose(-theta * 1e9, want_g, rtol=1e-4, atol=1e-4)  # AdamW of so large an eps is plain descent
-        assert torch.allclose(stats[3], want_g.norm(), rtol=1e-5) and (stats[4] != 0) == (not torch.equal(want_g, g))
+        assert torch.allclose(got_u, want_u, atol=1e-6) and torch.allclose(
+            -theta * 1e9, want_g, rtol=1e-4, atol=1e-4
+        )  # AdamW of so large an eps is plain descent
+        assert torch.allclose(stats[3], want_g.norm(), rtol=1e-5) and (stats[4] != 0) == (
+            not torch.equal(want_g, g)
+        )
 
 
 @given(st.integers(0, 1000), st.integers(1, 5))

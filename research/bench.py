@@ -1,9 +1,9 @@
-"""Speed, side by side with what a user would pick instead -> results/bench_<device>.csv and .png
+"""Speed, side by side with what a user would pick instead -> research/results/bench_<device>.csv and .png
 
-    python bench.py                                   # ours alone
+    python -m research.bench                                   # ours alone
     python3 -m venv .venv-bench && .venv-bench/bin/pip install -r requirements-bench.txt
-    python bench.py --peers .venv-bench/bin/python    # others too, in that environment
-    python bench.py --what teacher                    # some rows
+    python -m research.bench --peers .venv-bench/bin/python    # others too, in that environment
+    python -m research.bench --what teacher                    # some rows
 
 Every contender is a process of its own that waits while the others run; they take turns, `rounds` times round, and a row is the median.
 
@@ -39,7 +39,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-K, O, A, C, LAYERS = 20, 11, 3, 128, 3  # kzl's settings for hopper (github.com/kzl/decision-transformer, gym/experiment.py): also 1 head, dropout 0.1
+K, O, A, C, LAYERS = (
+    20,
+    11,
+    3,
+    128,
+    3,
+)  # kzl's settings for hopper (github.com/kzl/decision-transformer, gym/experiment.py): also 1 head, dropout 0.1
 STEPS = 100_000  # timesteps of the synthetic data
 
 
@@ -51,7 +57,7 @@ class Config:
     threads: int = 1  # of torch, on a CPU
     rounds: int = 5  # that a row is the median of
     seconds: float = 0.5  # about how long a contender runs in a round
-    out: str = ""  # default: results/bench_<device>.csv
+    out: str = ""  # default: research/results/bench_<device>.csv
 
 
 # ---- teacher, rollout --------------------------------------------------------------------------------------------------
@@ -60,7 +66,12 @@ class Config:
 
 def episodes(n=STEPS, obs=O, act=A):
     g = torch.Generator().manual_seed(0)
-    return torch.randn(n, obs, generator=g), torch.rand(n, act, generator=g) * 2 - 1, torch.rand(n, generator=g), torch.arange(n) % 1000
+    return (
+        torch.randn(n, obs, generator=g),
+        torch.rand(n, act, generator=g) * 2 - 1,
+        torch.rand(n, generator=g),
+        torch.arange(n) % 1000,
+    )
 
 
 def windows(device, batch):
@@ -80,37 +91,51 @@ def windows(device, batch):
 def task(i=0, obs=O, act=A):
     import data
 
-    return data.Task(f"bench{i}", "bench", None, {}, 1000, obs, act, [], [], [], [], 1.0, {}, (0.0, 1.0), "", 0)
+    return data.Task(
+        f"bench{i}", "bench", None, {}, 1000, obs, act, [], [], [], [], 1.0, {}, (0.0, 1.0), "", 0
+    )
 
 
 def ours_teacher(device, dtype, size, compile=False):
     import data
     import kernels
     import model as dt
-    import run
     from kernels.project import project_adamw
+    from support import processes, training
 
     s, a, rtg, t = episodes()
     train = data.Windows([torch.cat((s, a, rtg[:, None], t[:, None]), 1).numpy()], [task()], K, device)
     model = dt.DecisionTransformer(dt.ModelConfig((O,), (A,), LAYERS, 1, C, K, 0.1)).to(device)
     model.bfloat16 = dtype == "bfloat16"
-    theta, generator, share = dt.flatten(model), torch.Generator(device).manual_seed(0), torch.ones(1, device=device)
-    m, v, alive = torch.zeros_like(theta.data), torch.zeros_like(theta.data), torch.ones((), dtype=torch.bool, device=device)
-    schedule = run.schedule(10, 1e-4, 1)[5].to(device)
+    theta, generator, share = (
+        dt.flatten(model),
+        torch.Generator(device).manual_seed(0),
+        torch.ones(1, device=device),
+    )
+    m, v, alive = (
+        torch.zeros_like(theta.data),
+        torch.zeros_like(theta.data),
+        torch.ones((), dtype=torch.bool, device=device),
+    )
+    schedule = training.schedule(10, 1e-4, 1)[5].to(device)
     if compile:
         model.compile()
 
     def step():
         b = train.sample(int(size), share, generator)
         loss, tokens = dt.mean_nll(*model(0, *b[1:6]), b.actions, b.mask), b.mask.sum()
-        all_tokens = run.summed(tokens)[0]
+        all_tokens = processes.summed(tokens)[0]
         theta.grad.zero_()
         (loss * (tokens / all_tokens)).backward()
-        run.add_up(theta.grad)
+        processes.all_reduce(theta.grad)
         with torch.no_grad():
             project_adamw(theta, theta.grad, None, m, v, schedule, alive, weight_decay=1e-4)
 
-    return run.captured(step, [theta.data, m, v, alive], generator) if kernels.compiled(device) and not compile and run.world() == 1 else step
+    return (
+        training.captured(step, [theta.data, m, v, alive], generator)
+        if kernels.compiled(device) and not compile and processes.world() == 1
+        else step
+    )
 
 
 def huggingface(dropout=0.1):
@@ -128,7 +153,14 @@ def huggingface_teacher(device, dtype, size):
     def step():
         s, a, rtg, t, mask = sample()
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            got = model(states=s, actions=a, rewards=None, returns_to_go=rtg[..., None], timesteps=t, attention_mask=mask.long()).action_preds
+            got = model(
+                states=s,
+                actions=a,
+                rewards=None,
+                returns_to_go=rtg[..., None],
+                timesteps=t,
+                attention_mask=mask.long(),
+            ).action_preds
         loss = (got[mask].float() - a[mask]).square().mean()
         opt.zero_grad()
         loss.backward()
@@ -157,7 +189,9 @@ def ours_rollout(device, dtype, size):
 
     batch = int(size)
     model = dt.DecisionTransformer(dt.ModelConfig((O,), (A,), LAYERS, 1, C, K)).to(device).eval()
-    s, a, rtg = (x[:, -1].contiguous() for x in windows(device, batch)()[:3])  # as they come from an environment
+    s, a, rtg = (
+        x[:, -1].contiguous() for x in windows(device, batch)()[:3]
+    )  # as they come from an environment
     actors = [policy.Actor(model, 0, batch, 1000)]
 
     def step():
@@ -172,9 +206,19 @@ def acting_model(size):
     """The teacher of hopper, or the student of hopper, halfcheetah and walker2d, with default sizes; and hopper as their first task."""
     import model as dt
 
-    cfg = dt.ModelConfig((O,), (A,), LAYERS, 1, C, K) if size == "teacher" else dt.ModelConfig((O, 17, 17), (A, 6, 6), 2, 1, 64, K)
+    cfg = (
+        dt.ModelConfig((O,), (A,), LAYERS, 1, C, K)
+        if size == "teacher"
+        else dt.ModelConfig((O, 17, 17), (A, 6, 6), 2, 1, 64, K)
+    )
     hopper = task()
-    hopper.obs_mean, hopper.obs_std, hopper.act_low, hopper.act_high, hopper.targets = [0.0] * O, [1.0] * O, [-1.0] * A, [1.0] * A, {"p95": 3000.0}
+    hopper.obs_mean, hopper.obs_std, hopper.act_low, hopper.act_high, hopper.targets = (
+        [0.0] * O,
+        [1.0] * O,
+        [-1.0] * A,
+        [1.0] * A,
+        {"p95": 3000.0},
+    )
     return dt.DecisionTransformer(cfg).eval(), hopper
 
 
@@ -258,7 +302,12 @@ def huggingface_rollout(device, dtype, size):
                     attention_mask=mask).action_preds[:, -1]  # fmt: skip
         actions[:, -1] = act
         act.cpu()
-        history[:] = torch.cat((states, s[:, -1:]), 1), actions, torch.cat((returns, rtg[:, -1:]), 1), torch.cat((steps, t[:, -1:]), 1)
+        history[:] = (
+            torch.cat((states, s[:, -1:]), 1),
+            actions,
+            torch.cat((returns, rtg[:, -1:]), 1),
+            torch.cat((steps, t[:, -1:]), 1),
+        )
 
     return step
 
@@ -280,9 +329,13 @@ def ours_distil(device, dtype, size, **options):
         tables.append(torch.cat((s, a, rtg[:, None], steps[:, None]), 1).numpy())
     train = data.Windows(tables, tasks, K, device, targets=True)
     train.table[:, -2 * train.A :].uniform_(-1, 0)
-    student = dt.DecisionTransformer(dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), 2, 1, 64, K)).to(device)
+    student = dt.DecisionTransformer(
+        dt.ModelConfig(tuple(t.obs_dim for t in tasks), tuple(t.act_dim for t in tasks), 2, 1, 64, K)
+    ).to(device)
     student.bfloat16 = dtype == "bfloat16"
-    update, _, state = distill.learner(cfg, student, [], train, train.spread(cfg.probe_windows), torch.Generator(device).manual_seed(0))
+    update, _, state = distill.learner(
+        cfg, student, [], train, train.spread(cfg.probe_windows), torch.Generator(device).manual_seed(0)
+    )
     steps = itertools.cycle(range(cfg.steps))
 
     def step():
@@ -296,17 +349,23 @@ def ours_distil(device, dtype, size, **options):
 
 def job(contender, device, dtype, size):
     """contender in `size` processes, of which this one starts the others and has them step with it."""
-    import run
+    from support import processes
 
     others = []
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+            os.environ |= {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(s.getsockname()[1]),
+            }
         for r in range(1, int(size)):
             others.append(subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                            env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r)}))  # fmt: skip
-    run.join(SimpleNamespace(device=device))
+    processes.join(SimpleNamespace(device=device))
     step = contender(device, dtype)
 
     def all_step():
@@ -373,12 +432,15 @@ def torchjd_surgery(device, dtype, size):
 
 
 def ours_update(device, dtype, size):
-    import run
     from kernels.project import project_adamw
+    from support import training
 
     g, u = two_vectors(size, device)
     theta, m, v = torch.randn_like(g), torch.zeros_like(g), torch.zeros_like(g)
-    schedule, alive = run.schedule(10, 1e-4, 1)[5].to(device), torch.ones((), dtype=torch.bool, device=device)
+    schedule, alive = (
+        training.schedule(10, 1e-4, 1)[5].to(device),
+        torch.ones((), dtype=torch.bool, device=device),
+    )
 
     def step():
         with torch.no_grad():
@@ -433,8 +495,14 @@ def sdpa_attention(device, dtype, size, padding=True):
     causal = torch.ones(3 * K, 3 * K, dtype=torch.bool, device=device).tril()
 
     def f(qkv, mask, heads):
-        seen = (causal & mask[:, None, None]) | torch.eye(3 * K, dtype=torch.bool, device=device) if padding else None
-        y = torch.nn.functional.scaled_dot_product_attention(*heads_of(qkv, heads), seen, is_causal=not padding)
+        seen = (
+            (causal & mask[:, None, None]) | torch.eye(3 * K, dtype=torch.bool, device=device)
+            if padding
+            else None
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(
+            *heads_of(qkv, heads), seen, is_causal=not padding
+        )
         return y.transpose(1, 2).flatten(2)
 
     return attention_step(f, device, dtype, size)
@@ -445,13 +513,22 @@ def flex_attention(device, dtype, size):
 
     B, flex = int(size.split("x")[0]), torch.compile(flex_attention)
     first = (torch.arange(B, device=device) % 64 == 0) * 30
-    blocks = create_block_mask(lambda b, h, i, j: (i >= j) & (j >= first[b]), B, None, 3 * K, 3 * K, device=device)
-    return attention_step(lambda qkv, mask, heads: flex(*heads_of(qkv, heads), block_mask=blocks).transpose(1, 2).flatten(2), device, dtype, size)
+    blocks = create_block_mask(
+        lambda b, h, i, j: (i >= j) & (j >= first[b]), B, None, 3 * K, 3 * K, device=device
+    )
+    return attention_step(
+        lambda qkv, mask, heads: flex(*heads_of(qkv, heads), block_mask=blocks).transpose(1, 2).flatten(2),
+        device,
+        dtype,
+        size,
+    )
 
 
 def attention_bytes(device, dtype, size):
     B, e = int(size.split("x")[0]), getattr(torch, dtype).itemsize
-    return copy(11 * e)(device, dtype, B * 3 * K * C)  # forward 3 in, 1 out; backward 4 in, 3 out: numbers for each channel of each token
+    return copy(11 * e)(
+        device, dtype, B * 3 * K * C
+    )  # forward 3 in, 1 out; backward 4 in, 3 out: numbers for each channel of each token
 
 
 def ours_kl(device, dtype, size, which="head_kl", compile=False):
@@ -461,7 +538,10 @@ def ours_kl(device, dtype, size, which="head_kl", compile=False):
     f = getattr(kernels.kl, which)
     f = torch.compile(f) if compile else f
     h = torch.randn(B, K, width, device=device, dtype=getattr(torch, dtype), requires_grad=True)
-    w, b = torch.randn(N, width, 2 * act, device=device, requires_grad=True), torch.zeros(N, 2 * act, device=device, requires_grad=True)
+    w, b = (
+        torch.randn(N, width, 2 * act, device=device, requires_grad=True),
+        torch.zeros(N, 2 * act, device=device, requires_grad=True),
+    )
     targets = torch.rand(2, B, K, act, device=device) - 1
     mask, task = torch.ones(B, K, dtype=torch.bool, device=device), (torch.arange(B, device=device) * N // B)
     act_dims, up = torch.tensor([3, 6, 6, 8], device=device).repeat(N)[:N], torch.ones(N, device=device)
@@ -475,13 +555,18 @@ def ours_kl(device, dtype, size, which="head_kl", compile=False):
 
 def kl_bytes(device, dtype, size):
     N, B, width, act = int(size), 256, 64, 8
-    numbers = 2 * B * K * width + 2 * B * K * act + 3 * N * width * 2 * act  # h, dh, targets; the heads in, their gradients zeroed and added
+    numbers = (
+        2 * B * K * width + 2 * B * K * act + 3 * N * width * 2 * act
+    )  # h, dh, targets; the heads in, their gradients zeroed and added
     return copy(4)(device, dtype, numbers)
 
 
 def product(device, dtype, size):
     m, k, n = (int(x) for x in size.split("x"))
-    a, b = torch.randn(m, k, device=device, dtype=getattr(torch, dtype)), torch.randn(n, k, device=device, dtype=getattr(torch, dtype))
+    a, b = (
+        torch.randn(m, k, device=device, dtype=getattr(torch, dtype)),
+        torch.randn(n, k, device=device, dtype=getattr(torch, dtype)),
+    )
     return lambda: torch.nn.functional.linear(a, b)
 
 
@@ -533,9 +618,9 @@ def work(what, contender, dtype, size, device, threads):
     """A contender's process: for each number n on stdin, runs n steps and prints the seconds and the process's largest memory so far, in MiB."""
     torch.set_num_threads(int(threads))
     if not ROWS[what][2][contender][2:]:
-        import run
+        from support import machine
 
-        run.keep_memory()  # as our scripts do
+        machine.keep_freed_memory()  # as our scripts do
     step = ROWS[what][2][contender][0](device, dtype, size)
     cuda = device.startswith("cuda")
     for line in sys.stdin:
@@ -545,7 +630,11 @@ def work(what, contender, dtype, size, device, threads):
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        memory = (
+            torch.cuda.max_memory_allocated() / 2**20
+            if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        )
         print(f"bench: {seconds} {memory}", flush=True)
 
 
@@ -570,14 +659,29 @@ def race(what, size, device, cfg):
         for dtype in dtypes:
             python = cfg.peers if peer else sys.executable
             if python:
-                args = [python, __file__, "--work", what, name, dtype, size, device, str(cfg.threads)]
-                runs[name, dtype] = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                args = [
+                    python,
+                    "-m",
+                    "research.bench",
+                    "--work",
+                    what,
+                    name,
+                    dtype,
+                    size,
+                    device,
+                    str(cfg.threads),
+                ]
+                runs[name, dtype] = subprocess.Popen(
+                    args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
     n = {}
     for who, p in list(runs.items()):
         for warm in (3, 3):  # the first builds and compiles
             got = turn(p, warm)
         if got is None:
-            print(f"{what} {size}: {' '.join(who)} does not run here; to see why: echo 1 | {' '.join(repr(a) if ' ' in a else a for a in runs.pop(who).args)}")
+            print(
+                f"{what} {size}: {' '.join(who)} does not run here; to see why: echo 1 | {' '.join(repr(a) if ' ' in a else a for a in runs.pop(who).args)}"
+            )
         else:
             n[who] = max(1, int(cfg.seconds / got[0]))
     times, memory = {who: [] for who in runs}, {}
@@ -598,17 +702,20 @@ def race(what, size, device, cfg):
 
 
 def main(cfg: Config):
-    import run
+    from support import UserError, cli, machine
 
-    run.check(cfg, threads=1, rounds=1, seconds=0)
+    cli.at_least(cfg, threads=1, rounds=1, seconds=0)
+    machine.check_device(cfg.device)
     unknown = set(cfg.what) - set(ROWS)
     if unknown:
-        raise run.UserError(f"--what {unknown.pop()}: choose from {', '.join(ROWS)}")
-    device = run.device(cfg)
-    path = Path(cfg.out or f"results/bench_{device.split(':')[0]}.csv")
-    at = {**run.machine(SimpleNamespace(device=cfg.device, dtype="float32")), "threads": cfg.threads}
+        raise UserError(f"--what {unknown.pop()}: choose from {', '.join(ROWS)}")
+    device = machine.device(cfg)
+    path = Path(cfg.out or f"research/results/bench_{device.split(':')[0]}.csv")
+    at = {**machine.describe(SimpleNamespace(device=cfg.device, dtype="float32")), "threads": cfg.threads}
     del at["dtype"]  # each row has its own
-    rows = [r for r in read(path) if cfg.what and r["what"] not in cfg.what]  # those not measured again stay, with where they were measured
+    rows = [
+        r for r in read(path) if cfg.what and r["what"] not in cfg.what
+    ]  # those not measured again stay, with where they were measured
     for what in cfg.what or ROWS:
         for size in ROWS[what][0 if device == "cpu" else 1]:
             for row in race(what, size, device, cfg):
@@ -626,13 +733,13 @@ def read(path):
 
 
 def write(path, rows):
-    import run
+    from support import files
 
     text = io.StringIO()
     out = csv.DictWriter(text, rows[0])
     out.writeheader()
     out.writerows(sorted(rows, key=lambda r: list(ROWS).index(r["what"])))
-    run.write(path, text.getvalue().encode())
+    files.write(path, text.getvalue().encode())
 
 
 def plot(path, rows):
@@ -648,15 +755,23 @@ def plot(path, rows):
     panels = {w: label for w, label in panels.items() if any(r["what"] == w for r in rows)}
     if not panels:
         return
-    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False
+    )
     for ax, (what, label) in zip(axes[0], panels.items(), strict=True):
         for i, name in enumerate(ROWS[what][2]):
-            points = [(float(r["size"]), float(r["ms"])) for r in rows if r["what"] == what and r["contender"] == name]
+            points = [
+                (float(r["size"]), float(r["ms"]))
+                for r in rows
+                if r["what"] == what and r["contender"] == name
+            ]
             if points:
                 ax.plot(*zip(*points, strict=True), "o-", markersize=3, color=COLOURS[i], label=name)
         ax.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=what)
         low, high = ax.get_ylim()
-        ax.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))  # whole decades, lest a flat line look steep
+        ax.set_ylim(
+            10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
+        )  # whole decades, lest a flat line look steep
         ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=120)
@@ -666,6 +781,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         work(*sys.argv[2:])
     else:
-        import run
+        from support import cli
 
-        run.cli(main, Config, __doc__)
+        cli.run(main, Config, __doc__)

@@ -1,9 +1,9 @@
 """The study: does learning from the least familiar teacher, without conflicting updates, make a better student?
 
-    python study.py                              # every run that results/study.csv lacks, then the report; stopped and called again, it goes on
-    python study.py --jobs 8 --seeds 20          # the same on a bigger machine
-    python study.py --cases thirdparty many --only "novelty, previous" "all"
-    python study.py --report                     # table and figures from the CSV alone, in seconds
+    python -m research.study                              # every run that results/study.csv lacks, then the report; stopped and called again, it goes on
+    python -m research.study --jobs 8 --seeds 20          # the same on a bigger machine
+    python -m research.study --cases thirdparty many --only "novelty, previous" "all"
+    python -m research.study --report                     # table and figures from the CSV alone, in seconds
 
 A run is one student: one row, with all that made it. Its seed draws teachers too, one of three for each task, trained on other seeds. Learning rates
 are tuned for each variant and case on seeds of their own (rows of budget "tune"), over a grid that goes on where an end of it does best, then fixed. Budgets:
@@ -39,17 +39,19 @@ import data
 import distill
 import evaluate
 import model as dt
-import run
 import surgery
 import teacher
 from kernels.kl import head_kl
 from report import COLOURS, style
 from report import figure as report_figure
+from support import UserError, cli, files, machine
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 BUILTIN = ("hopper", "halfcheetah", "walker2d", "ant")
-THIRDPARTY = tuple(f"thirdparty/{t}/trpo-replay-v0" for t in BUILTIN)  # 26 TRPO policies a task that nobody here trained (README, Results)
+THIRDPARTY = tuple(
+    f"thirdparty/{t}/trpo-replay-v0" for t in BUILTIN
+)  # 26 TRPO policies a task that nobody here trained (README, Results)
 CASES = {
     "builtin": BUILTIN,
     "thirdparty": THIRDPARTY,
@@ -94,7 +96,10 @@ VARIANTS = {  # options of distill.py
     "novelty, average 0.99": {**P2, "surgery": "average 0.99"},
     "novelty, Adam's metric": {**P2, "surgery": "metric"},
     # rivals
-    "weights w=1": {"curriculum": "weights", "surgery": "none"},  # scalarisation: fixed shares ~ (the task's KL where all shares were equal)^w, on a tuning seed
+    "weights w=1": {
+        "curriculum": "weights",
+        "surgery": "none",
+    },  # scalarisation: fixed shares ~ (the task's KL where all shares were equal)^w, on a tuning seed
     "weights w=2": {"curriculum": "weights", "surgery": "none"},
     "upgrad": {"curriculum": "all", "surgery": "upgrad"},  # Quinton and Rey 2024, arXiv 2406.16232
     "cagrad": {"curriculum": "all", "surgery": "cagrad"},  # Liu et al. 2021, arXiv 2110.14048
@@ -102,23 +107,54 @@ VARIANTS = {  # options of distill.py
     "data": {"curriculum": "all", "surgery": "none", "loss": "nll"},  # no teachers
     "one student per task": {"curriculum": "all", "surgery": "none"},  # of the same size together
 }
-for v in ("fixed", "all", "novelty p=1", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, reverse", "mse", "data"):
-    VARIANTS[f"{v}, top"] = {**VARIANTS[v], "top": 0.1}  # for acting: half of each teacher's windows from the tenth of its data that returned most
+for v in (
+    "fixed",
+    "all",
+    "novelty p=1",
+    "novelty p=2",
+    "novelty p=4",
+    "novelty, previous",
+    "novelty p=4, previous",
+    "novelty, reverse",
+    "mse",
+    "data",
+):
+    VARIANTS[f"{v}, top"] = {
+        **VARIANTS[v],
+        "top": 0.1,
+    }  # for acting: half of each teacher's windows from the tenth of its data that returned most
 VARIANTS |= {f"novelty p=4, top {part}": {**VARIANTS["novelty p=4"], "top": part} for part in (0.05, 0.25)}
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)  # the grid that rates() begins with
-HALF = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty, previous", "novelty p=4, previous", "novelty, average")
-NOVELTY = "novelty p=2"  # what others are set beside where KL is compared, which is measured on all windows alike
+HALF = (
+    "fixed",
+    "all",
+    "novelty p=2",
+    "novelty p=4",
+    "novelty, previous",
+    "novelty p=4, previous",
+    "novelty, average",
+)
+NOVELTY = (
+    "novelty p=2"  # what others are set beside where KL is compared, which is measured on all windows alike
+)
 DEFAULT = f"{NOVELTY}, top"  # what distill.py does unasked
 BESIDE = {"with surgery": "novelty, previous, top", "without curriculum": "all, top", "round-robin": "fixed, top", "uniform windows": NOVELTY,
           "without teachers": "data, top"}  # fmt: skip
-ACTING = ("fixed", "all", "novelty p=2", "novelty p=4", "novelty p=4, previous", *(v for v in VARIANTS if "top" in VARIANTS[v]))
+ACTING = (
+    "fixed",
+    "all",
+    "novelty p=2",
+    "novelty p=4",
+    "novelty p=4, previous",
+    *(v for v in VARIANTS if "top" in VARIANTS[v]),
+)
 POINTS = 10  # of a curve
 
 
 def prepare():
     """In each process that makes runs."""
     torch.set_num_threads(1)
-    run.keep_memory()
+    machine.keep_freed_memory()
 
 
 def extend(weights, N):
@@ -149,13 +185,19 @@ def extend(weights, N):
         g = g - torch.where(uu > 0, gu.clamp_max(0) / uu, 0.0) * u
         return g, g
 
-    curriculum.METHODS |= {"relative": relative, "stay": stay, "weights": lambda d, step, shares, generator: torch.tensor(weights)}
+    curriculum.METHODS |= {
+        "relative": relative,
+        "stay": stay,
+        "weights": lambda d, step, shares, generator: torch.tensor(weights),
+    }
     surgery.METHODS |= {"average 0.99": long_average, "metric": metric}
     try:
         from torchjd.aggregation import CAGrad, UPGrad
 
         for name, aggregate in (("upgrad", UPGrad()), ("cagrad", CAGrad(c=0.5))):
-            surgery.METHODS[name] = lambda g, u, kappa=None, changed=True, f=aggregate: 2 * (len(g) * f(g),)  # theirs are means
+            surgery.METHODS[name] = lambda g, u, kappa=None, changed=True, f=aggregate: (
+                2 * (len(g) * f(g),)
+            )  # theirs are means
             surgery.EACH = (*surgery.EACH, name) if name not in surgery.EACH else surgery.EACH
     except ImportError:  # main has told
         pass
@@ -163,7 +205,10 @@ def extend(weights, N):
 
 @dataclasses.dataclass
 class Config:
-    cases: tuple[str, ...] = ("builtin", "conflict")  # keys of CASES; thirdparty and many need datasets of those names
+    cases: tuple[str, ...] = (
+        "builtin",
+        "conflict",
+    )  # keys of CASES; thirdparty and many need datasets of those names
     only: tuple[str, ...] = ()  # keys of VARIANTS; none: all
     without: tuple[str, ...] = ()  # keys of VARIANTS to leave out
     budgets: tuple[str, ...] = ("updates", "half", "time", "acting")  # as listed above
@@ -174,9 +219,13 @@ class Config:
     steps: int = 700  # a student's updates
     acting_steps: int = 4000  # the same where it acts
     compression: float = 15.0  # the teachers' parameters over the student's
-    sizes: tuple[float, ...] = (5.0, 15.0, 50.0)  # the same where the default's students, and those without teachers, act on the built-in tasks
+    sizes: tuple[float, ...] = (
+        5.0,
+        15.0,
+        50.0,
+    )  # the same where the default's students, and those without teachers, act on the built-in tasks
     jobs: int = 2  # runs at a time, one thread each
-    out: str = "results/study.csv"  # a row per run; figures go beside it
+    out: str = "research/results/study.csv"  # a row per run; figures go beside it
     work_dir: str = "out/study"  # where teachers are, or are trained
     report: bool = False  # no runs
 
@@ -193,7 +242,7 @@ def targets(path, model, task, table):
     if not path.exists() or path.stat().st_mtime_ns < (path.parent / "model.safetensors").stat().st_mtime_ns:
         one = data.Windows([table], [task], model.cfg.context, targets=True)
         distill.cache_targets([model], one)
-        run.write(path, safetensors.torch.save({"targets": one.table[:, -2 * task.act_dim :].contiguous()}))
+        files.write(path, safetensors.torch.save({"targets": one.table[:, -2 * task.act_dim :].contiguous()}))
     return safetensors.torch.load_file(path)["targets"]
 
 
@@ -204,13 +253,17 @@ def setup(case, seed, teachers, work_dir):
     dirs = [teacher_dir(work_dir, name, int(rng.integers(teachers))) for name in CASES[case]]
     models, metas = zip(*map(dt.load, dirs), strict=True)
     tasks = [data.tasks(meta, d)[0] for meta, d in zip(metas, dirs, strict=True)]
-    metrics = [run.read_json(d / "metrics.json")["tasks"][t.name] for d, t in zip(dirs, tasks, strict=True)]
+    metrics = [files.read_json(d / "metrics.json")["tasks"][t.name] for d, t in zip(dirs, tasks, strict=True)]
     sets = [data.load(t.dataset, t.split_seed) for t in tasks]
     train = data.Windows([s.train for s in sets], tasks, models[0].cfg.context, targets=True)
     held_out = data.Windows([s.held_out for s in sets], tasks, models[0].cfg.context).spread(256)
-    for d, model, task, s, table in zip(dirs, models, tasks, sets, train.table.split(train.size.tolist()), strict=True):
+    for d, model, task, s, table in zip(
+        dirs, models, tasks, sets, train.table.split(train.size.tolist()), strict=True
+    ):
         said = targets(d / "targets.safetensors", model, task, s.train)
-        table[:, -2 * train.A :].unflatten(1, (2, train.A))[..., : task.act_dim] = said.unflatten(1, (2, task.act_dim))
+        table[:, -2 * train.A :].unflatten(1, (2, train.A))[..., : task.act_dim] = said.unflatten(
+            1, (2, task.act_dim)
+        )
     return models, tasks, metrics, train, held_out, distill.live_targets(models, held_out)
 
 
@@ -219,7 +272,12 @@ def alone(i, windows, tasks):
     t, O, A = tasks[i], windows.O, windows.A
     x = windows.table[int(windows.offset[i]) :][: int(windows.size[i])]
     states, actions, rest, mean, log_std = x.split((O, A, 2, A, A), dim=1)
-    one = data.Windows([torch.cat((states[:, : t.obs_dim], actions[:, : t.act_dim], rest), 1).numpy()], [t], windows.K, targets=True)
+    one = data.Windows(
+        [torch.cat((states[:, : t.obs_dim], actions[:, : t.act_dim], rest), 1).numpy()],
+        [t],
+        windows.K,
+        targets=True,
+    )
     one.table[:, -2 * t.act_dim :] = torch.cat((mean[:, : t.act_dim], log_std[:, : t.act_dim]), 1)
     return one
 
@@ -229,7 +287,9 @@ def width(tasks, context, n_layer, budget):
 
     def parameters(C):
         with torch.device("meta"):
-            return dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=n_layer, n_embd=C, context=context)).n_params
+            return dt.DecisionTransformer(
+                dt.ModelConfig.of(tasks, n_layer=n_layer, n_embd=C, context=context)
+            ).n_params
 
     return min(range(8, 512, 8), key=lambda C: abs(parameters(C) - budget))
 
@@ -239,7 +299,19 @@ def held_out_kl(student, windows, targets):
     """KL(teacher || student) on the windows of each teacher, (N,), whatever the student was trained by."""
     head, act_dims = student.head, torch.tensor(student.cfg.act_dims)
     h, categorical = student(*windows[:6], hidden=True), student.cfg.categorical("cpu")
-    sums, counts = head_kl(h, head.weight, head.bias, *targets, windows.mask, windows.task, act_dims, "forward", distill.Config.sigma_floor, 1.0, categorical)
+    sums, counts = head_kl(
+        h,
+        head.weight,
+        head.bias,
+        *targets,
+        windows.mask,
+        windows.task,
+        act_dims,
+        "forward",
+        distill.Config.sigma_floor,
+        1.0,
+        categorical,
+    )
     return (sums / counts).tolist()
 
 
@@ -247,9 +319,13 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
     """Train one student. Returns it; the curve [(update, [KL of each teacher])]; seconds, without those of measuring; and every update's cosine and whether it
     was projected."""
     torch.manual_seed(cfg.seed)
-    student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=cfg.n_layer, n_embd=cfg.n_embd, context=train.K))
-    student.bfloat16, train.top = run.bfloat16(cfg), cfg.top
-    update, _, state = distill.learner(cfg, student, models, train, train.spread(cfg.probe_windows), torch.Generator().manual_seed(cfg.seed))
+    student = dt.DecisionTransformer(
+        dt.ModelConfig.of(tasks, n_layer=cfg.n_layer, n_embd=cfg.n_embd, context=train.K)
+    )
+    student.bfloat16, train.top = machine.bfloat16(cfg), cfg.top
+    update, _, state = distill.learner(
+        cfg, student, models, train, train.spread(cfg.probe_windows), torch.Generator().manual_seed(cfg.seed)
+    )
     curve, rows, seconds = [], [], 0.0
     for step in range(cfg.steps + 1):
         if step % cfg.log_interval == 0:
@@ -261,7 +337,9 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
             start = time.process_time()  # of this one thread: other runs take turns with it
             try:
                 update(step)
-            except ValueError:  # a curriculum was told a distance that is NaN: what is measured from here on is infinite
+            except (
+                ValueError
+            ):  # a curriculum was told a distance that is NaN: what is measured from here on is infinite
                 with torch.no_grad():
                     state["theta"].fill_(math.nan)
                 update = lambda step: None  # noqa: E731
@@ -272,22 +350,48 @@ def distilled(cfg: distill.Config, models, tasks, train, held_out, held_out_targ
 
 def one_run(spec):
     """A row of the CSV, from what it is to be: {case, variant, budget, seed, lr, steps, times, weights, teachers, work_dir}."""
-    models, tasks, metrics, train, held_out, held_out_targets = setup(spec["case"], spec["seed"], spec["teachers"], spec["work_dir"])
+    models, tasks, metrics, train, held_out, held_out_targets = setup(
+        spec["case"], spec["seed"], spec["teachers"], spec["work_dir"]
+    )
     extend(spec["weights"], len(tasks))
     total = sum(m.n_params for m in models)
-    options = {"steps": spec["steps"], "lr": spec["lr"], "seed": spec["seed"], "log_interval": spec["steps"] // POINTS, "device": "cpu", "top": 1.0}
+    options = {
+        "steps": spec["steps"],
+        "lr": spec["lr"],
+        "seed": spec["seed"],
+        "log_interval": spec["steps"] // POINTS,
+        "device": "cpu",
+        "top": 1.0,
+    }
     if spec["variant"] == "one student per task":  # each with its part of the windows of every update
         curves, seconds, parameters, returns = [], 0.0, 0, []
         for i, t in enumerate(tasks):
             C = width([t], train.K, 2, total / spec["times"] / len(tasks))
-            cfg = distill.Config(**VARIANTS["all"], **options, n_embd=C, batch_size=distill.Config.batch_size // len(tasks))
+            cfg = distill.Config(
+                **VARIANTS["all"], **options, n_embd=C, batch_size=distill.Config.batch_size // len(tasks)
+            )
             of_it = held_out.task == i
             mine = data.Batch(*(x[of_it] for x in held_out[:-1]), held_out.targets[:, of_it])
-            mine = mine._replace(task=mine.task * 0, states=mine.states[..., : t.obs_dim], actions=mine.actions[..., : t.act_dim])
-            student, curve, s, log = distilled(cfg, models[i : i + 1], [t], alone(i, train, tasks), mine, held_out_targets[:, of_it, :, : t.act_dim])
+            mine = mine._replace(
+                task=mine.task * 0,
+                states=mine.states[..., : t.obs_dim],
+                actions=mine.actions[..., : t.act_dim],
+            )
+            student, curve, s, log = distilled(
+                cfg,
+                models[i : i + 1],
+                [t],
+                alone(i, train, tasks),
+                mine,
+                held_out_targets[:, of_it, :, : t.act_dim],
+            )
             curves.append(curve)
             seconds, parameters = seconds + s, parameters + student.n_params
-            returns += [evaluate.scores(evaluate.rollout(student, t, 0, t.targets["p95"], 20, 1000)[0], t)] if spec["budget"] == "acting" else []
+            returns += (
+                [evaluate.scores(evaluate.rollout(student, t, 0, t.targets["p95"], 20, 1000)[0], t)]
+                if spec["budget"] == "acting"
+                else []
+            )
         curve = [(points[0][0], [p[1][0] for p in points]) for points in zip(*curves, strict=True)]
     else:
         C = width(tasks, train.K, 2, total / spec["times"])
@@ -295,19 +399,28 @@ def one_run(spec):
         student, curve, seconds, log = distilled(cfg, models, tasks, train, held_out, held_out_targets)
         parameters, returns = student.n_params, []
         if spec["budget"] == "acting":
-            returns = [evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], 20, 1000)[0], t) for i, t in enumerate(tasks)]
-    retention = [r["normalized_score"] / m["normalized_score"] for r, m in zip(returns, metrics, strict=False)]
-    machine = run.machine(distill.Config(device="cpu"))
+            returns = [
+                evaluate.scores(evaluate.rollout(student, t, i, t.targets["p95"], 20, 1000)[0], t)
+                for i, t in enumerate(tasks)
+            ]
+    retention = [
+        r["normalized_score"] / m["normalized_score"] for r, m in zip(returns, metrics, strict=False)
+    ]
+    at = machine.describe(distill.Config(device="cpu"))
     return {
         **{k: spec[k] for k in KEY}, "n_embd": C, "compression": f"{total / parameters:.2f}", "seconds": f"{seconds:.1f}", "ms": f"{1000 * seconds / spec['steps']:.2f}",
         "projected": f"{log[:, 1].mean():.4f}", "cosine": dumps(np.quantile(log[1:, 0], [0.05, 0.25, 0.5, 0.75, 0.95])), "weights": dumps(spec["weights"]),
         "steps_at": dumps([s for s, _ in curve]), "kl": dumps([kl for _, kl in curve]), "retention": dumps(retention),
         "teacher_scores": dumps([m["normalized_score"] for m in metrics]),
-        **{k: machine[k] for k in ("device", "dtype", "torch", "commit")}}  # fmt: skip
+        **{k: at[k] for k in ("device", "dtype", "torch", "commit")}}  # fmt: skip
 
 
 def dumps(x):
-    return json.dumps(json.loads(json.dumps(x if isinstance(x, list) else list(x)), parse_float=lambda v: float(f"{float(v):.4g}")))
+    return json.dumps(
+        json.loads(
+            json.dumps(x if isinstance(x, list) else list(x)), parse_float=lambda v: float(f"{float(v):.4g}")
+        )
+    )
 
 
 KEY = ("case", "variant", "budget", "seed", "lr", "steps", "times")  # what tells two runs apart
@@ -339,7 +452,7 @@ def add(path, row):
     if not path.exists():
         out.writeheader()
     out.writerow(row)
-    run.write(path, (path.read_bytes() if path.exists() else b"") + text.getvalue().encode())
+    files.write(path, (path.read_bytes() if path.exists() else b"") + text.getvalue().encode())
 
 
 def worst(r):
@@ -383,7 +496,10 @@ def weights(rows, case, variant):
 
 def cost(rows, case, variant):
     """Milliseconds of one core for an update, median over the runs of budget "cost": what other budgets took, a machine took that was now more, now less busy."""
-    return np.median([r["ms"] for r in rows if (r["case"], r["variant"], r["budget"]) == (case, variant, "cost")] or [math.nan])
+    return np.median(
+        [r["ms"] for r in rows if (r["case"], r["variant"], r["budget"]) == (case, variant, "cost")]
+        or [math.nan]
+    )
 
 
 def plan(cfg: Config, rows, stage):
@@ -392,22 +508,42 @@ def plan(cfg: Config, rows, stage):
     names = [v for v in cfg.only or VARIANTS if v not in cfg.without]
     fixed = {"steps": cfg.steps, "times": cfg.compression, "teachers": cfg.teachers, "work_dir": cfg.work_dir}
     if stage < 2:
-        also = {"fixed", "all"} if stage == 0 else set()  # the time budget and the weights are counted from them
+        also = (
+            {"fixed", "all"} if stage == 0 else set()
+        )  # the time budget and the weights are counted from them
         for case in cfg.cases:
             for seed in range(100, 100 + cfg.tune_seeds):
                 for v in dict.fromkeys((*also, *names)):
                     if ("w=" in v) == (stage == 1):
                         yield from (
-                            {"case": case, "variant": v, "budget": "tune", "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed}
+                            {
+                                "case": case,
+                                "variant": v,
+                                "budget": "tune",
+                                "seed": seed,
+                                "lr": lr,
+                                "weights": weights(rows, case, v),
+                                **fixed,
+                            }
                             for lr in rates(rows, case, v)
                         )
         return
-    for budget in ["cost" if b == "time" else b for b in cfg.budgets] if stage == 2 else {"time"} & set(cfg.budgets):
+    for budget in (
+        ["cost" if b == "time" else b for b in cfg.budgets] if stage == 2 else {"time"} & set(cfg.budgets)
+    ):
         for seed in range(cfg.first_seed, cfg.first_seed + (5 if budget == "cost" else cfg.seeds)):
             for case in cfg.cases:
                 for v in dict.fromkeys(("fixed", *names)) if budget == "cost" else names:
                     lr, slower = tuned(rows, case, v)[0], cost(rows, case, v) / cost(rows, case, "fixed")
-                    spec = {"case": case, "variant": v, "budget": budget, "seed": seed, "lr": lr, "weights": weights(rows, case, v), **fixed}
+                    spec = {
+                        "case": case,
+                        "variant": v,
+                        "budget": budget,
+                        "seed": seed,
+                        "lr": lr,
+                        "weights": weights(rows, case, v),
+                        **fixed,
+                    }
                     if budget == "updates" or (budget == "half" and v in HALF):
                         yield {**spec, "steps": cfg.steps // (1 + (budget == "half"))}
                     elif budget == "cost":
@@ -415,7 +551,11 @@ def plan(cfg: Config, rows, stage):
                     elif budget == "time" and slower > 1.1:
                         yield {**spec, "steps": max(1, round(cfg.steps / slower / POINTS)) * POINTS}
                     elif budget == "acting" and v in ACTING:
-                        every_size = case == "builtin" and v in (DEFAULT, BESIDE["without teachers"]) and cfg.acting_steps == Config.acting_steps
+                        every_size = (
+                            case == "builtin"
+                            and v in (DEFAULT, BESIDE["without teachers"])
+                            and cfg.acting_steps == Config.acting_steps
+                        )
                         sizes = cfg.sizes if every_size else (cfg.compression,)
                         yield from ({**spec, "steps": cfg.acting_steps, "times": c} for c in sizes)
 
@@ -425,22 +565,44 @@ def train_teachers(cfg: Config):
         for name in CASES[case]:
             for seed in range(cfg.teachers):
                 out = teacher_dir(cfg.work_dir, name, seed)
-                if run.read_json(out / "metrics.json") is None:
+                if files.read_json(out / "metrics.json") is None:
                     which = {"env": name} if name in data.ENVS else {"dataset": name}
                     print(f"no teacher in {out}: training it", flush=True)
                     steps = 1500 if name in THIRDPARTY else teacher.Config.steps  # with a quarter of the data
-                    teacher.main(teacher.Config(**which, steps=steps, seed=seed, out_dir=str(out), resume=True))
+                    teacher.main(
+                        teacher.Config(**which, steps=steps, seed=seed, out_dir=str(out), resume=True)
+                    )
 
 
 def main(cfg: Config):
-    run.check(cfg, seeds=1, first_seed=0, tune_seeds=1, teachers=1, steps=POINTS, acting_steps=POINTS, compression=1, sizes=1, jobs=1)
-    for option, known in (("cases", CASES), ("only", VARIANTS), ("without", VARIANTS), ("budgets", Config.budgets)):
+    cli.at_least(
+        cfg,
+        seeds=1,
+        first_seed=0,
+        tune_seeds=1,
+        teachers=1,
+        steps=POINTS,
+        acting_steps=POINTS,
+        compression=1,
+        sizes=1,
+        jobs=1,
+    )
+    for option, known in (
+        ("cases", CASES),
+        ("only", VARIANTS),
+        ("without", VARIANTS),
+        ("budgets", Config.budgets),
+    ):
         unknown = set(getattr(cfg, option)) - set(known)
         if unknown:
-            raise run.UserError(f"--{option} {unknown.pop()}: choose from {', '.join(known)}")
+            raise UserError(f"--{option} {unknown.pop()}: choose from {', '.join(known)}")
     if not cfg.report:
-        if {"upgrad", "cagrad"} & set(cfg.only or VARIANTS) - set(cfg.without) and importlib.util.find_spec("torchjd") is None:
-            raise run.UserError("upgrad and cagrad need torchjd: pip install 'torchjd[quadprog-projector,cagrad]'; or --without upgrad cagrad")
+        if {"upgrad", "cagrad"} & set(cfg.only or VARIANTS) - set(cfg.without) and importlib.util.find_spec(
+            "torchjd"
+        ) is None:
+            raise UserError(
+                "upgrad and cagrad need torchjd: pip install 'torchjd[quadprog-projector,cagrad]'; or --without upgrad cagrad"
+            )
         train_teachers(cfg)
         for stage in range(4):
             while specs := missing(cfg, rows := read(cfg.out), stage):
@@ -455,17 +617,24 @@ def missing(cfg: Config, rows, stage):
 
 def run_all(cfg: Config, specs, rows):
     spent = [r["seconds"] / r["steps"] for r in rows] or [0.03]
-    print(f"{len(specs)} runs of about {np.mean(spent) * np.mean([s['steps'] for s in specs]):.0f} s, {cfg.jobs} at a time", flush=True)
+    print(
+        f"{len(specs)} runs of about {np.mean(spent) * np.mean([s['steps'] for s in specs]):.0f} s, {cfg.jobs} at a time",
+        flush=True,
+    )
     with contextlib.ExitStack() as stack:
         if cfg.jobs == 1:
             prepare()
             made = map(one_run, specs)
         else:
-            made = stack.enter_context(multiprocessing.get_context("spawn").Pool(cfg.jobs, prepare)).imap_unordered(one_run, specs)
+            made = stack.enter_context(
+                multiprocessing.get_context("spawn").Pool(cfg.jobs, prepare)
+            ).imap_unordered(one_run, specs)
         for row in tqdm(made, total=len(specs), unit="run", disable=None):
             add(cfg.out, row)
             kl = " ".join(f"{x:.3f}" for x in json.loads(row["kl"])[-1])
-            tqdm.write(f"{row['case']}, {row['variant']}, {row['budget']}, seed {row['seed']}, lr {row['lr']:g}: KL {kl} | {row['seconds']} s")
+            tqdm.write(
+                f"{row['case']}, {row['variant']}, {row['budget']}, seed {row['seed']}, lr {row['lr']:g}: KL {kl} | {row['seconds']} s"
+            )
 
 
 # ---- statistics: rliable's definitions -------------------------------------------------------------------------------
@@ -508,20 +677,41 @@ def report(cfg: Config):
     """Print the tables, write the figures beside the CSV."""
     rows = read(cfg.out)
     if not rows:
-        raise run.UserError(f"{cfg.out} holds no run; run study.py without --report first")
+        raise UserError(f"{cfg.out} holds no run; run study.py without --report first")
     # a row of a rate that has since lost to another counts no more, but for what an update costs
-    lrs = {key: tuned(rows, *key)[0] for key in {(r["case"], r["variant"]) for r in rows if r["budget"] == "tune"}}
-    rows = [r for r in rows if r["budget"] in ("tune", "cost") or r["lr"] == lrs.get((r["case"], r["variant"]), r["lr"])]
+    lrs = {
+        key: tuned(rows, *key)[0]
+        for key in {(r["case"], r["variant"]) for r in rows if r["budget"] == "tune"}
+    }
+    rows = [
+        r
+        for r in rows
+        if r["budget"] in ("tune", "cost") or r["lr"] == lrs.get((r["case"], r["variant"]), r["lr"])
+    ]
     of, acting = {}, {}  # {(budget, times): {case: {variant: runs, by seed}}}, {(times, steps): the same}
     for r in sorted(rows, key=lambda r: (list(CASES).index(r["case"]), r["seed"])):
-        group = acting.setdefault((r["times"], r["steps"]), {}) if r["budget"] == "acting" else of.setdefault((r["budget"], r["times"]), {})
+        group = (
+            acting.setdefault((r["times"], r["steps"]), {})
+            if r["budget"] == "acting"
+            else of.setdefault((r["budget"], r["times"]), {})
+        )
         group.setdefault(r["case"], {}).setdefault(r["variant"], []).append(r)
     order = {v: i for i, v in enumerate(VARIANTS)}
     for budget, title in (("updates", "equal updates"), ("time", "equal time"), ("half", "half the updates")):
         by_case = of.get((budget, cfg.compression), {})
         reference = of.get(("updates", cfg.compression), {})  # `fixed` is its own time budget
         if budget == "time":
-            by_case = {c: {**{v: rs for v, rs in reference.get(c, {}).items() if cost(rows, c, v) > 0 or v == NOVELTY}, **vs} for c, vs in by_case.items()}  # or NaN
+            by_case = {
+                c: {
+                    **{
+                        v: rs
+                        for v, rs in reference.get(c, {}).items()
+                        if cost(rows, c, v) > 0 or v == NOVELTY
+                    },
+                    **vs,
+                }
+                for c, vs in by_case.items()
+            }  # or NaN
         variants = sorted({v for c in by_case.values() for v in c}, key=order.get)
         if compared := {c: runs for c, runs in by_case.items() if "fixed" in reference.get(c, {})}:
             print(f"\n{title}: worst teacher's last KL on held-out episodes\n")
@@ -537,14 +727,23 @@ def report(cfg: Config):
         print(f"\nretention\n\n{retention_table(acting)}")
         for case, by_variant in acting.get((cfg.compression, cfg.acting_steps), {}).items():
             if DEFAULT in by_variant:
-                print(f"\n{case}: scores of teachers and students, {cfg.compression:g} times smaller\n\n{score_table(case, by_variant)}")
+                print(
+                    f"\n{case}: scores of teachers and students, {cfg.compression:g} times smaller\n\n{score_table(case, by_variant)}"
+                )
     by_case = of.get(("updates", cfg.compression), {})
     if by_case:
         folder = Path(cfg.out).parent
         if compared := {c: runs for c, runs in by_case.items() if "fixed" in runs}:
             plot_orders(folder / "study_orders.png", compared)
         plot_surgery(folder / "study_surgery.png", by_case)
-        plot_retention(folder / "study_retention.png", {times: by_case for (times, steps), by_case in sorted(acting.items()) if steps == cfg.acting_steps})
+        plot_retention(
+            folder / "study_retention.png",
+            {
+                times: by_case
+                for (times, steps), by_case in sorted(acting.items())
+                if steps == cfg.acting_steps
+            },
+        )
 
 
 def scores(runs):
@@ -570,7 +769,10 @@ def table(by_case, reference, variants):
     """A line for each variant. Columns: each case; then what is pooled over the cases it has runs of: KL over fixed order's, probability that it is better than
     fixed order, and that NOVELTY is better than it."""
     cases = list(by_case)
-    out = [f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | {NOVELTY} better |", "|---" * (len(cases) + 5) + "|"]
+    out = [
+        f"| | seeds | {' | '.join(cases)} | over fixed order's | better than it | {NOVELTY} better |",
+        "|---" * (len(cases) + 5) + "|",
+    ]
     for v in variants:
         there = [c for c in cases if v in by_case[c]]
         if not there:
@@ -588,7 +790,14 @@ def table(by_case, reference, variants):
 
 def paired(f, runs, others):
     """f(run, other) where the seeds, and with them the teachers, are the same."""
-    return np.array([f(a, b) for a in runs for b in others if a["seed"] == b["seed"] and np.array_equal(a["teacher_scores"], b["teacher_scores"])])
+    return np.array(
+        [
+            f(a, b)
+            for a in runs
+            for b in others
+            if a["seed"] == b["seed"] and np.array_equal(a["teacher_scores"], b["teacher_scores"])
+        ]
+    )
 
 
 def ratios(runs, others):
@@ -600,13 +809,18 @@ def same_seeds(by_case, variants):
     """A line for each variant: NOVELTY's KL over its on the same seed, for the teachers that a seed draws differ more than most variants do; and the probability
     that it is lower there."""
     cases = [c for c in by_case if NOVELTY in by_case[c]]
-    out = [f"| {NOVELTY}'s KL over that of | {' | '.join(cases)} | all of these | lower |", "|---" * (len(cases) + 3) + "|"]
+    out = [
+        f"| {NOVELTY}'s KL over that of | {' | '.join(cases)} | all of these | lower |",
+        "|---" * (len(cases) + 3) + "|",
+    ]
     for v in variants:
         x = {c: y for c in cases if len(y := ratios(by_case[c][NOVELTY], by_case[c].get(v, [])))}
         if x and v != NOVELTY:
             cells = [cell(pooled, [x[c]], "{:.2f}") if c in x else "" for c in cases]
             lower = cell(lambda s: improvement((y, np.ones(1)) for y in s), list(x.values()), "{:.2f}")
-            out.append(f"| {v} | {' | '.join(cells)} | {cell(pooled, list(x.values()), '{:.2f}')} | {lower} |")
+            out.append(
+                f"| {v} | {' | '.join(cells)} | {cell(pooled, list(x.values()), '{:.2f}')} | {lower} |"
+            )
     return "\n".join(out)
 
 
@@ -618,19 +832,38 @@ def in_pairs(s):
 def details(by_case, reference, variants, rows):
     """A line for each variant: of what its runs are made, and what else was measured; pooled over cases, but for how soon fixed order's last KL is reached."""
     cases = list(by_case)
-    out = [f"| | lr | area | mean KL | {' | '.join(f'{c}: reached at' for c in cases)} | time | projected | cosine: 5 %, median, 95 % |", "|---" * (7 + len(cases)) + "|"]
+    out = [
+        f"| | lr | area | mean KL | {' | '.join(f'{c}: reached at' for c in cases)} | time | projected | cosine: 5 %, median, 95 % |",
+        "|---" * (7 + len(cases)) + "|",
+    ]
     for v in variants:
         there = [c for c in cases if v in by_case[c]]
         runs, fixed = {c: by_case[c][v] for c in there}, {c: reference[c]["fixed"] for c in there}
         if not there:
             continue
-        area = np.concatenate([paired(lambda r, f: np.exp(np.mean(np.log(curve(r) / curve(f))[1:])), runs[c], fixed[c]) for c in there])
-        mean = [r["kl"][-1].mean() / iqm([f["kl"][-1].mean() for f in fixed[c]]) for c in there for r in runs[c]]
+        area = np.concatenate(
+            [
+                paired(lambda r, f: np.exp(np.mean(np.log(curve(r) / curve(f))[1:])), runs[c], fixed[c])
+                for c in there
+            ]
+        )
+        mean = [
+            r["kl"][-1].mean() / iqm([f["kl"][-1].mean() for f in fixed[c]]) for c in there for r in runs[c]
+        ]
         every = [r for c in there for r in runs[c]]
         cosine = ", ".join(f"{x:.2f}" for x in np.nanmean([r["cosine"] for r in every], 0)[[0, 2, 4]])
         lrs = "/".join(f"{1000 * runs[c][0]['lr']:g}" for c in there)
         soon = {c: paired(lambda r, f: reached(r, worst(f)), runs[c], fixed[c]) for c in there}
-        soon = " | ".join(("" if c not in soon else cell(pooled, [soon[c]], "{:.2f}") if np.isfinite(soon[c]).all() else "not by all") for c in cases)
+        soon = " | ".join(
+            (
+                ""
+                if c not in soon
+                else cell(pooled, [soon[c]], "{:.2f}")
+                if np.isfinite(soon[c]).all()
+                else "not by all"
+            )
+            for c in cases
+        )
         times = [x for c in there if not math.isnan(x := cost(rows, c, v) / cost(rows, c, "fixed"))]
         out.append(f"| {v} | {lrs} | {iqm(area):.2f} | {iqm(mean):.2f} | {soon} | {f'{np.mean(times):.2f}' if times else ''} | "
                    f"{100 * np.mean([r['projected'] for r in every]):.0f} % | {cosine} |")  # fmt: skip
@@ -640,12 +873,24 @@ def details(by_case, reference, variants, rows):
 def tuning_table(rows):
     """A line for each variant: in each case, its KL with each learning rate on the tuning seeds (those off the grid in brackets); in bold, the one taken."""
     rows = [r for r in rows if r["budget"] == "tune"]
-    cases, names = ([k for k in table if any(r[key] == k for r in rows)] for table, key in ((CASES, "case"), (VARIANTS, "variant")))
-    out = [f"| with {', '.join(f'{1000 * lr:g}' for lr in LRS)} thousandths, or as said | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    cases, names = (
+        [k for k in table if any(r[key] == k for r in rows)]
+        for table, key in ((CASES, "case"), (VARIANTS, "variant"))
+    )
+    out = [
+        f"| with {', '.join(f'{1000 * lr:g}' for lr in LRS)} thousandths, or as said | {' | '.join(cases)} |",
+        "|---" * (len(cases) + 1) + "|",
+    ]
     for v in names:
         cells = []
         for c in cases:
-            best, kl = tuned(rows, c, v)[0], {lr: np.exp(np.log([worst(r) for r in runs]).mean()) for lr, runs in by_rate(rows, c, v).items()}
+            best, kl = (
+                tuned(rows, c, v)[0],
+                {
+                    lr: np.exp(np.log([worst(r) for r in runs]).mean())
+                    for lr, runs in by_rate(rows, c, v).items()
+                },
+            )
             kl = {lr: f"{x:.3f}{'' if lr in LRS else f' ({1000 * lr:g})'}" for lr, x in kl.items()}
             cells.append(", ".join(f"**{x}**" if lr == best else x for lr, x in kl.items()))
         out.append(f"| {v} | {' | '.join(cells)} |")
@@ -666,25 +911,40 @@ def retention_table(acting):
         for case, by_variant in by_case.items():
             for v, runs in by_variant.items():
                 default = by_variant.get(DEFAULT, []) if v != DEFAULT else []
-                more = [paired(lambda a, b, what=what: (kept([a])[what] - kept([b])[what])[0], default, runs) for what in kept(runs)]
+                more = [
+                    paired(lambda a, b, what=what: (kept([a])[what] - kept([b])[what])[0], default, runs)
+                    for what in kept(runs)
+                ]
                 more.append(ratios(runs, default))
-                cells = [*(cell(pooled, [x]) for x in kept(runs).values()), *(cell(pooled, [x]) if len(x) else "" for x in more)]
+                cells = [
+                    *(cell(pooled, [x]) for x in kept(runs).values()),
+                    *(cell(pooled, [x]) if len(x) else "" for x in more),
+                ]
                 out.append(f"| {case} | {times:g} | {steps} | {v} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 
 def score_table(case, by_variant):
     """A line for each task: its teachers' score and the students', of the default and, where their teachers are the same, of what stands beside it."""
-    columns = {name: paired(lambda r, _: r, by_variant.get(v, []), by_variant[DEFAULT]) for name, v in (("student", DEFAULT), *BESIDE.items())}
+    columns = {
+        name: paired(lambda r, _: r, by_variant.get(v, []), by_variant[DEFAULT])
+        for name, v in (("student", DEFAULT), *BESIDE.items())
+    }
     columns = {name: runs for name, runs in columns.items() if len(runs)}
     out = [f"| task | teacher | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     teachers = np.array([r["teacher_scores"] for r in by_variant[DEFAULT]])  # (seeds, tasks)
     for i, task in enumerate(CASES[case]):
-        students = [np.array([r["teacher_scores"][i] * r["retention"][i] for r in runs]) for runs in columns.values()]
-        out.append(f"| {task} | {' | '.join(cell(pooled, [x], '{:.1f}') for x in (teachers[:, i], *students))} |")
+        students = [
+            np.array([r["teacher_scores"][i] * r["retention"][i] for r in runs]) for runs in columns.values()
+        ]
+        out.append(
+            f"| {task} | {' | '.join(cell(pooled, [x], '{:.1f}') for x in (teachers[:, i], *students))} |"
+        )
     out.append(f"| seeds | | {' | '.join(str(len(runs)) for runs in columns.values())} |")
     for what in ("mean", "worst task"):
-        out.append(f"| retention, {what} | | {' | '.join(cell(pooled, [kept(runs)[what]], '{:.2f}') for runs in columns.values())} |")
+        out.append(
+            f"| retention, {what} | | {' | '.join(cell(pooled, [kept(runs)[what]], '{:.2f}') for runs in columns.values())} |"
+        )
     return "\n".join(out)
 
 
@@ -701,7 +961,17 @@ def figure(n, columns, width=4.2, height=3.6):
 def plot_orders(path, by_case):
     """Worst teacher's KL over updates by order; performance profiles of the orders that have runs of every case; and what mixing by distance changes beside
     equal shares, on the same seeds."""
-    orders = ("fixed", "all", "uniform", "dro", "novelty p=1", "novelty p=2", "least", "novelty p=4", "novelty p=inf")
+    orders = (
+        "fixed",
+        "all",
+        "uniform",
+        "dro",
+        "novelty p=1",
+        "novelty p=2",
+        "least",
+        "novelty p=4",
+        "novelty p=inf",
+    )
     fig, (*axes, profiles, beside) = figure(len(by_case) + 2, 3)
     for ax, (case, runs) in zip(axes, by_case.items(), strict=False):
         for i, v in [(i, o) for i, o in enumerate(orders) if o in runs]:
@@ -720,7 +990,12 @@ def plot_orders(path, by_case):
         if all(v in runs for runs in by_case.values()):
             x = [scores(runs[v]) / iqm(scores(runs["fixed"])) for runs in by_case.values()]
             profiles.plot(tau, [np.mean([(s <= t).mean() for s in x]) for t in tau], **style(i), label=v)
-    profiles.set(xscale="log", xlabel="last KL over fixed order's (τ)", ylabel="share of runs at or below τ", title="performance profiles, all cases")
+    profiles.set(
+        xscale="log",
+        xlabel="last KL over fixed order's (τ)",
+        ylabel="share of runs at or below τ",
+        title="performance profiles, all cases",
+    )
     logarithmic(profiles.xaxis)
     for k, runs in enumerate(by_case.values()):
         for j, v in enumerate(("dro", "novelty p=1", "novelty p=2", "novelty p=4")):
@@ -745,9 +1020,19 @@ def logarithmic(axis):
 
 def plot_surgery(path, by_case):
     """What each surgery changes: a run's last worst KL over that of the same order without surgery, on the same seeds; and (grey) what share of updates it changed."""
-    without = {v: {**{k: x for k, x in options.items() if k != "surgery_scope"}, "surgery": "none"} for v, options in VARIANTS.items()}
-    base = {v: next(b for b in VARIANTS if VARIANTS[b] == without[v]) for v in VARIANTS if VARIANTS[v]["surgery"] != "none"}
-    changed = {c: {v: x for v in base if len(x := ratios(runs.get(v, []), runs.get(base[v], [])))} for c, runs in by_case.items()}
+    without = {
+        v: {**{k: x for k, x in options.items() if k != "surgery_scope"}, "surgery": "none"}
+        for v, options in VARIANTS.items()
+    }
+    base = {
+        v: next(b for b in VARIANTS if VARIANTS[b] == without[v])
+        for v in VARIANTS
+        if VARIANTS[v]["surgery"] != "none"
+    }
+    changed = {
+        c: {v: x for v in base if len(x := ratios(runs.get(v, []), runs.get(base[v], [])))}
+        for c, runs in by_case.items()
+    }
     changed = {c: by_variant for c, by_variant in changed.items() if by_variant}
     if not changed:
         return
@@ -779,7 +1064,9 @@ def plot_retention(path, retention):
     points = {k: p for k, p in points.items() if len(p) > 1}
     if not points:
         return
-    cases, variants = ([k for k in table if any(p[i] == k for p in points)] for i, table in enumerate((CASES, VARIANTS)))
+    cases, variants = (
+        [k for k in table if any(p[i] == k for p in points)] for i, table in enumerate((CASES, VARIANTS))
+    )
     fig, axes = figure(2 * len(cases), 2)
     for row, case in enumerate(cases):
         for ax, what in zip(axes[2 * row :], ("mean", "worst task"), strict=False):
@@ -789,7 +1076,12 @@ def plot_retention(path, retention):
                 ax.errorbar(x * 1.02 ** (i - len(variants) / 2), middle, [middle - ends[:, 0], ends[:, 1] - middle], **style(i), marker="o", markersize=4, capsize=2,
                             label=f"{v} ({'/'.join(str(len(k)) for k in y)} seeds)")  # fmt: skip
             ax.axhline(1, color="grey", linewidth=0.8)
-            ax.set(xscale="log", xlabel="times fewer parameters than the teachers", title=f"{case}: {what}", ylabel="retention" if what == "mean" else None)
+            ax.set(
+                xscale="log",
+                xlabel="times fewer parameters than the teachers",
+                title=f"{case}: {what}",
+                ylabel="retention" if what == "mean" else None,
+            )
             ax.set_xticks(x := sorted({t for p in points for t in points[p]}), [f"{t:g}" for t in x])
             ax.minorticks_off()
         axes[2 * row].legend(frameon=False, fontsize=8)
@@ -800,4 +1092,4 @@ def plot_retention(path, retention):
 
 
 if __name__ == "__main__":
-    run.cli(main, Config, __doc__)
+    cli.run(main, Config, __doc__)

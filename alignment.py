@@ -1,0 +1,36 @@
+"""How much of the last update each teacher would take part in: c_i = <grad L_i, u>, and a_i = c_i / <u, u>.
+
+a_i, clipped to [-1, 1], is the share of the previous update u that teacher i's own update would contain. It weighs the
+teachers' scores (--alignment-weight) and says how much of each teacher's gradient to project (--surgery-scope teacher).
+
+Used by distill.py. `exact` takes one forward-mode pass for all teachers; `estimate` the change of each teacher's KL, on
+fixed windows, over the last update.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def exact(losses: Callable[[Tensor], Tensor], theta: Tensor, u: Tensor) -> Tensor:
+    """losses(theta) -> L (N,): c (N,) in one forward-mode pass; no teacher's gradient is ever formed."""
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(theta.detach(), u)
+        return forward_ad.unpack_dual(losses(dual)).tangent
+
+
+def estimate(before: Tensor, after: Tensor, u: Tensor, delta: Tensor) -> Tensor:
+    """c (N,) from the KLs (N,) of the same windows before and after an update that moved theta by delta (P,).
+
+    First order: after - before = <grad L_i, delta>, so a_i is that over <u, delta>. Exact for small steps along -u, an
+    estimate where AdamW bends them (FAMO's trick, Liu et al. 2023, arXiv 2306.03792, section 3.2).
+    """
+    u_delta = u @ delta
+    return torch.where(u_delta != 0, (after - before) / u_delta, 0.0) * (u @ u)
+
+
+def clipped(c: Tensor, uu: Tensor) -> Tensor:
+    """a (N,) in [-1, 1] from c (N,) and uu = <u, u>; 0 where u is."""
+    return torch.where(uu > 0, c / uu, 0.0).clamp(-1, 1)

@@ -1,0 +1,19 @@
+"""What a reader of the method never has to open.
+
+cli            the command line: one flat dataclass, errors in one line, exit codes
+machine        device, precision, memory; what a run was made on
+processes      the processes of a torchrun job
+files          atomic writes; JSON and CSV
+run_directory  a run's folder: settings, lock, what may be overwritten
+signals        SIGTERM and SIGINT, which wait for the end of an update
+checkpoint     a training that can be stopped and resumed
+log            log.csv, TensorBoard, Weights & Biases, tables, seconds by phase
+training       learning-rate schedule, CUDA graphs
+environments   making environments, sizes of their spaces
+minari_files   a Minari dataset as arrays: download, isolated reader, cache
+collect        the built-in datasets, collected with the policies in behaviours/
+"""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line with the value and the remedy, exit code 2."""

@@ -1,0 +1,96 @@
+"""The command line of every script: options from one flat dataclass, a mistake told in one line, exit codes."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from support import UserError, machine, processes, signals
+from support.signals import Stopped
+
+USER_ERROR = 2
+BROKEN_PIPE = 141  # as a shell tells SIGPIPE
+
+
+def run(main: Callable[[Any], Any], config: type, doc: str) -> None:
+    """Run main(config) with options from the command line; tyro takes --help from the fields' comments.
+
+    Exit codes: 2 after a UserError or too little memory, each one line; 130 and 143 after SIGINT and SIGTERM.
+    """
+    machine.keep_freed_memory()
+    signals.install()
+    with _rank_0_alone_prints():
+        cfg = _parsed(config, doc)
+        code = _exit_code(main, cfg)
+        if dist.is_initialized():
+            if code:  # with the others gone, the end of a process group would wait for them or abort
+                sys.stdout.flush()
+                os._exit(code)
+            dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def _rank_0_alone_prints():
+    if processes.rank():
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    else:
+        yield
+
+
+def _parsed(config, doc):
+    with contextlib.redirect_stderr(
+        sys.stdout if processes.rank() else sys.stderr
+    ):  # rank 0 tells a mistyped option
+        return tyro.cli(config, description=doc)
+
+
+def _exit_code(main, cfg):
+    try:
+        main(cfg)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read, `| head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return USER_ERROR
+    except (RuntimeError, MemoryError) as e:
+        if not _out_of_memory(e):
+            raise
+        reason = (str(e).splitlines() or [""])[0][:150]
+        remedy = "try a smaller --batch-size, or --data-device host"
+        print(f"error: out of memory ({reason}); {remedy}", file=sys.stderr)
+        return USER_ERROR
+    except Stopped as e:
+        print(e, file=sys.stdout if processes.rank() else sys.stderr)
+        return 128 + e.signum
+    return 0
+
+
+def _out_of_memory(e):
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
+
+
+def at_least(cfg: Any, **limits: float) -> None:
+    """Raise UserError where a field of cfg, or one of its numbers, is below its least value."""
+    for name, least in limits.items():
+        value = getattr(cfg, name)
+        for x in value if isinstance(value, tuple) else (value,):
+            if not x >= least:  # NaN too
+                raise UserError(f"--{name.replace('_', '-')} {x}: must be at least {least}")
+
+
+def check_trackers(cfg: Any) -> None:
+    """Raise UserError where --tensorboard or --wandb needs a package that is not installed."""
+    for package in ("tensorboard", "wandb"):
+        if getattr(cfg, package) and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{package} needs a package that is not here: pip install {package}")

@@ -1,0 +1,53 @@
+"""Environments and their spaces. Used by data.py, evaluate.py, minari_files.py and research/behaviour.py."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from support import UserError
+
+
+def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
+    """gym.make; raises UserError where the environment is not registered or can't be made."""
+    if env_id not in gym.registry:  # also keeps a dataset from naming an entry point of its own to import
+        raise UserError(
+            f"environment {env_id!r} is not registered with Gymnasium; install and import its package, "
+            f"or use --eval-episodes 0"
+        )
+    _silence_mujoco()
+    try:
+        return gym.make(env_id, **{"disable_env_checker": True, **env_kwargs, **kwargs})
+    except Exception as e:  # noqa: BLE001 - a package that it needs, an option that it does not know, ...
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(
+            f"environment {env_id!r} can't be made ({reason}); install what it needs, or use --eval-episodes 0"
+        ) from None
+
+
+def _silence_mujoco():
+    """MuJoCo says on every gym.make of HalfCheetah that its model file is written in an old way."""
+    try:
+        import mujoco
+    except ImportError:
+        return
+
+    def warn(text):
+        if "is deprecated" not in text:
+            print(f"MuJoCo: {text}")
+
+    mujoco.set_mju_user_warning(warn)
+
+
+def size(space: gym.Space) -> int:
+    """How many numbers a Box's element holds, or how many actions a Discrete space has."""
+    return int(space.n if isinstance(space, gym.spaces.Discrete) else np.prod(space.shape))
+
+
+def one_hot(actions: np.ndarray, space: gym.spaces.Discrete) -> np.ndarray:
+    """actions (L,) -> (L, n) float32. Raises ValueError where one is not in the space."""
+    index = np.reshape(actions, -1).astype(np.int64) - space.start
+    inside = (index >= 0) & (index < space.n)
+    if not inside.all():
+        raise ValueError(f"action {actions[~inside][0]} is not in {space}")
+    return np.eye(int(space.n), dtype=np.float32)[index]

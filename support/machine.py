@@ -1,0 +1,90 @@
+"""Device, precision and memory, and what a run was made on. Used by every script."""
+
+import ctypes
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support import UserError
+
+
+def check_device(name: str) -> None:
+    """Raise UserError where --device names none, or one that is not here; a numbered GPU becomes the current one."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: choose cpu, cuda, cuda:<number> or auto")
+    try:
+        torch.empty(0, device=resolve(name))
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)  # kernels and captured graphs run on the current one
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"--device {name}: not available here ({reason}); choose cpu, cuda or auto") from None
+
+
+def resolve(name: str) -> str:
+    """auto: cuda where there is a GPU, else cpu."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device(cfg: Any) -> str:
+    """The device of a configuration with a field `device`."""
+    return resolve(cfg.device)
+
+
+def bfloat16(cfg: Any) -> bool:
+    """Whether the blocks' products run in bfloat16. --dtype auto: where the device multiplies it natively."""
+    if cfg.dtype != "auto":
+        return cfg.dtype == "bfloat16"
+    if device(cfg) != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+    else:
+        capabilities = {"amx_bf16": torch.cpu._is_amx_tile_supported()}
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def describe(cfg: Any) -> dict[str, Any]:
+    """Device, threads, precision, versions, commit ("+": with uncommitted changes): figures say little without."""
+    return {
+        "device": torch.cuda.get_device_name() if device(cfg).startswith("cuda") else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": "bfloat16" if bfloat16(cfg) else "float32",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _processor():
+    cpuinfo = Path("/proc/cpuinfo")
+    model_name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return model_name[1] if model_name else platform.machine()
+
+
+def _commit():
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed.
+
+    An update frees and takes the same tens of megabytes, and giving them back costs a sixth of it in page faults.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(
+            -3, 2**25
+        )  # M_MMAP_THRESHOLD: the largest there is; above it every tensor is mapped anew
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1,0 +1,383 @@
+"""A Minari dataset as flat arrays: found or downloaded, read in a process of its own, cached. Used by data.py.
+
+The arrays of a dataset of S timesteps and E episodes:
+    table     (S, O + A + 2) float32, a row each timestep: observation; action, scaled to [-1, 1] or one-hot;
+              return-to-go; timestep
+    lengths   (E,) int64        returns  (E,) float64
+    obs_sum, obs_square  (E, O) float64, sums over an episode's timesteps
+and its description {env_id, env_kwargs, max_steps, act_low, act_high, first_action, saturation}.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import safetensors
+import safetensors.numpy
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.storage.datasets_root_dir import get_dataset_path
+
+from support import UserError, environments, files
+
+MAX_STEPS = 100_000  # of an episode at evaluation
+CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
+FORMAT = b"manyteachers cache 3"
+DESCRIPTION = {"env_id", "env_kwargs", "act_low", "act_high", "first_action", "max_steps", "saturation"}
+
+Arrays = dict[str, np.ndarray]
+Description = dict[str, Any]
+
+
+# ---- where a dataset lies --------------------------------------------------------------------------------------------
+
+
+def local(dataset_id: str) -> Path:
+    """Where the files of a Minari dataset are, or would be. Raises UserError where that is no id."""
+    try:
+        parse_dataset_id(dataset_id)
+        return get_dataset_path(dataset_id) / "data"
+    except (ValueError, OSError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"dataset {dataset_id!r}: {reason}; an id looks like mujoco/hopper/medium-v0"
+        ) from None
+
+
+def find(dataset_id: str) -> Path:
+    """The folder of a Minari dataset's files, which Minari downloads where they are not local."""
+    path = local(dataset_id)
+    if path.exists():
+        return path
+    root = get_dataset_path()
+    print(f"{dataset_id} is not in {root}: downloading", flush=True)
+    try:
+        minari.download_dataset(dataset_id)
+    except Exception as e:  # noqa: BLE001 - whatever the hub's client raises
+        reason = (str(e).strip().splitlines() or [""])[0][:150]
+        raise UserError(
+            f"dataset {dataset_id} is not in {root} and can't be downloaded ({type(e).__name__}: {reason}); "
+            f"check the id with `minari list remote` and the network, or copy the dataset there"
+        ) from None
+    return path
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def read(dataset_id: str) -> tuple[Arrays, Description]:
+    """A dataset's arrays and description, from the cache where that was written for these very files."""
+    path = find(dataset_id)
+    prefix = dataset_id.replace("/", "--")
+    try:
+        cached = CACHE / f"{prefix}-{fingerprint(path)}.safetensors"
+    except OSError as e:
+        raise UserError(
+            f"dataset {dataset_id} can't be read ({e.strerror}: {e.filename}); delete {path.parent} to fetch it again"
+        ) from None
+    found = load_arrays(cached)
+    if found is not None:
+        return found
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for outdated in CACHE.glob(f"{prefix}-{'?' * 24}.safetensors"):
+            outdated.unlink()
+        isolated(build, dataset_id, path, cached)
+        return load_arrays(cached)
+    except OSError as e:
+        print(f"no cache under {CACHE} ({e}): the dataset will be read from Minari's files each time")
+        with tempfile.TemporaryDirectory() as folder:
+            isolated(build, dataset_id, path, Path(folder) / "table")
+            return load_arrays(Path(folder) / "table")
+
+
+def fingerprint(path: Path) -> str:
+    """Changes whenever the dataset's files do: their names, sizes and times, and the metadata itself."""
+    digest = hashlib.blake2b(FORMAT, digest_size=12)
+    for f in sorted(path.rglob("*")):
+        status = f.stat()
+        digest.update(f"{f.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    digest.update((path / "metadata.json").read_bytes())
+    return digest.hexdigest()
+
+
+def build(dataset_id: str, path: Path, file: Path) -> None:
+    """Write a dataset's arrays into `file`. Raises OSError where that can't be written."""
+    arrays, about = tabulate(*read_minari(dataset_id, path))
+    blob = safetensors.numpy.save(arrays, {"about": json.dumps(about)})
+    try:
+        files.write(file, blob)
+    except UserError as e:
+        raise OSError(e) from None
+
+
+def load_arrays(file: Path) -> tuple[Arrays, Description] | None:
+    """What `build` wrote; None where it is not there, or not that."""
+    try:
+        with safetensors.safe_open(file, "numpy") as f:
+            about = json.loads(f.metadata()["about"])
+            arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - it is no dict
+        valid = _valid_arrays(arrays, len(about["act_low"])) and _valid_description(about)
+    except Exception:  # noqa: BLE001 - a damaged file can fail in any of these steps, each in its own way
+        return None
+    return (arrays, about) if valid else None
+
+
+def _valid_arrays(arrays, A):
+    table = arrays["table"]
+    lengths = arrays["lengths"]
+    returns = arrays["returns"]
+    sums = [arrays["obs_sum"], arrays["obs_square"]]
+    E = len(lengths)
+    O = table.shape[1] - A - 2
+    types = table.dtype == np.float32 and lengths.dtype == np.int64
+    types = types and all(x.dtype == np.float64 for x in (returns, *sums))
+    shapes = min(O, A, E) > 0 and table.ndim == 2 and lengths.shape == returns.shape == (E,)
+    shapes = shapes and all(x.shape == (E, O) for x in sums)
+    if not (types and shapes):
+        return False
+    finite = all(np.isfinite(x).all() for x in (table, returns, *sums))
+    return bool((lengths > 0).all() and lengths.sum() == len(table) and finite)
+
+
+def _valid_description(about):
+    bounds = np.array([about["act_low"], about["act_high"]], float)
+    return (
+        set(about) == DESCRIPTION
+        and bool(np.isfinite(bounds).all())
+        and isinstance(about["first_action"], (int, type(None)))
+        and type(about["max_steps"]) is int
+        and 0 < about["max_steps"] <= MAX_STEPS
+        and isinstance(about["env_id"], (str, type(None)))
+        and isinstance(about["env_kwargs"], dict)
+    )
+
+
+# ---- the isolated reader ---------------------------------------------------------------------------------------------
+
+USER_ERROR, OS_ERROR = 2, 3  # exit codes of the reader's process
+
+
+def isolated(f: Callable[..., None], dataset_id: str, path: Path, *args: Any) -> None:
+    """f(dataset_id, path, *args) in a forked process, with memory and time in proportion to the files' size.
+
+    HDF5's library can crash, hang or ask for any memory on a damaged file; then this process has a UserError to raise.
+    Without fork (Windows) f is called here.
+    """
+    if not hasattr(os, "fork"):
+        return f(dataset_id, path, *args)
+    n_bytes = sum(x.stat().st_size for x in path.rglob("*"))
+    receiver, sender = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns of forking where there are threads: this child starts none and takes no lock of theirs
+        warnings.simplefilter("ignore")
+        pid = os.fork()
+    if pid == 0:
+        _child(f, (dataset_id, path, *args), n_bytes, sender)
+    os.close(sender)
+    with open(receiver, "rb") as pipe:
+        message = pipe.read().decode(errors="replace")
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == USER_ERROR:
+        raise UserError(message)
+    if code == OS_ERROR:
+        raise OSError(message)
+    if code:
+        reason = message or f"the library that reads it ended with {signal.Signals(-code).name}"
+        raise UserError(
+            f"dataset {dataset_id} can't be read ({reason}); delete {path.parent} to fetch it again"
+        )
+
+
+def _child(f, args, n_bytes, sender):
+    """Run f in the forked process, send the message of what it raised, and end with a code that says which."""
+    code = 1
+    message = ""
+    try:
+        _limit_resources(n_bytes)
+        f(*args)
+        code = 0
+    except UserError as e:
+        code = USER_ERROR
+        message = str(e)
+    except OSError as e:
+        code = OS_ERROR
+        message = str(e)
+    except BaseException as e:  # noqa: BLE001 - whatever it is, the parent is to hear of it
+        message = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+    finally:
+        os.write(sender, message.encode()[:60_000])
+        os._exit(code)
+
+
+def _limit_resources(n_bytes):
+    import resource
+
+    statm = Path("/proc/self/statm")
+    in_use = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 2**36
+    limit = in_use + 2**29 + 50 * n_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(10 + n_bytes // 10**6)
+
+
+# ---- from Minari's files to arrays -----------------------------------------------------------------------------------
+
+
+def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, Description]:
+    """The dataset as it is: table (S, O + A + 2), with rewards for returns-to-go; lengths (E,); its description.
+
+    Raises UserError where it can't be read, or its spaces, numbers or sizes can't be learnt from.
+    """
+    remedy = f"delete {path.parent} to fetch it again"
+    try:
+        dataset = minari.load_dataset(dataset_id)
+        obs_space = dataset.observation_space
+        act_space = dataset.action_space
+        n_episodes = dataset.total_episodes
+        n_steps = dataset.total_steps
+    except Exception as e:  # noqa: BLE001 - h5py, pyarrow and JSON each fail in their own way on a damaged file
+        raise UserError(f"dataset {dataset_id} can't be read ({_reason(e)}); {remedy}") from None
+    _check_spaces(dataset_id, obs_space, act_space)
+    if n_episodes == 0:
+        raise UserError(f"dataset {dataset_id} has no episode; collect or download it again")
+    O = environments.size(obs_space)
+    A = environments.size(act_space)
+    discrete = isinstance(act_space, gym.spaces.Discrete)
+    filled = 0
+    try:
+        table = np.empty((n_steps, O + A + 2), np.float32)
+        lengths = np.zeros(n_episodes, np.int64)
+        for i, episode in enumerate(dataset.iterate_episodes()):
+            L = len(episode.rewards)
+            lengths[i] = L
+            rows = table[filled : filled + L]
+            # the last observation, after the last action, is of no use
+            rows[:, :O] = np.reshape(episode.observations, (-1, O))[:L]
+            if discrete:
+                rows[:, O:-2] = environments.one_hot(episode.actions, act_space)
+            else:
+                rows[:, O:-2] = np.reshape(episode.actions, (-1, A))
+            rows[:, -2] = episode.rewards
+            rows[:, -1] = np.arange(L)
+            filled += L
+    except Exception as e:  # noqa: BLE001 - as above
+        last = i if filled else 0
+        raise UserError(
+            f"dataset {dataset_id} can't be read past episode {last} ({_reason(e)}); {remedy}"
+        ) from None
+    if filled != n_steps or not (lengths > 0).all():
+        raise UserError(
+            f"dataset {dataset_id} announces {n_steps} steps and holds {filled}, "
+            f"in {(lengths > 0).sum()} of {n_episodes} episodes; {remedy}"
+        )
+    _check_finite(dataset_id, table, lengths, O, A)
+    return table, lengths, _description(dataset, table, lengths, O)
+
+
+def _reason(e):
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+
+
+def _check_spaces(dataset_id, obs_space, act_space):
+    if not isinstance(obs_space, gym.spaces.Box):
+        raise UserError(
+            f"dataset {dataset_id} has {type(obs_space).__name__} observations; "
+            f"only continuous (Box) ones can be learnt from"
+        )
+    if not isinstance(act_space, (gym.spaces.Box, gym.spaces.Discrete)):
+        raise UserError(
+            f"dataset {dataset_id} has {type(act_space).__name__} actions; "
+            f"only continuous (Box) and Discrete ones can be learnt from"
+        )
+
+
+def _check_finite(dataset_id, table, lengths, O, A):
+    if np.isfinite(table).all():
+        return
+    row, column = np.argwhere(~np.isfinite(table))[0]
+    episode = np.searchsorted(np.cumsum(lengths), row, side="right")
+    field = "rewards"
+    if column < O + A:
+        field = "observations" if column < O else "actions"
+    raise UserError(
+        f"dataset {dataset_id}: NaN or infinite {field} in episode {episode}; remove that episode"
+    )
+
+
+def _description(dataset, table, lengths, O):
+    spec = dataset._eval_env_spec or dataset.env_spec
+    act_space = dataset.action_space
+    discrete = isinstance(act_space, gym.spaces.Discrete)
+    low, high = _action_bounds(act_space, table[:, O:-2])
+    max_steps = (spec.max_episode_steps if spec else None) or lengths.max()
+    return {
+        "env_id": spec.id if spec else None,
+        "env_kwargs": spec.kwargs if spec else {},
+        "act_low": low.tolist(),
+        "act_high": high.tolist(),
+        "first_action": int(act_space.start) if discrete else None,
+        "max_steps": min(MAX_STEPS, int(max_steps)),
+    }
+
+
+def _action_bounds(act_space, actions):
+    """low, high (A,); an unbounded dimension takes the data's own range."""
+    if isinstance(act_space, gym.spaces.Discrete):
+        return np.zeros(act_space.n), np.ones(act_space.n)
+    low = np.broadcast_to(act_space.low, act_space.shape).reshape(-1).astype(np.float32)
+    high = np.broadcast_to(act_space.high, act_space.shape).reshape(-1).astype(np.float32)
+    bounded = np.isfinite(low) & np.isfinite(high)
+    low = np.where(bounded, low, actions.min(0))
+    high = np.where(bounded, high, actions.max(0))
+    return low, np.where(high > low, high, low + 1)
+
+
+def tabulate(table: np.ndarray, lengths: np.ndarray, about: Description) -> tuple[Arrays, Description]:
+    """What `read` returns, from what `read_minari` does, in place.
+
+    Continuous actions are scaled to [-1, 1], rewards become returns-to-go, observations are summed by episode.
+    """
+    low = np.array(about["act_low"], np.float32)
+    high = np.array(about["act_high"], np.float32)
+    O = table.shape[1] - len(low) - 2
+    actions = table[:, O:-2]
+    saturation = 0.0
+    if about["first_action"] is None:
+        actions -= low
+        actions *= 2 / (high - low)
+        actions -= 1
+        saturation = float((np.abs(actions) > 0.999).mean())
+    rtg = returns_to_go(table[:, -2], lengths)
+    table[:, -2] = rtg
+    ends = np.cumsum(lengths)
+    sums = []
+    squares = []
+    for length, end in zip(lengths, ends, strict=True):
+        obs = table[end - length : end, :O].astype(np.float64)
+        sums.append(obs.sum(0))
+        squares.append(np.einsum("to,to->o", obs, obs))
+    arrays = {
+        "table": table,
+        "lengths": lengths,
+        "returns": rtg[ends - lengths],
+        "obs_sum": np.stack(sums),
+        "obs_square": np.stack(squares),
+    }
+    return arrays, {**about, "saturation": saturation}
+
+
+def returns_to_go(rewards: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Undiscounted sum of rewards from each timestep to its episode's end, (S,) float64."""
+    total = np.concatenate([[0.0], np.cumsum(rewards, dtype=np.float64)])
+    ends = np.repeat(np.cumsum(lengths), lengths)
+    return total[ends] - total[:-1]

@@ -1,0 +1,175 @@
+"""The processes of a torchrun job; with one process, every function here does nothing.
+
+Used by teacher.py and distill.py (sums over the job's processes), data.py (each takes its part of a batch) and the
+other modules of support/ (rank 0 alone prints and writes).
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from support import UserError, machine, signals
+
+# One process may collect or download for that long while the others wait; a dead one is noticed at once.
+TIMEOUT = datetime.timedelta(hours=12)
+GRACE_SECONDS = 10  # after a signal, for a process that waits inside a call
+# (1,) on the device: how many processes were asked to end by a signal, as of the last `summed`.
+_n_requested: Tensor | None = None
+
+
+def rank() -> int:
+    """This process's number in torchrun's job, 0 without one. Rank 0 alone prints, writes and evaluates."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes the job has."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(cfg: Any) -> None:
+    """Meet the job's other processes (nccl for GPUs, gloo for CPUs), each on a GPU of its own. cfg: has `device`."""
+    if world() == 1 or dist.is_initialized():
+        return
+    device = machine.device(cfg)
+    on_gpu = device.startswith("cuda")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if ":" in device:
+        raise UserError(
+            f"--device {cfg.device} names one GPU for {world()} processes; with torchrun say --device cuda, "
+            f"and CUDA_VISIBLE_DEVICES to choose"
+        )
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        n_gpus = torch.cuda.device_count()
+        raise UserError(
+            f"{local_rank + 1} processes or more for {n_gpus} GPUs; use torchrun --nproc_per_node={n_gpus}, "
+            f"or --device cpu"
+        )
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    _end_some_time_after_a_signal()
+    with lost_process_is_a_user_error():
+        store, process_rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps the store over restarts, with the addresses of dead processes: each restart has its own part
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=process_rank, world_size=size, timeout=TIMEOUT)
+
+
+def _end_some_time_after_a_signal():
+    """A process that waits for one that is gone runs no Python, so no handler of a signal: a thread ends it."""
+    signals, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+
+    def end():
+        os.read(signals, 1)
+        time.sleep(GRACE_SECONDS)
+        os.write(
+            2,
+            b"error: asked to end, but waiting for another process of this job; "
+            b"--resume goes on from the last checkpoint\n",
+        )
+        os._exit(143)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+@contextlib.contextmanager
+def lost_process_is_a_user_error() -> Iterator[None]:
+    """Raises UserError where the other processes can't be reached."""
+    try:
+        yield
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0][:150]
+        raise UserError(
+            f"another process of this job ended or can't be reached ({reason}); "
+            f"the same command with --resume goes on from the last checkpoint"
+        ) from None
+
+
+def barrier() -> None:
+    """Wait until every process of the job is here."""
+    if world() > 1:
+        with lost_process_is_a_user_error():
+            dist.all_reduce(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 goes through the `with` block before the others, who find what it made: a dataset, its cache."""
+    if rank():
+        barrier()
+    yield
+    if not rank():
+        barrier()
+
+
+def broadcast_int(x: int) -> int:
+    """Rank 0's x."""
+    if world() == 1:
+        return x
+    value = torch.tensor([int(x)])  # every process sends one type, whatever type its own x has
+    with lost_process_is_a_user_error():
+        dist.broadcast(value, 0)
+    return int(value)
+
+
+def broadcast(x: Tensor) -> None:
+    """x, in place, becomes rank 0's."""
+    if world() > 1:
+        with lost_process_is_a_user_error():
+            dist.broadcast(x, 0)
+
+
+def all_reduce(x: Tensor) -> None:
+    """x, in place, becomes its sum over the job's processes: one call."""
+    if world() > 1:
+        with lost_process_is_a_user_error():
+            dist.all_reduce(x)
+
+
+def summed(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor's sum over the job's processes: one call for all, which also counts who was asked to end."""
+    global _n_requested
+    if world() == 1:
+        return list(tensors)
+    like = tensors[0]
+    requested = like.new_full((1,), float(signals.requested is not None))
+    flat = torch.cat([*(x.reshape(-1).to(like.dtype) for x in tensors), requested])
+    all_reduce(flat)
+    *sums, _n_requested = flat.split([*(x.numel() for x in tensors), 1])
+    return [s.view(x.shape) for s, x in zip(sums, tensors, strict=True)]
+
+
+def averaged(x: Tensor) -> Tensor:
+    """x, the same on every process but for rounding, made the same to the bit."""
+    return x if world() == 1 else summed(x)[0] / world()
+
+
+def end_requested(step: int) -> int | None:
+    """The signal that ends this run after update `step`, if any; all processes of a job give the same answer."""
+    if world() == 1:
+        return signals.requested
+    if _n_requested is None or (_n_requested.is_cuda and step % 16):  # reading it, a GPU is waited for
+        return None
+    return (signals.requested or signal.SIGTERM) if _n_requested.item() else None
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x (n,) of every process, on the CPU: (world, n)."""
+    if world() == 1:
+        return x[None]
+    rows = [torch.empty_like(x) for _ in range(world())]
+    with lost_process_is_a_user_error():
+        dist.all_gather(rows, x)
+    return torch.stack(rows)
