@@ -1,19 +1,23 @@
-"""Which teacher next: a curriculum turns the KL to each teacher into shares, how much of the next batch each gets.
+"""Which teacher next: a curriculum turns the KL to each teacher into shares of the next batch.
 
     shares = METHODS[name](d, step, shares, generator)
 
-d (N,): estimates of the KL between the student and each teacher; step: an integer, or a tensor of one; shares (N,):
-what the last call returned, 1/N each before the first, the only state there is; generator: torch.Generator.
-Returns (N,), non-negative, summing to 1; one-hot for curricula that take one teacher at a time (ONE_AT_A_TIME, and
+    d (N,)       estimates of the KL between the student and each teacher
+    step         number of the update, from 0: an integer, or a tensor of one
+    shares (N,)  what the last call returned, 1/N each before the first: the only state there is
+    generator    torch.Generator, for curricula that draw at random
+
+Returns (N,), non-negative, summing to 1; one-hot for curricula of one teacher at a time (ONE_AT_A_TIME, and
 novelty with power inf). Ties go to the lowest index. Raises NotANumber where a KL is NaN.
 
-Used by distill.py, whose --curriculum offers the names in METHODS. To add one: README, "Change it".
+Used by distill.py, whose --curriculum offers the names in METHODS. To add one, see README, "Changing it".
 """
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-FLOOR = 0.1  # spread evenly under mixed curricula: no teacher is ever without windows, so its KL is never out of date
+# Spread evenly under mixed curricula: no teacher is ever without windows, so its KL is never out of date.
+FLOOR = 0.1
 ONE_AT_A_TIME = ("fixed", "uniform")
 
 
@@ -21,7 +25,9 @@ class NotANumber(ValueError):
     """The KL to a teacher is NaN."""
 
 
-def novelty(d: Tensor, step, shares: Tensor, generator: torch.Generator, power: float = 2.0) -> Tensor:
+def novelty(
+    d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator, power: float = 2.0
+) -> Tensor:
     """s_i ~ d_i^power: learn next from the teachers that the student is most different from.
 
     inf: all to argmax_i d_i, the proposal to the letter; 0: equal shares.
@@ -33,37 +39,35 @@ def novelty(d: Tensor, step, shares: Tensor, generator: torch.Generator, power: 
     return proportional(torch.where(largest > 0, (d / largest) ** power, 1.0))
 
 
-def fixed(d: Tensor, step, shares: Tensor, generator: torch.Generator) -> Tensor:
+def fixed(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator) -> Tensor:
     """One teacher at a time in turn (Rusu et al. 2016, arXiv 1511.06295)."""
     return one_hot(step % len(checked(d)), d)
 
 
-def uniform(d: Tensor, step, shares: Tensor, generator: torch.Generator) -> Tensor:
+def uniform(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator) -> Tensor:
     """One teacher at random."""
     return one_hot(torch.randint(len(checked(d)), (), generator=generator, device=d.device), d)
 
 
-def all_at_once(d: Tensor, step, shares: Tensor, generator: torch.Generator) -> Tensor:
+def all_at_once(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator) -> Tensor:
     """Equal shares of every batch (Tseng)."""
     return torch.full_like(checked(d), 1 / len(d))
 
 
-def dro(d: Tensor, step, shares: Tensor, generator: torch.Generator, eta: float = 0.01) -> Tensor:
+def dro(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator, eta: float = 0.01) -> Tensor:
     """Exponentiated gradient on the shares: s_i <- s_i exp(eta d_i / mean(d)).
 
-    Group DRO (Sagawa et al. 2020, arXiv 1911.08731, algorithm 1), there with d_i itself: its mean takes the scale of
-    the KL out of eta.
+    Group DRO (Sagawa et al. 2020, arXiv 1911.08731, algorithm 1), there with d_i itself: its mean takes the
+    scale of the KL out of eta.
     """
-    weights = shares - FLOOR / len(
-        d
-    )  # without the floor, which would pull them back to each other in every update
+    weights = shares - FLOOR / len(d)  # the floor would pull them back to each other in every update
     mean = d.mean().clamp_min(torch.finfo(d.dtype).tiny)
     weights = weights.clamp_min(1e-6) * (eta * checked(d) / mean).exp()
     return proportional(weights)
 
 
 def checked(d: Tensor) -> Tensor:
-    """d itself. Raises NotANumber where it is NaN; not on a GPU, which would be waited for: there the loop sees it."""
+    """d itself; raises NotANumber where it is NaN. Not on a GPU, which would wait: there the loss is NaN."""
     if d.is_cuda:
         return d
     bad = d.isnan().nonzero().flatten().tolist()

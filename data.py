@@ -1,11 +1,12 @@
 """Offline datasets: tasks, the split into training and held-out episodes, batches of windows.
 
-    python data.py --env hopper                          # what a built-in dataset holds, and its returns as a histogram
-    python data.py --dataset mujoco/hopper/medium-v0     # any Minari dataset: local if present, else downloaded
+    python data.py --env hopper                        # a built-in dataset: statistics, histogram of returns
+    python data.py --dataset mujoco/hopper/medium-v0   # any Minari dataset: local if present, else downloaded
 
-Used by teacher.py and distill.py. Notation: model.py. A dataset's timesteps lie in one table (S, O + A + 2), a row each:
-state, action, return-to-go, timestep. A window is named by its last row, so sampling rows uniformly samples timesteps
-uniformly. A window that would begin before its episode does is padded on the left, as it is at evaluation.
+Used by teacher.py and distill.py. Notation: model.py. A dataset's timesteps lie in one table (S, O + A + 2),
+a row each: state, action, return-to-go, timestep. A window is named by its last row, so sampling rows
+uniformly samples timesteps uniformly. A window that would begin before its episode does is padded on the
+left, as it is at evaluation.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
 
 
-# ---- tasks -----------------------------------------------------------------------------------------------------------
+# ---- tasks -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -141,7 +142,7 @@ def task_name(id_: str) -> str:
     return next((k for k in ENVS if dataset_id(k) == id_), id_)
 
 
-# ---- a dataset, split ------------------------------------------------------------------------------------------------
+# ---- a dataset, split --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -157,10 +158,11 @@ class Dataset:
 
 
 def load(name: str, seed: int = 0) -> Dataset:
-    """The dataset of a built-in task (a key of ENVS) or a Minari id; `seed` chooses the held-out tenth of its episodes.
+    """The dataset of a built-in task (a key of ENVS) or a Minari id; `seed` chooses the held-out tenth of its
+    episodes.
 
-    A built-in dataset that is missing is collected, another downloaded. Raises UserError where that fails, or the data
-    can't be learnt from.
+    A built-in dataset that is missing is collected, another downloaded. Raises UserError where that fails, or
+    the data can't be learnt from.
     """
     id_ = name if "/" in name or name not in ENVS else dataset_id(name)
     if "/" not in id_ and "-v" not in id_:
@@ -200,7 +202,7 @@ def load(name: str, seed: int = 0) -> Dataset:
 
 
 def collect_if_missing(id_: str, steps: int = COLLECT_STEPS) -> None:
-    """Collect the built-in dataset of this id, if it is one and is not there. Raises UserError where that fails."""
+    """Collect a built-in dataset that is not there; does nothing for others. Raises UserError if it fails."""
     task = task_name(id_)
     if minari_files.local(id_).exists() or task not in ENVS or ENVS[task].dataset:
         return
@@ -251,7 +253,7 @@ def _reference_returns(about, returns):
     return (low, high), "the dataset's lowest and highest return"
 
 
-# ---- windows ---------------------------------------------------------------------------------------------------------
+# ---- windows -----------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -270,13 +272,12 @@ class Batch(NamedTuple):
 class Windows:
     """The tables of N tasks as one; sampling is one gather.
 
-    tables: of each task (S_i, O_i + A_i + 2), padded here to the widest task's O and A. context: K.
-    where: "device": the table lies on the training device; "host": see support/host_table.py; "auto": on the host if it
-    would fill more than half of the device's memory.
-    targets: whether a row has 2A columns more, for a teacher's outputs (distill.cache_targets).
-    top: half of a task's windows come from this share of its rows, the last ones: the episodes that returned most. The
-    other half comes from all rows; 1: all windows do. The simplest trajectory weighting of Hong et al. 2023, arXiv
-    2306.13085.
+    tables: of each task (S_i, O_i + A_i + 2), padded here to the widest task's O and A. context: K. where:
+    "device": the table lies on the training device; "host": see support/host_table.py; "auto": on the host if
+    it would fill more than half of the device's memory. targets: whether a row has 2A columns more, for a
+    teacher's outputs (distill.cache_targets). top: half of a task's windows come from this share of its rows,
+    the last ones: the episodes that returned most. The other half comes from all rows; 1: all windows do. The
+    simplest trajectory weighting of Hong et al. 2023, arXiv 2306.13085.
     """
 
     def __init__(
@@ -316,7 +317,8 @@ class Windows:
 
     def _fill(self, rows, table, task):
         """Copy a task's table into its rows of the common one."""
-        O, A = self.O, self.A
+        O = self.O
+        A = self.A
         table = table.to(rows.device)
         rows[:, : task.obs_dim] = table[:, : task.obs_dim]
         rows[:, O : O + task.act_dim] = table[:, task.obs_dim : -2]
@@ -328,7 +330,8 @@ class Windows:
 
     def gather(self, task: Tensor, end: Tensor) -> Batch:
         """The windows of tasks (B,) whose last rows are `end` (B,)."""
-        O, A = self.O, self.A
+        O = self.O
+        A = self.A
         rows = self.rows(end)
         x = self.host.fetch(rows) if self.host else self.table[rows]  # (B, K, columns)
         timesteps = x[..., O + A + 1].long()
@@ -340,9 +343,11 @@ class Windows:
         return Batch(task, x[..., :O], x[..., O : O + A], x[..., O + A], timesteps, mask, rows, targets)
 
     def draw(self, B: int, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Task and last row, (B,) each, of B windows; of a job's processes each takes its part of one common draw.
+        """Task and last row, (B,) each, of B windows; of a job's processes each takes its part of one common
+        draw.
 
-        Systematic sampling: task i gets shares[i] of the windows, rounded up or down at random with the right mean.
+        Systematic sampling: task i gets shares[i] of the windows, rounded up or down at random with the right
+        mean.
         """
         device = self.size.device
         n = B * processes.world()
@@ -375,7 +380,7 @@ class Windows:
         return self.gather(task, self.end(task, (i + 0.5) / n))
 
 
-# ---- python data.py --------------------------------------------------------------------------------------------------
+# ---- python data.py ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass

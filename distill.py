@@ -1,14 +1,14 @@
 """Distil many teachers, one per task, into one smaller student.
 
-    python distill.py                                   # hopper, halfcheetah, walker2d: makes all that is missing first
-    python distill.py --envs hopper ant                 # other built-in tasks
+    python distill.py                          # hopper, halfcheetah, walker2d; trains missing teachers first
+    python distill.py --envs hopper ant        # other built-in tasks
     python distill.py --datasets mujoco/hopper/medium-v0 mujoco/ant/medium-v0
     python distill.py --teachers out/teacher-hopper out/teacher-ant
-    torchrun --nproc_per_node=8 distill.py              # on several GPUs, or CPU cores
+    torchrun --nproc_per_node=8 distill.py     # on several GPUs, or CPU cores
 
-`Learner.update` is the method: which teacher next (curriculum.py), how far from it (kernels/kl.py), what to do where
-the gradient conflicts with the last update (surgery.py). The run's directory then holds config.json, log.csv (a row per
-update), metrics.json, the model and plots.png.
+`Learner.update` is the method: which teacher next (curriculum.py), how far from it (kernels/kl.py), what to
+do where the gradient conflicts with the last update (surgery.py). The run's directory then holds config.json,
+log.csv (a row per update), metrics.json, the model and plots.png.
 """
 
 import dataclasses
@@ -94,9 +94,8 @@ class Config:
     def check(self) -> None:
         """Raise UserError for a value that can't be, before anything is done."""
         cli.at_least(self, teacher_steps=1, n_layer=1, n_head=1, n_embd=1)
-        cli.at_least(
-            self, novelty_power=0, sigma_floor=0, temperature=1e-3, probe_windows=1, probe_interval=1
-        )
+        cli.at_least(self, novelty_power=0, sigma_floor=0, temperature=1e-3)
+        cli.at_least(self, probe_windows=1, probe_interval=1)
         cli.at_least(self, steps=1, batch_size=1, lr=0, warmup=1, weight_decay=0, grad_clip=1e-9)
         cli.at_least(self, eval_episodes=0, seed=0, log_interval=1, checkpoint_interval=1)
         cli.check_trackers(self)
@@ -109,8 +108,8 @@ class Config:
             raise UserError(f"--alignment-weight {self.alignment_weight}: must be finite")
         if self.surgery_scope == "teacher" and self.surgery in ("none", *surgery.EACH):
             raise UserError(
-                f"--surgery-scope teacher: with --surgery {self.surgery} there is nothing to project by teacher; "
-                f"choose previous"
+                f"--surgery-scope teacher: with --surgery {self.surgery} there is nothing "
+                "to project by teacher; choose previous"
             )
         if self.loss == "nll" and self.curriculum not in ("all", "fixed", "uniform"):
             raise UserError(
@@ -121,7 +120,7 @@ class Config:
             data.dataset_id(env)  # raises for a name that is none
 
 
-# ---- the method ------------------------------------------------------------------------------------------------------
+# ---- the method --------------------------------------------------------------------------------------------
 
 
 class Diverged(ValueError):
@@ -141,10 +140,10 @@ class Losses(NamedTuple):
 class Learner:
     """A student, and all that its updates change: tensors on the device, by name in `state`.
 
-    cfg: see Config. student: its parameters are moved into one flat buffer, theta (P,). teachers: their models, read
-    where targets are live. windows: the training data. generator: of the windows' device.
-    `record` (log_interval, 5 + 3N) holds in row step % log_interval: loss, cosine, projected, gradient norm before and
-    after surgery; and each teacher's share, KL and alignment.
+    cfg: see Config. student: its parameters are moved into one flat buffer, theta (P,). teachers: their
+    models, read where targets are live. windows: the training data. generator: of the windows' device.
+    `record` (log_interval, 5 + 3N) holds in row step % log_interval: loss, cosine, projected, gradient norm
+    before and after surgery; and each teacher's share, KL and alignment.
     """
 
     def __init__(
@@ -162,30 +161,29 @@ class Learner:
         self.generator = generator
         self.distance = Distance(cfg, student)
         self.choose, self.one_at_a_time = curriculum_of(cfg)
-        self.fused = kernels.compiled(windows.size.device) and cfg.surgery in surgery.FUSED
         self.by_teacher = cfg.surgery_scope == "teacher"
         self.estimates = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or self.by_teacher)
+        self.fused = kernels.compiled(windows.size.device) and cfg.surgery in surgery.FUSED
         self._allocate_state()
-        self.updates = self._captured_updates()
+        self._capture_updates()
 
     def step(self, step: int) -> None:
         """Update number `step`, from 0. Raises Diverged where a KL has become NaN (on a CPU)."""
         interval = self.cfg.probe_interval if self.cfg.curriculum == "novelty" else self.cfg.log_interval
-        probing = (
-            self.one_at_a_time and step % interval == 0
-        )  # mixed batches show all teachers: they need no probe
         try:
-            self.updates[probing]()
+            # batches of mixed curricula show every teacher: they need no probe
+            if self.one_at_a_time and step % interval == 0:
+                self.probing_update()
+            else:
+                self.plain_update()
         except curriculum.NotANumber as e:
             raise Diverged(f"{e} in step {step + 1} of the student: stopped; it is") from None
 
-    def update(self, probing: bool) -> None:
+    def update(self) -> None:
         """One update of the method, in which nothing waits for the device."""
         with torch.no_grad():
-            # learn next from the teachers that the student matches least, weighed by their alignment
-            if probing:
-                self.kl.copy_(self.probe_kl())
-            a = self.alignments()
+            # learn next from the teachers that the student matches least, weighed by their alignment a (N,)
+            a = self.alignments.before_update()
             score = self.kl * (1 + self.cfg.alignment_weight * a).clamp_min(0)
             self.shares.copy_(self.choose(score, self.done, self.shares, self.generator))
             batch = self.windows.sample(self.cfg.batch_size, self.shares, self.generator)
@@ -193,20 +191,20 @@ class Learner:
 
         # the distance from each teacher, and the gradient of their sum, weighted by share
         losses = self.losses(batch, targets)
-        g = self.gradient(losses)  # (P,), or (n, P) where surgery takes every teacher's
+        g = self.gradient(losses)
 
         with torch.no_grad():
             # never against the last update
             kappa = self.kappa(losses)
-            before = self.theta.detach().clone() if self.estimates else None
             step = self.operate_and_descend(g, kappa)
-            # what is known of the distances now
-            kl = self.running_mean(losses)
-            if self.estimates:
-                self.estimate_alignments(self.theta.detach() - before)
-            self.write_record(losses, step, kl, a)
-            self.kl.copy_(torch.where(self.alive, kl, self.kl))
-            self.done.add_(1)
+            self.alignments.after_update()
+            self.remember(losses, step, a)
+
+    def update_after_probe(self) -> None:
+        """`update`, with the KLs measured on fixed windows of every teacher."""
+        with torch.no_grad():
+            self.kl.copy_(processes.averaged(self.probe(None)))
+        self.update()
 
     # ---- the steps of an update ----
 
@@ -218,21 +216,19 @@ class Learner:
 
     def losses(self, batch: data.Batch, targets: Tensor) -> Losses:
         """The distance from each teacher on this batch."""
-        with torch.no_grad():
-            drawn = (batch.task == self.teacher_index[:, None]).sum(1)  # (N,) windows
-            c_sums = torch.zeros_like(self.kl)
-            if self.by_teacher and not self.estimates:
-                c_sums = alignment.exact(
-                    lambda x: self.distance.sums(batch, targets, x)[0], self.theta, self.u
-                )
+        n_windows = (batch.task == self.teacher_index[:, None]).sum(1)  # (N,)
+        c = torch.zeros_like(self.kl)
+        if self.by_teacher and not self.estimates:
+            with torch.no_grad():
+                c = alignment.exact(lambda x: self.distance.sums(batch, targets, x)[0], self.theta, self.u)
         sums, counts = self.distance.sums(batch, targets)
-        all_sums, counts, drawn, c_sums = processes.summed(sums.detach(), counts, drawn, c_sums)
-        share = drawn / (self.cfg.batch_size * processes.world())
+        all_sums, counts, n_windows, c = processes.summed(sums.detach(), counts, n_windows, c)
+        share = n_windows / (self.cfg.batch_size * processes.world())
         n = counts.clamp_min(1)
-        return Losses(share * (sums / n), all_sums / n, share, counts, c_sums / n)
+        return Losses(share * (sums / n), all_sums / n, share, counts, c / n)
 
     def gradient(self, losses: Losses) -> Tensor:
-        """(P,) of the sum of all processes' losses; a row for each teacher in the batch (n, P) for surgery.EACH."""
+        """(P,) of all processes' losses; (n, P), a row for each teacher in the batch, for surgery.EACH."""
         if self.cfg.surgery in surgery.EACH:
             rows = []
             for i in losses.share.nonzero().flatten():
@@ -247,10 +243,11 @@ class Learner:
         return g
 
     def kappa(self, losses: Losses) -> Tensor | None:
-        """How much of u to take away, with --surgery-scope teacher; None: what the batch's own gradient says."""
+        """How much of u to take away, with --surgery-scope teacher; None: what the batch's gradient says."""
         if not self.by_teacher:
             return None
-        return surgery.per_teacher(self.c if self.estimates else losses.c, losses.share, self.u @ self.u)
+        c = self.alignments.c if self.estimates else losses.c
+        return surgery.per_teacher(c, losses.share, self.u @ self.u)
 
     def operate_and_descend(self, g: Tensor, kappa: Tensor | None) -> surgery.Step:
         """Surgery, clipping and AdamW, in place of theta, u, m and v."""
@@ -269,77 +266,60 @@ class Learner:
             weight_decay=self.cfg.weight_decay,
         )
 
-    def running_mean(self, losses: Losses) -> Tensor:
-        """(N,) KL of the training windows over about ten updates: it costs nothing, where every teacher has windows."""
-        if self.one_at_a_time:
-            return self.kl
-        return torch.where(losses.counts > 0, self.kl + 0.1 * (losses.kl - self.kl), self.kl)
-
-    def write_record(self, losses: Losses, step: surgery.Step, kl: Tensor, a: Tensor) -> None:
-        """The update's row of `record`."""
-        scalars = torch.stack(
-            (losses.share @ losses.kl, step.cosine, step.projected, step.norm, step.norm_after)
-        )
+    def remember(self, losses: Losses, step: surgery.Step, a: Tensor) -> None:
+        """Update the running mean of the KLs and write the update's row of `record`."""
+        kl = self.kl
+        if not self.one_at_a_time:  # every teacher has windows: over about ten updates their KL costs nothing
+            kl = torch.where(losses.counts > 0, kl + 0.1 * (losses.kl - kl), kl)
+        loss = losses.share @ losses.kl
+        scalars = torch.stack((loss, step.cosine, step.projected, step.norm, step.norm_after))
         self.record[self.done % self.cfg.log_interval] = torch.cat((scalars, losses.share, kl, a))
-
-    # ---- probing: fixed windows of every teacher ----
-
-    def probe_kl(self, theta: Tensor | None = None) -> Tensor:
-        """(N,) on the probe's windows, the same on all processes to the bit."""
-        return processes.averaged(self.distance(self.probe, self.probe_targets, theta))
-
-    def alignments(self) -> Tensor:
-        """a (N,), zeros where --alignment-weight does not ask for them."""
-        if self.cfg.alignment_weight and not self.estimates:
-            c = alignment.exact(
-                lambda x: self.distance(self.probe, self.probe_targets, x), self.theta, self.u
-            )
-            self.c.copy_(processes.averaged(c))
-        return alignment.clipped(self.c, self.u @ self.u)
-
-    def estimate_alignments(self, delta: Tensor) -> None:
-        """c from the change of the probe's KL over an update that moved theta by delta (P,)."""
-        after = self.probe_kl()
-        self.c.copy_(alignment.estimate(self.last_probe_kl, after, self.u, delta))
-        self.last_probe_kl.copy_(after)
+        self.kl.copy_(torch.where(self.alive, kl, self.kl))
+        self.done.add_(1)
 
     # ---- what can be captured and resumed ----
 
     def _allocate_state(self):
-        """Everything that an update changes lies in tensors on the device: it can be captured once and replayed."""
+        """All that an update changes lies in tensors on the device, so it can be captured and replayed."""
         cfg = self.cfg
         device = self.windows.size.device
         N = len(self.student.cfg.act_dims)
         self.theta = dt.flatten(self.student)  # (P,)
-        self.probe = self.windows.spread(cfg.probe_windows)
-        with torch.no_grad():
-            self.probe_targets = self.targets(self.probe)
-            self.kl = self.distance(self.probe, self.probe_targets).clone()  # (N,) running mean
-        self.last_probe_kl = self.kl.clone()  # (N,)
-        self.c = torch.zeros_like(self.kl)  # (N,) each teacher's <grad L_i, u>
-        self.shares = torch.full_like(self.kl, 1 / N)
         self.u = torch.zeros_like(self.theta.data)  # (P,) the previous update's gradient, after surgery
         self.m = torch.zeros_like(self.theta.data)  # (P,) AdamW's moments
         self.v = torch.zeros_like(self.theta.data)
+        batch = self.windows.spread(cfg.probe_windows)
+        with torch.no_grad():
+            self.probe = functools.partial(self.distance, batch, self.targets(batch))
+            self.kl = self.probe(None).clone()  # (N,) running mean
+        kind = alignment.Exact if cfg.alignment_weight else alignment.Alignments
+        kind = alignment.Estimated if self.estimates else kind
+        self.alignments = kind(self.probe, self.theta, self.u, self.kl)
+        self.shares = torch.full_like(self.kl, 1 / N)
         self.done = torch.zeros(1, dtype=torch.long, device=device)  # updates
-        self.alive = torch.ones((), dtype=torch.bool, device=device)  # no gradient so far was infinite or NaN
+        self.alive = torch.ones((), dtype=torch.bool, device=device)  # no gradient was infinite or NaN yet
         self.record = torch.zeros(cfg.log_interval, 5 + 3 * N, device=device)
         self.schedule = training.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
         self.teacher_index = torch.arange(N, device=device)
-        self.state = {"theta": self.theta.data}
-        for name in ("u", "m", "v", "kl", "last_probe_kl", "c", "shares", "done", "alive", "record"):
+        self.state = {
+            "theta": self.theta.data,
+            "c": self.alignments.c,
+            "last_probe_kl": self.alignments.last_kl,
+        }
+        for name in ("u", "m", "v", "kl", "shares", "done", "alive", "record"):
             self.state[name] = getattr(self, name)
 
-    def _captured_updates(self):
-        """{whether it probes: the update}, as CUDA graphs where nothing reads the device in mid-update."""
-        updates = {probing: functools.partial(self.update, probing) for probing in (True, False)}
+    def _capture_updates(self):
+        """The updates as CUDA graphs, where nothing reads the device in mid-update."""
+        self.plain_update = self.update
+        self.probing_update = self.update_after_probe
         reads_device = self.cfg.targets == "live" or self.cfg.surgery in surgery.EACH or self.windows.host
         if not kernels.compiled(self.theta.device) or reads_device or processes.world() > 1:
-            return updates
-        if not self.one_at_a_time:
-            del updates[True]
+            return
         tensors = list(self.state.values())
-        return {probing: training.captured(f, tensors, self.generator) for probing, f in updates.items()}
+        if self.one_at_a_time:
+            self.probing_update = training.captured(self.update_after_probe, tensors, self.generator)
+        self.plain_update = training.captured(self.update, tensors, self.generator)
 
 
 class Distance:
@@ -362,7 +342,8 @@ class Distance:
 
         theta (P,): parameters in place of the student's own.
         """
-        student, cfg = self.student, self.cfg
+        cfg = self.cfg
+        student = self.student
         if theta is None:
             h = student(*batch[:6], hidden=True)
             weight = student.head.weight
@@ -380,7 +361,7 @@ class Distance:
         return per_teacher(x, batch.mask, batch.task, self.act_dims, self.discrete)
 
     def _baseline(self, mean, log_std, batch, targets):
-        """(B, K, A): squared error of the means, or probabilities; or the data's own negative log-likelihood."""
+        """(B, K, A): squared error of the means, or probabilities; or the data's negative log-likelihood."""
         mse = self.cfg.loss == "mse"
         x = (mean - targets[0]).square() if mse else dt.gaussian_nll(mean, log_std, batch.actions)
         if self.discrete is None:
@@ -399,7 +380,7 @@ def curriculum_of(cfg: Config) -> tuple[Callable[..., Tensor], bool]:
     return choose, one_at_a_time
 
 
-# ---- teachers and their targets --------------------------------------------------------------------------------------
+# ---- teachers and their targets ----------------------------------------------------------------------------
 
 
 class Teacher(NamedTuple):
@@ -418,7 +399,8 @@ def find_teachers(cfg: Config) -> list[Teacher]:
         names = list(DEFAULT_ENVS)
     if names and cfg.teachers and len(names) != len(cfg.teachers):
         raise UserError(
-            f"{len(cfg.teachers)} --teachers for {len(names)} tasks; name one for each task, in the same order"
+            f"{len(cfg.teachers)} --teachers for {len(names)} tasks; "
+            "name one for each task, in the same order"
         )
     directories = [Path(d) for d in cfg.teachers] or [teacher.directory(name) for name in names]
     listed = " ".join(map(str, directories))
@@ -467,14 +449,15 @@ def train_if_missing(cfg: Config, name: str, directory: Path) -> None:
 
 
 def load_teacher(directory: Path, device: str, name: str | None) -> Teacher:
-    """The teacher in a run directory; name: of its task, None for any. Raises UserError where it is another's."""
+    """The teacher in a run directory. Raises UserError where it is not of the task `name`; None: of any."""
     model, meta = dt.load(directory, device)
     task, *more = data.tasks(meta, directory)
     if more:
         raise UserError(f"{directory} holds a student of {1 + len(more)} tasks; a teacher has one")
     if name and task.name != name:
         raise UserError(
-            f"{directory} holds a teacher of {task.name}, not of {name}; put --teachers in the order of the tasks"
+            f"{directory} holds a teacher of {task.name}, not of {name}; "
+            "put --teachers in the order of the tasks"
         )
     metrics = files.read_json(directory / "metrics.json") or {}
     return Teacher(model, task, metrics.get("tasks", {}).get(task.name, {}))
@@ -501,10 +484,11 @@ def live_targets(teachers: list[dt.DecisionTransformer], batch: data.Batch) -> T
 def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows) -> None:
     """Fill the last 2A columns of windows.table: each row's target.
 
-    It comes from a window that shows its teacher at least half a context of what came before, or all there is. Each of
-    a job's processes computes its part.
+    It comes from a window that shows its teacher at least half a context of what came before, or all there
+    is. Each of a job's processes computes its part.
     """
-    table, A = windows.table, windows.A
+    table = windows.table
+    A = windows.A
     half = max(1, windows.K // 2)
     t = table[:, -2 * A - 1].to(windows.size.device).long()  # timestep of each row
     last_of_episode = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])
@@ -528,11 +512,11 @@ def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows)
             rows[:, -2 * A :] = x
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
+# ---- a run -------------------------------------------------------------------------------------------------
 
 
 def main(cfg: Config) -> None:
-    """Train what is missing, distil, evaluate; write the run's directory. Skips a run that is there already."""
+    """Train what is missing, distil, evaluate; write the run's directory. Skips a finished run."""
     cfg.check()
     out = Path(cfg.out_dir)
     if not run_directory.start(out, cfg):
@@ -695,8 +679,8 @@ class UpdateLog:
     def write(self, step: int, held: list[float]) -> str:
         """The rows of the updates since the last call, up to `step`; held (N,): the held-out KLs after it.
 
-        Returns the interval's line. Raises Diverged where an update was not finite: it was not applied, nor any after
-        it, so the parameters are still the last good ones.
+        Returns the interval's line. Raises Diverged where an update was not finite: it was not applied, nor
+        any after it, so the parameters are still the last good ones.
         """
         rows = self.learner.record[: step % self.cfg.log_interval + 1].tolist()
         rows = rows[-(step + 1 - self.written) :]

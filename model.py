@@ -1,7 +1,7 @@
 """Decision Transformer (Chen et al. 2021, arXiv 2106.01345) with a Gaussian or categorical head.
 
-One class for teacher and student: a student has several tasks, one trunk, and for each task its own input embeddings
-and head. Used by teacher.py, distill.py and all that act with a saved model.
+One class for teacher and student: a student has several tasks, one trunk, and for each task its own input
+embeddings and head. Used by teacher.py, distill.py and all that act with a saved model.
 
 Notation, the same in every file:
     B windows, K timesteps of context, T = 3K tokens (R, s, a), C channels, nh heads, hs = C / nh
@@ -9,7 +9,7 @@ Notation, the same in every file:
     rtg      return-to-go, divided by the task's rtg_scale
     states   normalised with the task's obs_mean and obs_std
     actions  scaled to [-1, 1]; discrete ones one-hot: A is their number
-    mask     (B, K) bool, True where there is a timestep, False where a window begins before its episode (left padding)
+    mask     (B, K) bool, True where there is a timestep, False where a window begins before its episode
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class ModelConfig:
         return torch.tensor(self.discrete, device=device) if any(self.discrete) else None
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -101,7 +101,7 @@ class Block(nn.Module):
         self.out = Linear(4 * C, C)
 
     def forward(self, x: Tensor, mask: Tensor, query: slice = slice(None)) -> Tensor:
-        """x (B, T, C), mask (B, T) -> (B, T', C): the outputs of the tokens x[:, query], those that somebody reads."""
+        """x (B, T, C), mask (B, T) -> (B, T', C), the outputs of the tokens x[:, query]."""
         p = self.dropout if self.training else 0.0
         y = attention(self.qkv(self.ln1(x)), mask, self.n_head, p, query)
         x = x[:, query] + dropout(self.proj(y), p)
@@ -129,16 +129,17 @@ class Heads(nn.Module):
 def waves(timesteps: Tensor) -> Tensor:
     """(B, K) -> (B, K, 2 N_FREQUENCIES): sines and cosines of 1/20 to 1/20,000 radian per timestep.
 
-    After Vaswani et al. 2017, arXiv 1706.03762, section 3.5. Not a learnt row for each timestep, as Chen et al. have
-    it: of a thousand rows each sees little of a short training, and they would be half of a small student. And no
-    faster waves: with so fine a clock, the first steps of episodes that begin alike can be acted by heart.
+    After Vaswani et al. 2017, arXiv 1706.03762, section 3.5. Not a learnt row for each timestep, as Chen et
+    al. have it: of a thousand rows each sees little of a short training, and they would be half of a small
+    student. And no faster waves: with so fine a clock, the first steps of episodes that begin alike can be
+    acted by heart.
     """
     exponents = torch.linspace(0, 1, N_FREQUENCIES, dtype=timesteps.dtype, device=timesteps.device)
     x = timesteps[..., None] * (1000.0**-exponents / 20)
     return torch.cat((x.sin(), x.cos()), dim=-1)
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 class DecisionTransformer(nn.Module):
@@ -184,10 +185,10 @@ class DecisionTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor] | Tensor:
         """The policy at every timestep, from what came before its action: mean and log_std, each (B, K, A).
 
-        Of discrete actions: their log-probabilities, and zeros. hidden: what the head reads instead, (B, K, C).
-        task: an int, and states (B, K, O_task), actions (B, K, A_task); or one index per window (B,), and states and
-        actions padded to the widest task's sizes, as then are the outputs. rtg (B, K), timesteps (B, K) integers,
-        mask (B, K) bool.
+        Of discrete actions: their log-probabilities, and zeros. hidden: what the head reads instead, (B, K,
+        C). task: an int, and states (B, K, O_task), actions (B, K, A_task); or one index per window (B,), and
+        states and actions padded to the widest task's sizes, as then are the outputs. rtg (B, K), timesteps
+        (B, K) integers, mask (B, K) bool.
         """
         x, token_mask = self._embed(task, states, actions, rtg, timesteps, mask)
         state_tokens = slice(1, None, 3)  # they have seen R_t and s_t, not a_t
@@ -202,7 +203,8 @@ class DecisionTransformer(nn.Module):
     def _embed(self, task, states, actions, rtg, timesteps, mask):
         """Tokens (B, 3K, C) and which of them are valid, (B, 3K)."""
         B, K = mask.shape
-        # what is masked must not matter, not even as NaN times zero in a gradient: cleared before anything is computed
+        # what is masked must not matter, not even as NaN times zero in a gradient: cleared before anything is
+        # computed
         states = states.masked_fill(~mask[..., None], 0.0)
         actions = actions.masked_fill(~mask[..., None], 0.0)
         rtg = rtg.masked_fill(~mask, 0.0)
@@ -234,7 +236,8 @@ class DecisionTransformer(nn.Module):
 
 
 def flatten(model: nn.Module) -> nn.Parameter:
-    """Move all parameters into one flat buffer, their gradients into another: theta (P,) with theta.grad (P,).
+    """Move all parameters into one flat buffer, their gradients into another: theta (P,) with theta.grad
+    (P,).
 
     Each parameter becomes a view, so that surgery, clipping and the optimiser are single vector operations.
     """
@@ -270,7 +273,7 @@ def mean_nll(mean: Tensor, log_std: Tensor, x: Tensor, mask: Tensor, discrete: b
     return nll.where(mask, 0.0).sum() / mask.sum()
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 MAX_BYTES = {
     "model.json": 2**24,
@@ -279,10 +282,12 @@ MAX_BYTES = {
 
 
 def save(path: Path | str, model: DecisionTransformer, meta: dict[str, Any]) -> None:
-    """Write model.safetensors and model.json into directory `path`. meta: all that acting needs besides the weights.
+    """Write model.safetensors and model.json into directory `path`. meta: all that acting needs besides the
+    weights.
 
-    JSON keys: config (ModelConfig), parameters, blake2b (of the weights file), and those of meta, {"tasks": [data.Task
-    as a dict]}. Where that can't be written: into a new temporary directory, which the UserError names.
+    JSON keys: config (ModelConfig), parameters, blake2b (of the weights file), and those of meta, {"tasks":
+    [data.Task as a dict]}. Where that can't be written: into a new temporary directory, which the UserError
+    names.
     """
     weights = safetensors.torch.save({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()})
     meta = {
@@ -323,14 +328,14 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Decision
         _check_sizes(cfg, meta["config"], weights)
         model = DecisionTransformer(cfg)
         model.load_state_dict(weights)
-    except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps, each in its own way
+    except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise UserError(f"the model in {path} is damaged ({reason}); train it again") from None
     return model.to(device).eval(), meta
 
 
 def _check_sizes(cfg, given, weights):
-    """Raise ValueError where sizes can't be, or are not those of the weights: before memory is taken for them."""
+    """Raise ValueError where sizes can't be, or differ from the weights': before memory is taken for them."""
     if len(cfg.discrete) != len(cfg.act_dims) or not all(type(d) is bool for d in cfg.discrete):
         raise ValueError(f"discrete {cfg.discrete} of {len(cfg.act_dims)} tasks")
     sizes = (*cfg.obs_dims, *cfg.act_dims, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context)

@@ -1,15 +1,18 @@
-"""What to do with a gradient that conflicts with the previous update: project it onto that one's normal plane.
+"""What to do with a gradient that conflicts with the previous update: project it onto its normal plane.
 
     g, u = METHODS[name](g, u, kappa)
 
-g (P,): this batch's gradient; u (P,): what the last call returned beside it, zeros before the first. kappa (): how much
-of u to take away; None: the batch's own min(0, <g, u>) / <u, u>. Returns the gradient to descend and the next u, (P,).
+    g (P,)    this batch's gradient; (n, P), a row for each teacher in the batch, for names in EACH
+    u (P,)    the previous update's gradient: what the last call returned beside it, zeros before the first
+    kappa ()  how much of u to take away; None: the batch's own min(0, <g, u>) / <u, u>
+
+Returns the gradient to descend and the next u, each (P,).
 
 Per teacher: with g = sum_i s_i g_i and every g_i projected on its own, the sum is g - kappa u, where
-kappa = sum_i s_i min(0, c_i) / <u, u> and c_i = <g_i, u>: `per_teacher`. The c_i come from one forward-mode pass
-(alignment.py), so no teacher's own gradient is ever formed.
+kappa = sum_i s_i min(0, c_i) / <u, u> and c_i = <g_i, u>: `per_teacher`. The c_i come from one forward-mode
+pass (alignment.py), so no teacher's own gradient is ever formed.
 
-Used by distill.py, whose --surgery offers the names in METHODS. To add one: docs/extending.md.
+Used by distill.py, whose --surgery offers the names in METHODS. To add one, see docs/extending.md.
 """
 
 from typing import NamedTuple
@@ -34,9 +37,9 @@ def previous(g: Tensor, u: Tensor, kappa: Tensor | None = None) -> tuple[Tensor,
 def pcgrad(
     g: Tensor, u: Tensor | None = None, kappa: None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Every teacher's gradient against every other's, in random order (Yu et al. 2020, arXiv 2001.06782, algorithm 1).
+    """Every teacher's gradient against every other's, in random order.
 
-    It takes g (n, P), a row for each teacher in the batch, already times its share (EACH).
+    Yu et al. 2020, arXiv 2001.06782, algorithm 1. g (n, P): each teacher's gradient, times its share.
     """
     total = torch.zeros_like(g[0])
     for i in range(len(g)):
@@ -60,10 +63,7 @@ def per_teacher(c: Tensor, shares: Tensor, uu: Tensor) -> Tensor:
 
 METHODS = {"none": none, "previous": previous, "pcgrad": pcgrad}
 EACH = ("pcgrad",)  # those that take every teacher's gradient
-FUSED = (
-    "none",
-    "previous",
-)  # those that kernels.project.project_adamw does with clipping and AdamW in two launches
+FUSED = ("none", "previous")  # those that one call of kernels.project.project_adamw does, AdamW included
 
 
 class Step(NamedTuple):
@@ -88,9 +88,10 @@ def step(
     alive: Tensor,
     **adamw,
 ) -> Step:
-    """Surgery by METHODS[name], clipping and AdamW, in place of theta, u, m, v (P,); g (P,), or (n, P) for EACH.
+    """Surgery by METHODS[name], clipping and AdamW, in place of theta, u, m and v (P,).
 
-    fused: in two launches, for names in FUSED. alive and adamw: kernels.project.project_adamw_ref.
+    g (P,), or (n, P) for names in EACH. fused: on a GPU two launches do it all, for names in FUSED.
+    alive and adamw: see kernels.project.project_adamw_ref.
     """
     if fused:
         on = torch.zeros_like(alive) if name == "none" else None

@@ -77,7 +77,7 @@ class Config:
 
 
 def directory(name: str) -> Path:
-    """Where the teacher of a task (a key of data.ENVS or a Minari id) is kept unless --out-dir says otherwise."""
+    """The default run directory of a task's teacher; name: a key of data.ENVS or a Minari id."""
     return Path("out") / f"teacher-{name.replace('/', '-')}"
 
 
@@ -245,13 +245,8 @@ def train(
             due = (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
             if due and not processes.rank():
                 rows = learner.record[: step % cfg.log_interval + 1].tolist()
-                for i, (loss, norm) in enumerate(rows, step + 1 - len(rows)):
-                    if not math.isfinite(loss + norm):  # not applied, nor any update after it
-                        dt.save(out, learner.model, meta)
-                        raise UserError(
-                            f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of teacher {task.name}: "
-                            f"stopped; the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}"
-                        )
+                check_finite(rows, step + 1 - len(rows), cfg, out, learner.model, task, meta)
+                loss, norm = rows[-1]
                 held = held_out_nll()
                 lr = training.learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
                 seconds = checkpoint.seconds
@@ -261,6 +256,28 @@ def train(
                 bar.write(log.progress(step + 1, cfg.steps, seconds, text))
             checkpoint.after(step + 1)
     return checkpoint
+
+
+def check_finite(
+    rows: list[list[float]],
+    first: int,
+    cfg: Config,
+    out: Path,
+    model: dt.DecisionTransformer,
+    task: data.Task,
+    meta: dict[str, Any],
+) -> None:
+    """Raise UserError where a loss or a gradient of updates first, first + 1, ... is not finite.
+
+    That update was not applied, nor any after it: the model of before is saved.
+    """
+    for i, (loss, norm) in enumerate(rows, first):
+        if not math.isfinite(loss + norm):
+            dt.save(out, model, meta)
+            raise UserError(
+                f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of teacher {task.name}: stopped; "
+                f"the model before that step is kept in {out}; try a lower --lr than {cfg.lr:g}"
+            )
 
 
 def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held: float) -> dict[str, Any]:
