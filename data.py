@@ -41,6 +41,7 @@ ENVS = {
     "ant": Env("Ant-v5", {"include_cfrc_ext_in_observation": False}, (-325.6, 3879.7)),  # 27 observations
     "halfcheetah-back": Env("HalfCheetah-v5", {"forward_reward_weight": -1.0}),  # paid for running backwards
 }
+DEFAULT_ENVS = ("hopper", "halfcheetah", "walker2d")  # of distill.py
 COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
 

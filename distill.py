@@ -36,12 +36,11 @@ import teacher
 from kernels.kl import DIRECTIONS, head_kl, per_teacher, policies
 from support import UserError, cli, files, log, machine, processes, run_directory, training
 from support.checkpoint import Checkpoint
+from support.update_log import Diverged, UpdateLog
 
-DEFAULT_ENVS = ("hopper", "halfcheetah", "walker2d")
 Envs = tuple[Literal[tuple(data.ENVS)], ...]
 Curricula = Literal[tuple(curriculum.METHODS)]
 Surgeries = Literal[tuple(surgery.METHODS)]
-LOG_ROWS = 10_000  # a training of more updates logs every second, third, ... of them
 
 
 @dataclasses.dataclass
@@ -121,10 +120,6 @@ class Config:
 
 
 # ---- the method --------------------------------------------------------------------------------------------
-
-
-class Diverged(ValueError):
-    """A KL, a loss or a gradient is not finite."""
 
 
 class Losses(NamedTuple):
@@ -380,87 +375,7 @@ def curriculum_of(cfg: Config) -> tuple[Callable[..., Tensor], bool]:
     return choose, one_at_a_time
 
 
-# ---- teachers and their targets ----------------------------------------------------------------------------
-
-
-class Teacher(NamedTuple):
-    model: dt.DecisionTransformer
-    task: data.Task
-    metrics: dict[str, Any]  # of its task, from its metrics.json
-
-
-def find_teachers(cfg: Config) -> list[Teacher]:
-    """Load the teachers, in the order of the command line, and train those that are missing.
-
-    Raises UserError where they do not fit the tasks or each other.
-    """
-    names = [*cfg.envs, *map(data.task_name, cfg.datasets)]
-    if not names and not cfg.teachers:
-        names = list(DEFAULT_ENVS)
-    if names and cfg.teachers and len(names) != len(cfg.teachers):
-        raise UserError(
-            f"{len(cfg.teachers)} --teachers for {len(names)} tasks; "
-            "name one for each task, in the same order"
-        )
-    directories = [Path(d) for d in cfg.teachers] or [teacher.directory(name) for name in names]
-    listed = " ".join(map(str, directories))
-    if len(set(directories)) < len(directories):
-        raise UserError(f"the same task twice among {listed}; name each once")
-    found = []
-    for i, directory in enumerate(directories):
-        if not cfg.teachers:
-            train_if_missing(cfg, names[i], directory)
-        found.append(load_teacher(directory, machine.device(cfg), names[i] if names else None))
-    if len({t.task.name for t in found}) < len(found):
-        raise UserError(f"two teachers of one task among {listed}; a student takes one for each task")
-    contexts = {t.model.cfg.context for t in found}
-    if len(contexts) > 1:
-        raise UserError(
-            f"teachers of different context lengths {sorted(contexts)}; train them with one --context"
-        )
-    return found
-
-
-def train_if_missing(cfg: Config, name: str, directory: Path) -> None:
-    """Train the teacher of a task with teacher.py's defaults, unless it is there."""
-    if files.read_json(directory / "metrics.json"):
-        steps = (files.read_json(directory / "config.json") or {}).get("steps")
-        differs = (
-            f", of {steps} updates in place of {cfg.teacher_steps}" if steps != cfg.teacher_steps else ""
-        )
-        print(f"teacher of {name} is there: {directory}{differs}")
-        return
-    print(f"no teacher in {directory}: training it", flush=True)
-    shared = (
-        "seed",
-        "device",
-        "dtype",
-        "eval_episodes",
-        "checkpoint_interval",
-        "resume",
-        "overwrite",
-        "data_device",
-        "tensorboard",
-        "wandb",
-    )
-    options = {option: getattr(cfg, option) for option in shared}
-    options["env" if name in data.ENVS else "dataset"] = name
-    teacher.main(teacher.Config(**options, steps=cfg.teacher_steps))
-
-
-def load_teacher(directory: Path, device: str, name: str | None) -> Teacher:
-    """The teacher in a run directory. Raises UserError where it is not of the task `name`; None: of any."""
-    model, meta = dt.load(directory, device)
-    task, *more = data.tasks(meta, directory)
-    if more:
-        raise UserError(f"{directory} holds a student of {1 + len(more)} tasks; a teacher has one")
-    if name and task.name != name:
-        raise UserError(
-            f"{directory} holds a teacher of {task.name}, not of {name}; "
-            "put --teachers in the order of the tasks"
-        )
-    metrics = files.read_json(directory / "metrics.json") or {}
-    return Teacher(model, task, metrics.get("tasks", {}).get(task.name, {}))
+# ---- teachers' targets ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -526,7 +441,7 @@ def main(cfg: Config) -> None:
         return
     clock = log.Clock()
     with clock("teachers"):
-        found = find_teachers(cfg)
+        found = teacher.find(cfg)
     models = [t.model for t in found]
     tasks = [t.task for t in found]
     with clock("data"):
@@ -636,7 +551,7 @@ def train(
     settings = run_directory.settings(cfg)
     checkpoint = Checkpoint(out, cfg, learner.state, generators, meta["tasks"], settings)
     first, csv = checkpoint.restore()
-    rows = UpdateLog(cfg, learner, tasks, csv, first, checkpoint)
+    rows = UpdateLog(cfg, learner.record, [t.name for t in tasks], csv, first, checkpoint)
     silent = True if processes.rank() else None
     bar = tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=silent)
     with bar, checkpoint:
@@ -653,84 +568,6 @@ def train(
                 raise UserError(f"{e} kept in {out}; try a lower --lr than {cfg.lr:g}") from None
             checkpoint.after(step + 1)
     return checkpoint
-
-
-class UpdateLog:
-    """A row of log.csv for every update, read back from the learner's record once an interval."""
-
-    def __init__(
-        self,
-        cfg: Config,
-        learner: Learner,
-        tasks: list[data.Task],
-        csv: log.Log | None,
-        first: int,
-        checkpoint: Checkpoint,
-    ):
-        self.cfg = cfg
-        self.learner = learner
-        self.tasks = tasks
-        self.csv = csv
-        self.checkpoint = checkpoint
-        self.written = max(first // cfg.log_interval * cfg.log_interval, min(first, 1))  # rows logged before
-        self.seconds = checkpoint.seconds  # when they were
-        self.every = -(-cfg.steps // LOG_ROWS)
-
-    def write(self, step: int, held: list[float]) -> str:
-        """The rows of the updates since the last call, up to `step`; held (N,): the held-out KLs after it.
-
-        Returns the interval's line. Raises Diverged where an update was not finite: it was not applied, nor
-        any after it, so the parameters are still the last good ones.
-        """
-        rows = self.learner.record[: step % self.cfg.log_interval + 1].tolist()
-        rows = rows[-(step + 1 - self.written) :]
-        now = self.checkpoint.seconds
-        for i, row in enumerate(rows, self.written):
-            self._check_finite(i, row)
-            if (i + 1) % self.every and i not in (0, step):
-                continue
-            seconds = self.seconds + (now - self.seconds) * (i + 1 - self.written) / len(rows)
-            self.csv.row(**self._cells(i, row, seconds, held if i == step else None))
-        self.csv.flush()
-        self.written = step + 1
-        self.seconds = now
-        loss, cosine, *_ = rows[-1]
-        kls = " ".join(f"{x:.3f}" for x in held)
-        text = f"loss {loss:6.3f} | held-out KL {kls} | cos {cosine:5.2f}"
-        return log.progress(step + 1, self.cfg.steps, now, text)
-
-    def _cells(self, i, row, seconds, held):
-        N = len(self.tasks)
-        loss, cosine, projected, norm, norm_after, *each = row
-        cells = {
-            "step": i + 1,
-            "loss": loss,
-            "lr": training.learning_rate(i, self.cfg.steps, self.cfg.lr, self.cfg.warmup),
-            "cosine": cosine,
-            "projected": int(projected),
-            "grad_norm": norm,
-            "surgered_norm": norm_after,
-            "seconds": seconds,
-        }
-        for j, task in enumerate(self.tasks):
-            cells[f"share_{task.name}"] = each[j]
-            cells[f"kl_{task.name}"] = each[N + j]
-            cells[f"alignment_{task.name}"] = each[2 * N + j]
-            cells[f"heldout_kl_{task.name}"] = held and held[j]
-        return cells
-
-    def _check_finite(self, i, row):
-        N = len(self.tasks)
-        loss, _, _, norm, _, *each = row
-        if math.isfinite(loss + norm):
-            return
-        shares = each[:N]
-        kls = each[N : 2 * N]
-        bad = next((j for j, x in enumerate(kls) if not math.isfinite(x)), shares.index(max(shares)))
-        raise Diverged(
-            f"loss {loss:.4g}, gradient norm {norm:.4g} in step {i + 1} of the student, "
-            f"learning from teacher {self.tasks[bad].name}: stopped; the student before that step is"
-        )
 
 
 def evaluated(

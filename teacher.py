@@ -5,14 +5,14 @@
     torchrun --nproc_per_node=8 teacher.py --env hopper
 
 The run's directory, out/teacher-<task>, then holds config.json, log.csv, metrics.json and the model.
-distill.py trains the teachers that it lacks by calling `main`.
+distill.py loads teachers, and trains those that are missing, by `find`.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -300,6 +300,86 @@ def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held:
             flush=True,
         )
     return metrics
+
+
+# ---- the teachers of a student -----------------------------------------------------------------------------
+
+
+class Teacher(NamedTuple):
+    model: dt.DecisionTransformer
+    task: data.Task
+    metrics: dict[str, Any]  # of its task, from its metrics.json
+
+
+def find(cfg: Any) -> list[Teacher]:
+    """Load the teachers that distill.Config names, in that order, and train those that are missing.
+
+    Raises UserError where they do not fit the tasks or each other.
+    """
+    names = [*cfg.envs, *map(data.task_name, cfg.datasets)]
+    if not names and not cfg.teachers:
+        names = list(data.DEFAULT_ENVS)
+    if names and cfg.teachers and len(names) != len(cfg.teachers):
+        raise UserError(
+            f"{len(cfg.teachers)} --teachers for {len(names)} tasks; "
+            "name one for each task, in the same order"
+        )
+    directories = [Path(d) for d in cfg.teachers] or [directory(name) for name in names]
+    listed = " ".join(map(str, directories))
+    if len(set(directories)) < len(directories):
+        raise UserError(f"the same task twice among {listed}; name each once")
+    found = []
+    for i, path in enumerate(directories):
+        if not cfg.teachers:
+            train_if_missing(cfg, names[i], path)
+        found.append(load(path, machine.device(cfg), names[i] if names else None))
+    if len({t.task.name for t in found}) < len(found):
+        raise UserError(f"two teachers of one task among {listed}; a student takes one for each task")
+    contexts = {t.model.cfg.context for t in found}
+    if len(contexts) > 1:
+        raise UserError(
+            f"teachers of different context lengths {sorted(contexts)}; train them with one --context"
+        )
+    return found
+
+
+def train_if_missing(cfg: Any, name: str, path: Path) -> None:
+    """Train the teacher of a task with teacher.py's defaults, unless it is there."""
+    if files.read_json(path / "metrics.json"):
+        steps = (files.read_json(path / "config.json") or {}).get("steps")
+        note = f", of {steps} updates in place of {cfg.teacher_steps}"
+        print(f"teacher of {name} is there: {path}{note if steps != cfg.teacher_steps else ''}")
+        return
+    print(f"no teacher in {path}: training it", flush=True)
+    shared = (
+        "seed",
+        "device",
+        "dtype",
+        "eval_episodes",
+        "checkpoint_interval",
+        "resume",
+        "overwrite",
+        "data_device",
+        "tensorboard",
+        "wandb",
+    )
+    options = {option: getattr(cfg, option) for option in shared}
+    options["env" if name in data.ENVS else "dataset"] = name
+    main(Config(**options, steps=cfg.teacher_steps))
+
+
+def load(path: Path, device: str, name: str | None) -> Teacher:
+    """The teacher in a run directory. Raises UserError where it is not of the task `name`; None: of any."""
+    model, meta = dt.load(path, device)
+    task, *more = data.tasks(meta, path)
+    if more:
+        raise UserError(f"{path} holds a student of {1 + len(more)} tasks; a teacher has one")
+    if name and task.name != name:
+        raise UserError(
+            f"{path} holds a teacher of {task.name}, not of {name}; put --teachers in the order of the tasks"
+        )
+    metrics = files.read_json(path / "metrics.json") or {}
+    return Teacher(model, task, metrics.get("tasks", {}).get(task.name, {}))
 
 
 if __name__ == "__main__":
