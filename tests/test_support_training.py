@@ -1,0 +1,39 @@
+"""support/training.py: the schedule, and what a captured function keeps. Real CUDA graphs need a GPU."""
+
+import gc
+import unittest.mock
+import weakref
+
+import pytest
+import torch
+
+from support import training
+
+
+def test_schedule__warms_up_then_decays_to_zero_with_adamws_corrections():
+    rows = training.schedule(10, peak=2.0, warmup=4).double()
+    wanted = [0.5, 1.0, 1.5, 2.0, 2.0, 10 / 6, 8 / 6, 1.0, 4 / 6, 2 / 6]
+    assert torch.allclose(rows[:, 0], torch.tensor(wanted, dtype=torch.float64))
+    t = torch.arange(1, 11, dtype=torch.float64)
+    assert torch.allclose(rows[:, 1], 1 - 0.9**t)
+    assert torch.allclose(rows[:, 2], 1 - 0.999**t)
+    assert torch.equal(rows[:, 3], t)
+
+
+def test_learning_rate__reaches_its_peak_where_all_steps_are_warm_up():
+    rates = [training.learning_rate(step, 4, 1.0, warmup=4) for step in range(4)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_captured__keeps_the_tensors_that_it_reads_and_puts_back_those_that_it_changes(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", unittest.mock.MagicMock())
+    rows = training.schedule(1, 1.0, 1)
+    total = torch.zeros(4)
+    assert len(rows) >= training.WARM_UP_CALLS  # it is called so often whatever --steps says
+    replay = training.captured(lambda rows=rows: total.add_(rows.sum(0)), [total], torch.Generator())
+    alive = weakref.ref(rows)
+    del rows
+    gc.collect()
+    assert alive() is not None
+    assert callable(replay)
+    assert not total.any()
