@@ -23,16 +23,20 @@ from support.signals import Stopped
 class Checkpoint:
     """All that a training changes, in RUN/checkpoint.safetensors.
 
-        checkpoint = Checkpoint(out, cfg, {"theta": theta, ...}, {"windows": generator}, about=..., settings=...)
+        state = {"theta": theta, ...}
+        checkpoint = Checkpoint(out, cfg, state, {"windows": generator}, about=..., settings=...)
         first, log = checkpoint.restore()
         with checkpoint:
             for step in range(first, steps):
                 ...
                 checkpoint.after(step + 1)
 
-    cfg: a dataclass with resume, checkpoint_interval, tensorboard and wandb. state: tensors, restored in place.
-    generators: torch.Generators, besides those of Python, numpy and torch itself. about: JSON that must not have
-    changed (the data's description). settings: the run's, for Weights & Biases.
+    cfg: a dataclass with resume, checkpoint_interval, tensorboard and wandb.
+    state: tensors, restored in place.
+    generators: torch.Generators, saved besides those of Python, numpy and torch itself.
+    about: JSON that must not have changed when a run is resumed (the description of the data).
+    settings: the run's, for Weights & Biases.
+
     Inside `with`, SIGTERM and SIGINT wait for the end of an update, and then end the run with a checkpoint.
     """
 
@@ -62,11 +66,11 @@ class Checkpoint:
 
     @property
     def seconds(self) -> float:
-        """Of training so far, those before a resume too."""
+        """Training time so far, including the time before a resume."""
         return self.seconds_before_resume + time.perf_counter() - self.start
 
     def restore(self) -> tuple[int, Log | None]:
-        """The step to go on from, 0 where nothing is resumed; and the log, rank 0's alone.
+        """The number of updates done, 0 where nothing is resumed; and the log, on rank 0 only.
 
         Raises UserError where the checkpoint is damaged or belongs to other data.
         """
@@ -99,7 +103,7 @@ class Checkpoint:
             step = int(meta["step"])
         except UserError:
             raise
-        except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps, each in its own way
+        except Exception as e:  # noqa: BLE001 - a damaged file fails in any of these steps, in its own way
             reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
             raise UserError(
                 f"{self.path} is damaged ({reason}); --overwrite in place of --resume begins anew"
@@ -120,10 +124,13 @@ class Checkpoint:
         np.random.set_state((kind, tensors["generator numpy"].numpy().view(np.uint32), *position))
 
     def save(self, step: int) -> None:
-        """Called by all processes of a job; rank 0 writes. Raises UserError where the file can't be written."""
-        of_all_ranks = {"generator torch": processes.gathered(torch.get_rng_state())}
+        """Write the checkpoint. All processes of a job call this; rank 0 writes.
+
+        Raises UserError where the file can't be written.
+        """
+        of_every_rank = {"generator torch": processes.gathered(torch.get_rng_state())}
         if torch.cuda.is_available():
-            of_all_ranks["generator cuda"] = processes.gathered(torch.cuda.get_rng_state())
+            of_every_rank["generator cuda"] = processes.gathered(torch.cuda.get_rng_state())
         if processes.rank():
             self.last_saved_step = step
             return
@@ -131,7 +138,7 @@ class Checkpoint:
         kind, numbers, *position = np.random.get_state()
         tensors = {k: x.detach().cpu().clone().contiguous() for k, x in self.state.items()}
         tensors |= {f"generator {k}": g.get_state() for k, g in self.generators.items()}
-        tensors |= {"generator numpy": torch.from_numpy(numbers.view(np.int32)), **of_all_ranks}
+        tensors |= {"generator numpy": torch.from_numpy(numbers.view(np.int32)), **of_every_rank}
         meta = {
             "step": step,
             "seconds": self.seconds,
@@ -144,7 +151,10 @@ class Checkpoint:
         self.last_saved_step = step
 
     def after(self, step: int) -> None:
-        """After an update, `step` of them done: save if that is due; raise Stopped if a signal asked for it."""
+        """To be called after each update; step: how many are done.
+
+        Saves if that is due. Raises Stopped, with a checkpoint, if a signal asked the run to end.
+        """
         signum = processes.end_requested(step)
         if signum is None and step % self.cfg.checkpoint_interval:
             return
@@ -166,7 +176,7 @@ class Checkpoint:
         signals.end_deferring(failed=exception is not None)
 
     def finish(self) -> None:
-        """The run is whole, its metrics.json written: remove the checkpoint, hand the metrics to the trackers."""
+        """The run is complete, its metrics.json written: remove the checkpoint, send trackers the metrics."""
         self.path.unlink(missing_ok=True)
         metrics = {}
         for name, task in files.read_json(self.path.with_name("metrics.json"))["tasks"].items():

@@ -1,4 +1,4 @@
-"""The command line of every script: options from one flat dataclass, a mistake told in one line, exit codes."""
+"""The command line of every script: options from one flat dataclass, errors in one line, exit codes."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from support import UserError, machine, processes, signals
 from support.signals import Stopped
 
 USER_ERROR = 2
-BROKEN_PIPE = 141  # as a shell tells SIGPIPE
+BROKEN_PIPE = 141  # what a shell reports after SIGPIPE
 
 
 def run(main: Callable[[Any], Any], config: type, doc: str) -> None:
@@ -47,9 +47,8 @@ def _rank_0_alone_prints():
 
 
 def _parsed(config, doc):
-    with contextlib.redirect_stderr(
-        sys.stdout if processes.rank() else sys.stderr
-    ):  # rank 0 tells a mistyped option
+    stderr = sys.stdout if processes.rank() else sys.stderr  # rank 0 alone reports a mistyped option
+    with contextlib.redirect_stderr(stderr):
         return tyro.cli(config, description=doc)
 
 
@@ -57,7 +56,7 @@ def _exit_code(main, cfg):
     try:
         main(cfg)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read, `| head` for one, has enough
+    except BrokenPipeError:  # the reader, `| head` for one, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except UserError as e:
@@ -81,7 +80,7 @@ def _out_of_memory(e):
 
 
 def at_least(cfg: Any, **limits: float) -> None:
-    """Raise UserError where a field of cfg, or one of its numbers, is below its least value."""
+    """Raise UserError where a field of cfg, or a number in it, is below its least value in `limits`."""
     for name, least in limits.items():
         value = getattr(cfg, name)
         for x in value if isinstance(value, tuple) else (value,):

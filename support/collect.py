@@ -1,9 +1,11 @@
-"""The built-in datasets: the policies in behaviours/ rolled out into Minari datasets, for want of a download.
+"""The built-in datasets: the policies in behaviours/ rolled out into Minari datasets, in place of a download.
 
-Called by data.py where a built-in dataset is missing; research/behaviour.py trains the policies. Needs numpy alone.
+Used by data.py where a built-in dataset is missing. The policies are bundled; research/behaviour.py
+trains them.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,10 +25,18 @@ from support import UserError
 BEHAVIOURS = Path(__file__).parent / "behaviours"
 N_SNAPSHOTS = 10  # policies of a task
 NOISE = (0.05, 0.1, 0.2)  # standard deviations of the action noise, in units of half the action range
+DESCRIPTION = (
+    f"{len(NOISE)} levels of action noise times {N_SNAPSHOTS} snapshots of one PPO run, "
+    f"from untrained to best"
+)
 
 
 class Behaviour:
-    """A 64-64 tanh network with a frozen observation normaliser: obs (O,) -> action (A,), the mean of PPO's Gaussian."""
+    """A 64-64 tanh network with a frozen observation normaliser.
+
+    Maps an observation (O,) to an action (A,), the mean of PPO's Gaussian.
+    weights: mean, std (O,), w0 (O, 64), b0 (64,), w1 (64, 64), b1 (64,), w2 (64, A), b2 (A,).
+    """
 
     def __init__(self, weights: dict[str, np.ndarray]):
         self.weights = {k: v.astype(np.float32) for k, v in weights.items()}
@@ -51,7 +61,10 @@ def load_behaviours(task: str) -> list[Behaviour]:
 def rollout(
     env: gym.Env, policy: Behaviour, noise: float, rng: np.random.Generator, seed: int
 ) -> dict[str, np.ndarray]:
-    """One episode under Gaussian action noise, clipped to the action space: the fields of Minari's EpisodeBuffer."""
+    """One episode under Gaussian action noise, clipped to the action space.
+
+    noise: in units of half the action range. Returns the fields of Minari's EpisodeBuffer.
+    """
     low = env.action_space.low
     high = env.action_space.high
     obs, _ = env.reset(seed=seed)
@@ -68,14 +81,14 @@ def rollout(
 
 
 def episodes(env: gym.Env, task: str, steps: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Episodes until there are `steps` timesteps: every (snapshot, noise) pair in turn, as many episodes of each."""
+    """Episodes until there are `steps` timesteps. Every pair of snapshot and noise level takes its turn."""
     rng = np.random.default_rng(seed)
-    policies = load_behaviours(task)
-    pairs = [(policy, noise) for noise in NOISE for policy in policies]
+    pairs = list(itertools.product(NOISE, load_behaviours(task)))
     n = 0
     with tqdm(total=steps, unit="step", desc=f"collect {task}", disable=None, unit_scale=True) as bar:
         for i in range(steps):  # an episode has at least one step
-            episode = rollout(env, *pairs[i % len(pairs)], rng, seed + i)
+            noise, policy = pairs[i % len(pairs)]
+            episode = rollout(env, policy, noise, rng, seed + i)
             n += len(episode["rewards"])
             bar.update(min(len(episode["rewards"]), steps - bar.n))
             yield episode
@@ -84,13 +97,15 @@ def episodes(env: gym.Env, task: str, steps: int, seed: int = 0) -> Iterator[dic
 
 
 def collect(dataset_id: str, env: gym.Env, task: str, steps: int) -> None:
-    """Write `dataset_id`, a Minari dataset like any other, of the bundled policies of `task` in env; closes env."""
+    """Write the Minari dataset `dataset_id`: `steps` timesteps of the bundled policies of `task` in env.
+
+    Closes env. Raises UserError where the dataset can't be written.
+    """
     buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes(env, task, steps))]
     root = get_dataset_path()
     _remove_remains(root)
-    temporary = (
-        root / f".collect-{os.getpid()}"
-    )  # a dataset killed half-way must not be taken for a whole one
+    # under another name first: a dataset killed half-way must not be taken for a whole one
+    temporary = root / f".collect-{os.getpid()}"
     final = get_dataset_path(dataset_id)
     try:
         with _datasets_path(temporary):
@@ -103,8 +118,7 @@ def collect(dataset_id: str, env: gym.Env, task: str, steps: int) -> None:
                 author="manyteachers",
                 author_email="-@-.org",
                 code_permalink="behaviour.py",
-                description=f"{len(NOISE)} levels of action noise times {N_SNAPSHOTS} snapshots of one PPO run, "
-                f"from untrained to best",
+                description=DESCRIPTION,
             )
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary / dataset_id, final)
@@ -124,7 +138,7 @@ def collect(dataset_id: str, env: gym.Env, task: str, steps: int) -> None:
 
 
 def _remove_remains(root):
-    """Of killed processes, what they had collected; not of those alive."""
+    """Remove what killed processes had collected, and nothing of those that still run."""
     for old in root.glob(".collect-*"):
         with contextlib.suppress(PermissionError):
             try:

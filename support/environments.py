@@ -21,18 +21,19 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
     except Exception as e:  # noqa: BLE001 - a package that it needs, an option that it does not know, ...
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise UserError(
-            f"environment {env_id!r} can't be made ({reason}); install what it needs, or use --eval-episodes 0"
+            f"environment {env_id!r} can't be made ({reason}); "
+            f"install what it needs, or use --eval-episodes 0"
         ) from None
 
 
 def _silence_mujoco():
-    """MuJoCo says on every gym.make of HalfCheetah that its model file is written in an old way."""
+    """Drop MuJoCo's warning, on every gym.make of HalfCheetah, that its model file's format is deprecated."""
     try:
         import mujoco
     except ImportError:
         return
 
-    def warn(text):
+    def warn(text: str) -> None:
         if "is deprecated" not in text:
             print(f"MuJoCo: {text}")
 

@@ -20,9 +20,9 @@ def write(path: Path | str, blob: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed in mid-run
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as f:  # x: never through a link that somebody laid there
+        with open(temporary, "xb") as f:  # x: never through a symbolic link that somebody put there
             f.write(blob)
             f.flush()
             os.fsync(f.fileno())
@@ -49,6 +49,7 @@ def read_json(path: Path | str) -> dict[str, Any] | None:
 
 
 def write_json(path: Path | str, x: Any) -> None:
+    """Write x as JSON; numbers of numpy and torch become floats. Raises UserError as `write` does."""
     write(path, json.dumps(x, indent=1, default=float).encode())
 
 
@@ -59,5 +60,7 @@ def read_csv(path: Path | str) -> dict[str, np.ndarray]:
             columns, *rows = csv.reader(f)
     except OSError as e:
         raise UserError(f"can't read {path}: {e.strerror}; train again with --overwrite") from None
-    values = np.array([[float(cell or "nan") for cell in row] for row in rows])
-    return dict(zip(columns, values.T, strict=True))
+    values = {}
+    for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
+        values[column] = np.array([float(cell or "nan") for cell in cells])
+    return values

@@ -1,4 +1,4 @@
-"""Data too large for the training device: a table in a file mapped into memory, read ahead by a thread. Used by data.py."""
+"""Data too large for the training device: a memory-mapped table, read ahead by a thread. Used by data.py."""
 
 import concurrent.futures
 import math
@@ -13,7 +13,7 @@ from support import UserError, minari_files
 
 
 def free_bytes(device: torch.device | str) -> float:
-    """Memory: a GPU's that is free, or this machine's, divided among the processes of a job."""
+    """A GPU's free memory; on a CPU the machine's memory, divided by the number of processes of a job."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
@@ -33,7 +33,7 @@ class HostTable:
         self.pending = None  # the thread's read of the rows that are probably fetched next
 
     def read_ahead(self, rows: Tensor) -> None:
-        """Read rows (B, K), probably those of the next `fetch`, while the device is at its update."""
+        """Read rows (B, K), probably those of the next `fetch`, while the device is busy with its update."""
         self.pending = self.thread.submit(self._read, rows.cpu())
 
     def _read(self, rows):
@@ -41,7 +41,7 @@ class HostTable:
         return rows, x.pin_memory() if self.device.type == "cuda" else x
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """rows (B, K) -> (B, K, columns) on the device; only rows that were not read ahead are waited for."""
+        """rows (B, K) -> (B, K, columns) on the device. Only rows that were not read ahead are read now."""
         rows = rows.cpu()
         if self.pending is None:
             guessed, x = self._read(rows)
@@ -57,14 +57,17 @@ class HostTable:
 
 
 def mapped(shape: tuple[int, int]) -> Tensor:
-    """Zeros (float32) in a file that has no name and is gone with the process. Raises UserError for want of room."""
+    """Zeros (float32) in a file that has no name and disappears with the process.
+
+    Raises UserError where the disk has no room for it.
+    """
     n_bytes = 4 * math.prod(shape)
     reservable = hasattr(os, "posix_fallocate")
     folder = minari_files.CACHE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as f:
-            if reservable:  # a full disk is found now: in mid-run it would be a SIGBUS
+            if reservable:  # a full disk is found now; later it would be a SIGBUS
                 os.posix_fallocate(f.fileno(), 0, n_bytes)
             return torch.from_numpy(np.memmap(f, np.float32, "r+" if reservable else "w+", shape=shape))
     except OSError as e:

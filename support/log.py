@@ -1,4 +1,7 @@
-"""What a run prints and logs: log.csv and its trackers, tables, one line an interval, seconds by phase."""
+"""What a run prints and logs: log.csv and its trackers, tables, progress lines, seconds by phase.
+
+Used by teacher.py, distill.py, evaluate.py, export.py, support/checkpoint.py and research/.
+"""
 
 import atexit
 import csv
@@ -13,16 +16,18 @@ from support import UserError, files
 
 
 class Log:
-    """log.csv, a row at a time; its columns are those of the first row.
+    """log.csv, written a row at a time. Its columns are those of the first row.
 
-    size: bytes of an existing file to go on after. trackers: where else rows go, objects with track(step, values).
+    size: bytes of an existing file to continue after; 0 begins a new one.
+    trackers: where else rows go, objects with track(step, values) and close().
+    Raises UserError where the existing file is shorter than `size`.
     """
 
     def __init__(self, path: Path | str, size: int = 0, trackers: tuple = ()):
         self.path = Path(path)
         self.size = size
         self.trackers = trackers
-        self.buffer = io.StringIO(newline="")  # rows that are not in the file yet
+        self.buffer = io.StringIO(newline="")  # rows that are not yet in the file
         self.warned = False
         self.writer = None
         if not size:
@@ -38,6 +43,7 @@ class Log:
         os.truncate(path, size)
 
     def row(self, **values: Any) -> None:
+        """Add a row, {column: value}, and send it to the trackers; None is an empty cell."""
         if self.writer is None:
             self.writer = csv.DictWriter(self.buffer, values)
             self.writer.writeheader()
@@ -45,16 +51,17 @@ class Log:
         self.track(**values)
 
     def track(self, **values: Any) -> None:
+        """Send {column: value}, one of them `step`, to the trackers alone."""
         measured = {k: v for k, v in values.items() if k != "step" and v is not None}
         for tracker in self.trackers:
             tracker.track(values["step"], measured)
 
     def flush(self) -> None:
-        """Write the buffered rows to the file: all, or, where the disk is full, none, which then wait."""
+        """Write the buffered rows to the file: all, or none where that fails. Those stay buffered."""
         text = self.buffer.getvalue().encode()
         try:
             with open(self.path, "ab") as f:
-                if f.tell() < self.size:  # removed in mid-run, with the rows before
+                if f.tell() < self.size:  # the file was removed during the run, with the rows before
                     self.size = 0
                     text = f"{','.join(self.writer.fieldnames)}\r\n".encode() + text
                 f.truncate(self.size)
@@ -92,9 +99,9 @@ class TensorBoard:
 
 
 class WandB:
-    """--wandb: the log's columns in a run of project manyteachers, whose id RUN/wandb.json keeps for --resume.
+    """--wandb: the log's columns in a run of the project manyteachers.
 
-    `WANDB_MODE=offline` does without a network.
+    RUN/wandb.json holds the run's id, for --resume. WANDB_MODE=offline needs no network.
     """
 
     def __init__(self, out_dir: Path, settings: dict[str, Any], step: int):
@@ -137,7 +144,7 @@ class Clock:
 
 
 def cell(value: str | float | None) -> str:
-    """A number, text or None as a table shows it."""
+    """A number, text or None as a table shows it: three digits, "-" for None."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -146,9 +153,11 @@ def cell(value: str | float | None) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned text, numbers to the right; a row may lack a column."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns]
+    """Rows {column: value} as aligned text, numbers to the right; a row may lack a column."""
+    columns = {}  # in the order of their first appearance
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    lines = [list(columns)]
     for row in rows:
         lines.append([cell(row.get(column)) for column in columns])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -160,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def progress(step: int, steps: int, seconds: float, text: str) -> str:
-    """The one line of an interval: step, what is measured, updates a second and remaining time."""
+    """The line printed once an interval: step, text, updates per second and remaining time."""
     remaining = round(seconds / step * (steps - step))
     minutes = f"{remaining // 60}:{remaining % 60:02}"
     return f"step {step:>{len(str(steps))}}/{steps} | {text} | {step / seconds:5.1f} it/s | {minutes} left"

@@ -13,13 +13,16 @@ from support import UserError
 
 
 def check_device(name: str) -> None:
-    """Raise UserError where --device names none, or one that is not here; a numbered GPU becomes the current one."""
+    """Raise UserError where `name` is no device, or one that this machine lacks.
+
+    A numbered GPU becomes the current one.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: choose cpu, cuda, cuda:<number> or auto")
     try:
         torch.empty(0, device=resolve(name))
         if name.startswith("cuda:"):
-            torch.cuda.set_device(name)  # kernels and captured graphs run on the current one
+            torch.cuda.set_device(name)  # kernels and captured graphs run on the current GPU
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name}: not available here ({reason}); choose cpu, cuda or auto") from None
@@ -51,7 +54,7 @@ def bfloat16(cfg: Any) -> bool:
 
 
 def describe(cfg: Any) -> dict[str, Any]:
-    """Device, threads, precision, versions, commit ("+": with uncommitted changes): figures say little without."""
+    """What a run was made on: device, threads, precision, versions, commit ("+": uncommitted changes)."""
     return {
         "device": torch.cuda.get_device_name() if device(cfg).startswith("cuda") else _processor(),
         "threads": torch.get_num_threads(),
@@ -78,13 +81,12 @@ def _commit():
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what is freed.
+    """Have glibc's malloc keep freed memory instead of returning it to the system.
 
-    An update frees and takes the same tens of megabytes, and giving them back costs a sixth of it in page faults.
+    Each update frees and allocates the same tens of megabytes. Returning them costs a sixth of its time, for
+    page faults.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(
-            -3, 2**25
-        )  # M_MMAP_THRESHOLD: the largest there is; above it every tensor is mapped anew
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest: larger tensors are mapped each time
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1,11 +1,14 @@
-"""A Minari dataset as flat arrays: found or downloaded, read in a process of its own, cached. Used by data.py.
+"""A Minari dataset as flat arrays: found or downloaded, read in a process of its own, cached.
 
-The arrays of a dataset of S timesteps and E episodes:
-    table     (S, O + A + 2) float32, a row each timestep: observation; action, scaled to [-1, 1] or one-hot;
-              return-to-go; timestep
-    lengths   (E,) int64        returns  (E,) float64
+Used by data.py and support/host_table.py.
+
+The arrays of a dataset with S timesteps, E episodes, O observation and A action dimensions:
+    table                (S, O + A + 2) float32, a row for each timestep: observation; action, scaled to
+                         [-1, 1] or one-hot; return-to-go; timestep
+    lengths              (E,) int64
+    returns              (E,) float64
     obs_sum, obs_square  (E, O) float64, sums over an episode's timesteps
-and its description {env_id, env_kwargs, max_steps, act_low, act_high, first_action, saturation}.
+Its description: env_id, env_kwargs, max_steps, act_low, act_high, first_action, saturation; see data.Task.
 """
 
 import hashlib
@@ -37,11 +40,11 @@ Arrays = dict[str, np.ndarray]
 Description = dict[str, Any]
 
 
-# ---- where a dataset lies --------------------------------------------------------------------------------------------
+# ---- where a dataset lies ----------------------------------------------------------------------------------
 
 
 def local(dataset_id: str) -> Path:
-    """Where the files of a Minari dataset are, or would be. Raises UserError where that is no id."""
+    """Where the files of a Minari dataset are, or would be. Raises UserError for what can't be an id."""
     try:
         parse_dataset_id(dataset_id)
         return get_dataset_path(dataset_id) / "data"
@@ -53,7 +56,10 @@ def local(dataset_id: str) -> Path:
 
 
 def find(dataset_id: str) -> Path:
-    """The folder of a Minari dataset's files, which Minari downloads where they are not local."""
+    """The folder of a Minari dataset's files; Minari downloads them if they are not local.
+
+    Raises UserError where that fails.
+    """
     path = local(dataset_id)
     if path.exists():
         return path
@@ -70,18 +76,22 @@ def find(dataset_id: str) -> Path:
     return path
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------------------------------------
 
 
 def read(dataset_id: str) -> tuple[Arrays, Description]:
-    """A dataset's arrays and description, from the cache where that was written for these very files."""
+    """A dataset's arrays and description; from the cache if that was written for these very files.
+
+    Raises UserError where the dataset can't be had, read, or learnt from.
+    """
     path = find(dataset_id)
     prefix = dataset_id.replace("/", "--")
     try:
         cached = CACHE / f"{prefix}-{fingerprint(path)}.safetensors"
     except OSError as e:
         raise UserError(
-            f"dataset {dataset_id} can't be read ({e.strerror}: {e.filename}); delete {path.parent} to fetch it again"
+            f"dataset {dataset_id} can't be read ({e.strerror}: {e.filename}); "
+            f"delete {path.parent} to fetch it again"
         ) from None
     found = load_arrays(cached)
     if found is not None:
@@ -120,13 +130,13 @@ def build(dataset_id: str, path: Path, file: Path) -> None:
 
 
 def load_arrays(file: Path) -> tuple[Arrays, Description] | None:
-    """What `build` wrote; None where it is not there, or not that."""
+    """What `build` wrote into `file`; None where there is no such file, or it holds anything else."""
     try:
         with safetensors.safe_open(file, "numpy") as f:
             about = json.loads(f.metadata()["about"])
             arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - it is no dict
         valid = _valid_arrays(arrays, len(about["act_low"])) and _valid_description(about)
-    except Exception:  # noqa: BLE001 - a damaged file can fail in any of these steps, each in its own way
+    except Exception:  # noqa: BLE001 - a damaged file fails in any of these steps, each in its own way
         return None
     return (arrays, about) if valid else None
 
@@ -161,23 +171,25 @@ def _valid_description(about):
     )
 
 
-# ---- the isolated reader ---------------------------------------------------------------------------------------------
+# ---- the isolated reader -----------------------------------------------------------------------------------
 
-USER_ERROR, OS_ERROR = 2, 3  # exit codes of the reader's process
+# exit codes of the reader's process
+USER_ERROR = 2
+OS_ERROR = 3
 
 
 def isolated(f: Callable[..., None], dataset_id: str, path: Path, *args: Any) -> None:
-    """f(dataset_id, path, *args) in a forked process, with memory and time in proportion to the files' size.
+    """f(dataset_id, path, *args) in a forked process, its memory and time limited in proportion to the files.
 
-    HDF5's library can crash, hang or ask for any memory on a damaged file; then this process has a UserError to raise.
-    Without fork (Windows) f is called here.
+    HDF5's library can crash, hang or ask for any amount of memory on a damaged file: this process then raises
+    UserError. Without fork (Windows) f is called here.
     """
     if not hasattr(os, "fork"):
         return f(dataset_id, path, *args)
     n_bytes = sum(x.stat().st_size for x in path.rglob("*"))
     receiver, sender = os.pipe()
     with warnings.catch_warnings():
-        # Python warns of forking where there are threads: this child starts none and takes no lock of theirs
+        # Python warns of a fork beside threads: this child starts none and takes none of their locks
         warnings.simplefilter("ignore")
         pid = os.fork()
     if pid == 0:
@@ -198,7 +210,7 @@ def isolated(f: Callable[..., None], dataset_id: str, path: Path, *args: Any) ->
 
 
 def _child(f, args, n_bytes, sender):
-    """Run f in the forked process, send the message of what it raised, and end with a code that says which."""
+    """Run f in the forked process, send the message of what it raised, and exit with the code for it."""
     code = 1
     message = ""
     try:
@@ -211,7 +223,7 @@ def _child(f, args, n_bytes, sender):
     except OSError as e:
         code = OS_ERROR
         message = str(e)
-    except BaseException as e:  # noqa: BLE001 - whatever it is, the parent is to hear of it
+    except BaseException as e:  # noqa: BLE001 - whatever it is, the parent reports it
         message = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
     finally:
         os.write(sender, message.encode()[:60_000])
@@ -230,11 +242,11 @@ def _limit_resources(n_bytes):
     signal.alarm(10 + n_bytes // 10**6)
 
 
-# ---- from Minari's files to arrays -----------------------------------------------------------------------------------
+# ---- from Minari's files to arrays -------------------------------------------------------------------------
 
 
 def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, Description]:
-    """The dataset as it is: table (S, O + A + 2), with rewards for returns-to-go; lengths (E,); its description.
+    """The dataset, unscaled: table (S, O + A + 2) with rewards for returns-to-go; lengths (E,); description.
 
     Raises UserError where it can't be read, or its spaces, numbers or sizes can't be learnt from.
     """
@@ -245,31 +257,21 @@ def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, De
         act_space = dataset.action_space
         n_episodes = dataset.total_episodes
         n_steps = dataset.total_steps
-    except Exception as e:  # noqa: BLE001 - h5py, pyarrow and JSON each fail in their own way on a damaged file
+    except Exception as e:  # noqa: BLE001 - h5py, pyarrow and JSON fail in their own ways on a damaged file
         raise UserError(f"dataset {dataset_id} can't be read ({_reason(e)}); {remedy}") from None
     _check_spaces(dataset_id, obs_space, act_space)
     if n_episodes == 0:
         raise UserError(f"dataset {dataset_id} has no episode; collect or download it again")
     O = environments.size(obs_space)
     A = environments.size(act_space)
-    discrete = isinstance(act_space, gym.spaces.Discrete)
     filled = 0
     try:
         table = np.empty((n_steps, O + A + 2), np.float32)
         lengths = np.zeros(n_episodes, np.int64)
         for i, episode in enumerate(dataset.iterate_episodes()):
-            L = len(episode.rewards)
-            lengths[i] = L
-            rows = table[filled : filled + L]
-            # the last observation, after the last action, is of no use
-            rows[:, :O] = np.reshape(episode.observations, (-1, O))[:L]
-            if discrete:
-                rows[:, O:-2] = environments.one_hot(episode.actions, act_space)
-            else:
-                rows[:, O:-2] = np.reshape(episode.actions, (-1, A))
-            rows[:, -2] = episode.rewards
-            rows[:, -1] = np.arange(L)
-            filled += L
+            lengths[i] = len(episode.rewards)
+            _fill_rows(table[filled : filled + lengths[i]], episode, O, A, act_space)
+            filled += lengths[i]
     except Exception as e:  # noqa: BLE001 - as above
         last = i if filled else 0
         raise UserError(
@@ -282,6 +284,18 @@ def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, De
         )
     _check_finite(dataset_id, table, lengths, O, A)
     return table, lengths, _description(dataset, table, lengths, O)
+
+
+def _fill_rows(rows, episode, O, A, act_space):
+    """Copy an episode of L timesteps into its rows (L, O + A + 2) of the table."""
+    L = len(episode.rewards)
+    rows[:, :O] = np.reshape(episode.observations, (-1, O))[:L]  # without the one after the last action
+    if isinstance(act_space, gym.spaces.Discrete):
+        rows[:, O:-2] = environments.one_hot(episode.actions, act_space)
+    else:
+        rows[:, O:-2] = np.reshape(episode.actions, (-1, A))
+    rows[:, -2] = episode.rewards
+    rows[:, -1] = np.arange(L)
 
 
 def _reason(e):
@@ -331,7 +345,7 @@ def _description(dataset, table, lengths, O):
 
 
 def _action_bounds(act_space, actions):
-    """low, high (A,); an unbounded dimension takes the data's own range."""
+    """low, high (A,) of the action space; of an unbounded dimension, those of the data."""
     if isinstance(act_space, gym.spaces.Discrete):
         return np.zeros(act_space.n), np.ones(act_space.n)
     low = np.broadcast_to(act_space.low, act_space.shape).reshape(-1).astype(np.float32)
@@ -343,9 +357,9 @@ def _action_bounds(act_space, actions):
 
 
 def tabulate(table: np.ndarray, lengths: np.ndarray, about: Description) -> tuple[Arrays, Description]:
-    """What `read` returns, from what `read_minari` does, in place.
+    """What `read` returns, from what `read_minari` does; `table` is changed in place.
 
-    Continuous actions are scaled to [-1, 1], rewards become returns-to-go, observations are summed by episode.
+    Continuous actions are scaled to [-1, 1], rewards become returns-to-go, and observations are summed.
     """
     low = np.array(about["act_low"], np.float32)
     high = np.array(about["act_high"], np.float32)

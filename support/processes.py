@@ -1,7 +1,7 @@
 """The processes of a torchrun job; with one process, every function here does nothing.
 
-Used by teacher.py and distill.py (sums over the job's processes), data.py (each takes its part of a batch) and the
-other modules of support/ (rank 0 alone prints and writes).
+Used by teacher.py and distill.py (sums over the job's processes), data.py (each process takes its part of a
+batch) and other modules of support/ (rank 0 alone prints and writes).
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from support import UserError, machine, signals
 
-# One process may collect or download for that long while the others wait; a dead one is noticed at once.
+# How long the others wait while one process collects or downloads. A dead process is noticed at once.
 TIMEOUT = datetime.timedelta(hours=12)
 GRACE_SECONDS = 10  # after a signal, for a process that waits inside a call
-# (1,) on the device: how many processes were asked to end by a signal, as of the last `summed`.
+# (1,) on the device: how many processes had received a signal to end at the last call of `summed`.
 _n_requested: Tensor | None = None
 
 
@@ -32,12 +32,15 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes the job has."""
+    """The number of processes of the job."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join(cfg: Any) -> None:
-    """Meet the job's other processes (nccl for GPUs, gloo for CPUs), each on a GPU of its own. cfg: has `device`."""
+    """Connect to the job's other processes: nccl with a GPU for each, or gloo on CPUs. cfg: has `device`.
+
+    Raises UserError where the GPUs do not suffice, or another process can't be reached.
+    """
     if world() == 1 or dist.is_initialized():
         return
     device = machine.device(cfg)
@@ -59,19 +62,22 @@ def join(cfg: Any) -> None:
     _end_some_time_after_a_signal()
     with lost_process_is_a_user_error():
         store, process_rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps the store over restarts, with the addresses of dead processes: each restart has its own part
+        # torchrun's store outlives restarts, and holds addresses of dead processes: each restart has a prefix
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=process_rank, world_size=size, timeout=TIMEOUT)
 
 
 def _end_some_time_after_a_signal():
-    """A process that waits for one that is gone runs no Python, so no handler of a signal: a thread ends it."""
+    """Start a thread that ends this process GRACE_SECONDS after a signal.
+
+    A process that waits inside a call for a process that is gone runs no Python, hence no signal handler.
+    """
     signals, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
 
-    def end():
+    def end() -> None:
         os.read(signals, 1)
         time.sleep(GRACE_SECONDS)
         os.write(
@@ -86,7 +92,7 @@ def _end_some_time_after_a_signal():
 
 @contextlib.contextmanager
 def lost_process_is_a_user_error() -> Iterator[None]:
-    """Raises UserError where the other processes can't be reached."""
+    """Inside `with`, a failed call to the other processes raises UserError."""
     try:
         yield
     except RuntimeError as e:
@@ -98,7 +104,7 @@ def lost_process_is_a_user_error() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until every process of the job is here."""
+    """Wait until every process of the job has called this."""
     if world() > 1:
         with lost_process_is_a_user_error():
             dist.all_reduce(torch.zeros(1))
@@ -106,7 +112,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 goes through the `with` block before the others, who find what it made: a dataset, its cache."""
+    """Rank 0 runs the `with` block before the others, which then find what it made: a dataset, its cache."""
     if rank():
         barrier()
     yield
@@ -115,31 +121,34 @@ def rank_0_first() -> Iterator[None]:
 
 
 def broadcast_int(x: int) -> int:
-    """Rank 0's x."""
+    """Rank 0's x, on every process."""
     if world() == 1:
         return x
-    value = torch.tensor([int(x)])  # every process sends one type, whatever type its own x has
+    value = torch.tensor([int(x)])  # of one type on every process, whatever the type of its own x
     with lost_process_is_a_user_error():
         dist.broadcast(value, 0)
     return int(value)
 
 
 def broadcast(x: Tensor) -> None:
-    """x, in place, becomes rank 0's."""
+    """Overwrite x with rank 0's."""
     if world() > 1:
         with lost_process_is_a_user_error():
             dist.broadcast(x, 0)
 
 
 def all_reduce(x: Tensor) -> None:
-    """x, in place, becomes its sum over the job's processes: one call."""
+    """Overwrite x with its sum over the job's processes: one collective call."""
     if world() > 1:
         with lost_process_is_a_user_error():
             dist.all_reduce(x)
 
 
 def summed(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor's sum over the job's processes: one call for all, which also counts who was asked to end."""
+    """Each tensor's sum over the job's processes, in one collective call.
+
+    The call also counts the processes that a signal has asked to end.
+    """
     global _n_requested
     if world() == 1:
         return list(tensors)
@@ -152,21 +161,21 @@ def summed(*tensors: Tensor) -> list[Tensor]:
 
 
 def averaged(x: Tensor) -> Tensor:
-    """x, the same on every process but for rounding, made the same to the bit."""
+    """The mean of x over the job's processes: what differed by rounding becomes the same to the bit."""
     return x if world() == 1 else summed(x)[0] / world()
 
 
 def end_requested(step: int) -> int | None:
-    """The signal that ends this run after update `step`, if any; all processes of a job give the same answer."""
+    """The signal that ends this run after update `step`, or None: the same answer on all processes."""
     if world() == 1:
         return signals.requested
-    if _n_requested is None or (_n_requested.is_cuda and step % 16):  # reading it, a GPU is waited for
+    if _n_requested is None or (_n_requested.is_cuda and step % 16):  # reading it waits for the GPU
         return None
     return (signals.requested or signal.SIGTERM) if _n_requested.item() else None
 
 
 def gathered(x: Tensor) -> Tensor:
-    """x (n,) of every process, on the CPU: (world, n)."""
+    """x (n,) of every process: (world, n), on the CPU."""
     if world() == 1:
         return x[None]
     rows = [torch.empty_like(x) for _ in range(world())]

@@ -1,7 +1,7 @@
 """A run's folder: who may write there, and what is there already. Used by teacher.py and distill.py.
 
-A run is finished once its metrics.json is there, which is written last. One with other settings, an unfinished one,
-or one that another process is at is never overwritten unasked.
+A run is finished once its metrics.json exists, which is written last. A run is never overwritten without
+--overwrite if it is unfinished or has other settings, and never while another process is using its folder.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ NOT_SETTINGS = (
     "tensorboard",
     "wandb",
 )
-_locks = {}  # open files by path; the system gives their locks back when the process ends, however it ends
+_locks = {}  # open files by path; the system releases their locks when the process ends, however it ends
 
 
 def settings(cfg: Any) -> dict[str, Any]:
-    """What makes a run what it is, as config.json holds it. cfg: a dataclass."""
+    """The options of cfg, a dataclass, that decide what a run produces, as config.json holds them."""
     options = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
     return json.loads(json.dumps(options | {"processes": processes.world()}, default=str))
 
 
 def start(out_dir: Path | str, cfg: Any) -> bool:
-    """Make out_dir ready for a run with these settings; False where that very run is there already, finished.
+    """Prepare out_dir for a run with these settings. False: that very run is there already, finished.
 
     Raises UserError where out_dir holds another run, or can't be written.
     """
@@ -83,7 +83,7 @@ def _remove_remains(out_dir, keep_checkpoint):
 
 
 def lock(out_dir: Path) -> None:
-    """Hold RUN/.lock until the process ends; without fcntl (Windows) nobody is kept out.
+    """Hold RUN/.lock until the process ends. Without fcntl (Windows) this does nothing.
 
     Raises UserError where another process holds it.
     """

@@ -1,4 +1,4 @@
-"""What the two training loops share: the learning-rate schedule and CUDA graphs. Used by teacher.py and distill.py."""
+"""What teacher.py and distill.py share in their training loops: learning-rate schedule and CUDA graphs."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def schedule(steps: int, peak: float, warmup: int, betas: tuple[float, float] = (0.9, 0.999)) -> Tensor:
-    """(steps, 4), at least WARM_UP_CALLS rows, as kernels.project.project_adamw reads them on the device.
+    """(steps, 4): each step's learning rate, AdamW's two bias corrections, and its number from 1.
 
-    Each step's learning rate, AdamW's two bias corrections, and its number from 1.
+    kernels.project.project_adamw reads a row on the device. There are at least WARM_UP_CALLS rows.
     """
     rows = []
     for step in range(max(steps, WARM_UP_CALLS)):
@@ -26,10 +26,10 @@ def schedule(steps: int, peak: float, warmup: int, betas: tuple[float, float] = 
 
 
 def captured(f: Callable[[], None], state: list[Tensor], generator: torch.Generator) -> Callable[[], None]:
-    """f() as a CUDA graph, replayed by calling what is returned; f itself where capturing fails.
+    """f as a CUDA graph: calling what is returned replays it. Returns f itself where capturing fails.
 
-    f must not wait for the device. It may change nothing but `state`, tensors that are put back after the calls that
-    capturing needs, and the generator.
+    f must not wait for the device, and may change nothing but `state` and `generator`. Both are restored
+    after the calls that capturing needs.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
     """
     before = [x.clone() for x in state]
@@ -37,7 +37,7 @@ def captured(f: Callable[[], None], state: list[Tensor], generator: torch.Genera
     side_stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
 
-    def replay(keep_alive=f):  # the graph reads f's own tensors where they lie
+    def replay(keep_alive: Callable[[], None] = f) -> None:  # the graph reads f's own tensors where they lie
         graph.replay()
 
     try:
