@@ -1,8 +1,5 @@
-"""Each README command, tiny, as a user would call it: in a process of its own, in an empty directory."""
+"""The commands of README and docs/, tiny, as a user would call them: in a process of their own, in an empty directory."""
 
-import csv
-import importlib
-import inspect
 import json
 import os
 import re
@@ -16,429 +13,434 @@ import numpy as np
 import pytest
 
 import data
+import forked
 import model as dt
 from conftest import ROOT, make_dataset
-from support import (
-    environments,
-    files,
-)
+from support import environments, files
 
 TINY = "--batch-size 16 --eval-episodes 2 --device cpu"
-
-
-def call(cwd, command, code=0, root=ROOT, **env):
-    """Run `python SCRIPT ...` of the tree at `root` in cwd; returns its output."""
-    script, *rest = command.split()
-    p = subprocess.run(
-        [sys.executable, str(root / script), *rest],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
-    assert p.returncode == code, f"{command}\n{p.stdout}\n{p.stderr}"
-    return p.stdout + p.stderr
+SILENT = "--batch-size 16 --eval-episodes 0 --device cpu"  # no evaluation
+MAIN_JOB = f"distill.py --steps 200 --teacher-steps 40 --log-interval 50 --n-embd 16 {TINY}"
+README = (ROOT / "README.md").read_text()
+EXTENDING = (ROOT / "docs/extending.md").read_text()
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A working directory and the built-in data, small."""
-    for env in data.ENVS:
-        data.collect(env, 4000)
+    """A working directory; the data of four built-in tasks are there, small."""
+    for env in ("hopper", "halfcheetah", "walker2d", "ant"):
+        data.collect_if_missing(data.dataset_id(env), 4000)
     return tmp_path_factory.mktemp("home")
+
+
+def subprocess_python(command, cwd, *flags, **env):
+    """`python COMMAND` in a new Python: its exit code and what it printed."""
+    script, *rest = command.split()
+    p = subprocess.run(
+        [sys.executable, *flags, str(ROOT / script), *rest],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **env},
+    )
+    return p.returncode, p.stdout
 
 
 @pytest.fixture(scope="module")
 def main_job(home):
-    """`python distill.py`, its default tasks: trains the three teachers that are missing, then the student."""
-    return call(home, f"distill.py --steps 200 --teacher-steps 40 --log-interval 50 --n-embd 16 {TINY}")
+    """What the default tasks print: training the three teachers, which are missing, then the student."""
+    code, printed = subprocess_python(MAIN_JOB, home)
+    assert code == 0, printed
+    return printed
 
 
-def test_the_main_job_makes_everything_and_brings_the_student_five_times_nearer(main_job, home):
-    tasks = ["hopper", "halfcheetah", "walker2d"]
-    for t in tasks:
-        assert f"no teacher in out/teacher-{t}: training it" in main_job
-        log = files.read_csv(home / f"out/teacher-{t}/log.csv")
-        assert log["step"].tolist() == [40] or log["nll"][-1] < log["nll"][0]
-        assert files.read_json(home / f"out/teacher-{t}/metrics.json")["tasks"][t]["return_mean"] is not None
-    metrics = files.read_json(home / "out/student/metrics.json")
-    assert list(metrics["tasks"]) == tasks and metrics["compression"] > 15
+def tasks_of(run, file="metrics.json"):
+    return files.read_json(run / file)["tasks"]
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------
+
+
+def test_distill__trains_missing_teachers_and_a_student_five_times_closer_to_them(main_job, home):
+    names = ["hopper", "halfcheetah", "walker2d"]
+    student = tasks_of(home / "out/student")
     log = files.read_csv(home / "out/student/log.csv")
+    assert list(student) == names
     assert len(log["step"]) == 200
-    for t in tasks:
-        kl = log[f"heldout_kl_{t}"]
-        assert kl[199] < kl[0] / 5 and metrics["tasks"][t]["heldout_kl"] == pytest.approx(kl[199], rel=1e-5)
-        m, teacher = metrics["tasks"][t], files.read_json(home / f"out/teacher-{t}/metrics.json")["tasks"][t]
-        assert m["retention"] == pytest.approx(m["normalized_score"] / teacher["normalized_score"])
-    assert (home / "out/student/plots.png").stat().st_size > 10_000 and "retention: mean" in main_job
+    for name in names:
+        teacher = home / f"out/teacher-{name}"
+        assert f"no teacher in out/teacher-{name}: training it" in main_job
+        assert files.read_csv(teacher / "log.csv")["step"].tolist() == [40]
+        of_teacher = tasks_of(teacher)[name]
+        of_student = student[name]
+        assert of_teacher["return_mean"] is not None
+        kl = log[f"heldout_kl_{name}"]
+        assert kl[199] < kl[0] / 5
+        assert of_student["heldout_kl"] == pytest.approx(kl[199], rel=1e-5)
+        retention = of_student["normalized_score"] / of_teacher["normalized_score"]
+        assert of_student["retention"] == pytest.approx(retention)
+    assert files.read_json(home / "out/student/metrics.json")["compression"] > 15
+    assert (home / "out/student/plots.png").stat().st_size > 10_000
+    assert "retention: mean" in main_job
 
 
-def test_a_second_call_skips_what_is_there_and_says_so(main_job, home):
-    out = call(home, f"distill.py --steps 200 --teacher-steps 40 --log-interval 50 --n-embd 16 {TINY}")
-    assert "student is there: out/student" in out and "retention: mean" in out
-    out = call(
-        home,
-        f"distill.py --envs hopper walker2d --steps 2 --n-embd 16 --eval-episodes 0 --out-dir out/two {TINY}",
+def test_distill__skips_a_finished_run_and_reuses_teachers(main_job, home):
+    printed = forked.python(MAIN_JOB, home)
+    assert "student is there: out/student" in printed
+    assert "retention: mean" in printed
+    printed = forked.python(
+        f"distill.py --envs hopper walker2d --steps 2 --n-embd 16 --out-dir out/two {SILENT}", home
     )
-    assert "teacher of hopper is there" in out and "teacher of walker2d is there" in out
+    for name in ("hopper", "walker2d"):
+        said = f"teacher of {name} is there: out/teacher-{name}, of 40 updates in place of 5000"
+        assert said in printed
 
 
-def test_teacher_learns_and_can_be_evaluated(home):
-    out = call(home, f"teacher.py --env ant --steps 60 --log-interval 20 {TINY}")
-    assert re.search(r"step 60/60 \| nll .* \| held-out .* it/s \| 0:00 left", out)
+def test_teacher__learns_and_can_be_evaluated(home):
+    command = f"teacher.py --env ant --steps 60 --log-interval 20 {TINY}"
+    assert re.search(r"step 60/60 \| nll .* \| held-out .* it/s \| 0:00 left", forked.python(command, home))
     log = files.read_csv(home / "out/teacher-ant/log.csv")
-    assert log["step"].tolist() == [20, 40, 60] and log["heldout_nll"][-1] < log["heldout_nll"][0]
+    assert log["step"].tolist() == [20, 40, 60]
+    assert log["heldout_nll"][-1] < log["heldout_nll"][0]
     model, meta = dt.load(home / "out/teacher-ant")
-    assert model.cfg.obs_dims == [27] or model.cfg.obs_dims == (27,)
-    assert "teacher of ant is there" in call(
-        home, f"teacher.py --env ant --steps 60 --log-interval 20 {TINY}"
+    assert list(model.cfg.obs_dims) == [27]
+    assert "teacher of ant is there" in forked.python(command, home)
+    forked.python("evaluate.py out/teacher-ant --eval-episodes 2 --target median --device cpu", home)
+    target = tasks_of(home / "out/teacher-ant", "evaluation.json")["ant"]["target"]
+    assert target == meta["tasks"][0]["targets"]["median"]
+
+
+def test_evaluate__gives_what_training_reported_for_the_same_seeds(main_job, home):
+    forked.python("evaluate.py out/student --eval-episodes 2 --device cpu", home)
+    again = tasks_of(home / "out/student", "evaluation.json")
+    for name, metrics in tasks_of(home / "out/student").items():
+        for key in ("return_mean", "retention"):
+            assert again[name][key] == pytest.approx(metrics[key], rel=1e-3), (name, key)
+
+
+def test_evaluate__films_an_episode_or_says_why_not(main_job, home):
+    printed = forked.python("evaluate.py out/teacher-hopper --eval-episodes 1 --video --device cpu", home)
+    filmed = (home / "out/teacher-hopper/hopper.gif").exists()
+    assert filmed or "no film of hopper: rendering does not work here" in printed
+
+
+def test_evaluate__works_for_a_student_of_teachers_that_were_never_evaluated(home):
+    forked.python(f"teacher.py --env hopper --steps 3 --n-embd 16 --out-dir out/silent {SILENT}", home)
+    forked.python(
+        f"distill.py --teachers out/silent --steps 3 --n-embd 16 --out-dir out/silent-student {SILENT}", home
     )
-    out = call(home, "evaluate.py out/teacher-ant --eval-episodes 2 --target median --device cpu")
-    assert (
-        json.loads((home / "out/teacher-ant/evaluation.json").read_text())["tasks"]["ant"]["target"]
-        == meta["tasks"][0]["targets"]["median"]
-    )
+    printed = forked.python("evaluate.py out/silent-student --eval-episodes 1 --device cpu", home)
+    assert "retention" not in printed
 
 
-def test_evaluating_again_with_the_same_seeds_gives_what_training_said(main_job, home):
-    call(home, "evaluate.py out/student --eval-episodes 2 --device cpu")
-    got, said = (
-        files.read_json(home / "out/student/evaluation.json")["tasks"],
-        files.read_json(home / "out/student/metrics.json")["tasks"],
-    )
-    for t in got:
-        assert got[t]["return_mean"] == pytest.approx(said[t]["return_mean"], rel=1e-3) and got[t][
-            "retention"
-        ] == pytest.approx(said[t]["retention"], rel=1e-3)
-
-
-def test_video_is_made_or_the_reason_is_said(main_job, home):
-    out = call(home, "evaluate.py out/teacher-hopper --eval-episodes 1 --video --device cpu")
-    assert (
-        home / "out/teacher-hopper/hopper.gif"
-    ).exists() or "no film of hopper: rendering does not work here" in out
-
-
-def test_any_minari_dataset_is_distilled_by_its_id(main_job, home):
-    call(home, f"teacher.py --dataset {data.dataset_id('hopper')} --steps 5 {TINY} --out-dir out/by-id")
-    out = call(
-        home,
-        f"distill.py --datasets {data.dataset_id('walker2d')} --teacher-steps 5 --steps 5 --out-dir out/by-id-student {TINY}",
-    )
-    assert (
-        "teacher of walker2d is there" in out
-        and "1 teachers" in out
-        and files.read_json(home / "out/by-id-student/metrics.json")["tasks"]
-    )
-
-
-def test_discrete_actions_are_learnt_and_distilled_beside_continuous_ones(main_job, home):
-    assert "cartpole/mixed-v0: 60 episodes" in call(home, "examples/collect_cartpole.py --episodes 60")
-    assert "there is a dataset cartpole/mixed-v0 already; give another --id" in call(
-        home, "examples/collect_cartpole.py", code=2
-    )
-    assert "actions 2, discrete" in call(home, "data.py --dataset cartpole/mixed-v0")
-    call(home, f"teacher.py --dataset cartpole/mixed-v0 --steps 100 --n-layer 1 --n-embd 32 {TINY}")
-    for loss, curriculum in (("kl", "novelty"), ("mse", "novelty"), ("nll", "all")):
-        method = f"--loss {loss} --curriculum {curriculum} --surgery pcgrad"
-        call(
-            home,
-            f"distill.py --envs hopper --datasets cartpole/mixed-v0 --steps 60 --n-embd 16 {method} --out-dir out/mixed-{loss} {TINY}",
-        )
-        log, metrics = (
-            files.read_csv(home / f"out/mixed-{loss}/log.csv"),
-            files.read_json(home / f"out/mixed-{loss}/metrics.json")["tasks"],
-        )
-        assert all(log[f"heldout_kl_{t}"][59] < 0.7 * log[f"heldout_kl_{t}"][0] for t in metrics), loss
-    assert metrics["cartpole/mixed-v0"]["return_mean"] >= 8
-    call(home, "evaluate.py out/mixed-kl --eval-episodes 2 --device cpu")
-
-
-def test_a_reader_who_has_enough_is_told_nothing(tmp_path):
-    shutil.copy(ROOT / "research/results/study.csv", tmp_path)
-    command = [sys.executable, str(ROOT / "study.py"), "--report", "--out", str(tmp_path / "study.csv")]
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    p.stdout.close()
-    assert p.stderr.read() == "" and p.wait() == 141
-
-
-def test_a_log_of_trpo_becomes_a_dataset(home):
-    rng = np.random.default_rng(0)
-    weights = [rng.normal(size=shape) for shape in ((11, 4), (1, 4), (4, 5), (1, 5), (5, 3), (1, 3))]
-    mean, square = rng.normal(size=11), 4.0
-    with h5py.File(home / "log.h5", "w") as f:
-        for i in range(2):
-            policy = f.create_group(f"snapshots/iter{i:07d}/GaussianPolicy")
-            for k, path in enumerate(
-                ("hidden/FeedforwardNet/layer_0", "hidden/FeedforwardNet/layer_1", "out")
-            ):
-                policy[f"{path}/AffineLayer/W"], policy[f"{path}/AffineLayer/b"] = weights[2 * k : 2 * k + 2]
-            policy["logstdevs_1_Da"] = np.full((1, 3), -np.inf)
-            policy["obsnorm/Standardizer/count"] = (
-                i  # the first snapshot has seen nothing: it does not normalise
-            )
-            policy["obsnorm/Standardizer/mean_1_D"], policy["obsnorm/Standardizer/meansq_1_D"] = (
-                mean[None],
-                (mean**2 + square)[None],
-            )
-    assert "thirdparty/hopper/trpo-replay-v0: " in call(
-        home, "examples/collect_trpo.py hopper log.h5 --steps 40"
-    )
-    assert "there is a dataset thirdparty/hopper/trpo-replay-v0 already" in call(
-        home, "examples/collect_trpo.py hopper log.h5", code=2
-    )
-    episodes = list(minari.load_dataset("thirdparty/hopper/trpo-replay-v0").iterate_episodes())
-    assert sum(len(e.rewards) for e in episodes) >= 40
-    for e, seen in ((episodes[0], False), (episodes[-1], True)):
-        x = (e.observations[:-1] - mean) / 2 if seen else e.observations[:-1]
-        for W, b in zip(weights[:4:2], weights[1:4:2], strict=True):
-            x = np.tanh(x @ W + b)
-        assert np.allclose(e.actions, np.clip(x @ weights[4] + weights[5], -1, 1), atol=1e-4)
-
-
-def test_a_student_of_teachers_that_never_acted_is_evaluated(home):
-    call(
-        home,
-        "teacher.py --env hopper --steps 3 --n-embd 16 --out-dir out/silent --batch-size 16 --eval-episodes 0 --device cpu",
-    )
-    call(
-        home,
-        "distill.py --teachers out/silent --steps 3 --n-embd 16 --out-dir out/silent-student --batch-size 16 --eval-episodes 0 --device cpu",
-    )
-    assert "retention" not in call(home, "evaluate.py out/silent-student --eval-episodes 1 --device cpu")
-
-
-def test_data_shows_what_a_dataset_holds(home):
-    out = call(home, "data.py --env hopper")
-    assert (
-        re.search(r"episodes \d+, steps \d+", out)
-        and "median" in out
-        and "saturated" in out
-        and (home / "out/data-hopper.png").stat().st_size > 5000
-    )
-    assert "observations 27, actions 8" in call(home, f"data.py --dataset {data.dataset_id('ant')}")
-
-
-def test_training_behaviour_policies_without_its_library_says_what_to_install(home):
-    (home / "stable_baselines3.py").write_text("raise ImportError('not installed')")
-    assert "pip install stable-baselines3" in call(
-        home, "behaviour.py --env hopper", code=2, PYTHONPATH=str(home)
-    )
-    (home / "stable_baselines3.py").unlink()
-
-
-def test_bench_times_ours_says_where_and_keeps_the_rows_not_asked_for(home):
-    call(home, "bench.py --what distil --rounds 1 --seconds 0.01 --device cpu --out bench.csv")
-    call(home, "bench.py --what rollout --rounds 2 --seconds 0.01 --device cpu --out bench.csv")
-    with open(home / "bench.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert [(r["what"], r["size"], r["contender"].split(",")[0]) for r in rows] == [
-        ("rollout", "1", "ours"), ("rollout", "64", "ours"), ("distil", "3", "fixed"), *3 * [("distil", "3", "novelty")]]  # fmt: skip
-    assert all(float(r["ms"]) > 0 and int(r["memory_mib"]) > 0 and r["torch"] and r["device"] for r in rows)
-
-
-def test_a_run_is_made_into_a_page_with_films_where_rendering_works(main_job, home):
-    said = call(home, "report.py out/student --film-steps 8")
+def test_report__makes_a_page_with_films_where_rendering_works(main_job, home):
+    printed = forked.python("report.py out/student --film-steps 8", home)
     page = (home / "out/student/report.html").read_text()
     films = page.count("data:image/webp")
-    assert (
-        f"films of {films} of 3 tasks" in said
-        and films + page.count("rendering does not work here") == 3
-        and page.count("<svg") == 5
-    )
+    assert f"films of {films} of 3 tasks" in printed
+    assert films + page.count("rendering does not work here") == 3
+    assert page.count("<svg") == 5
 
 
-@pytest.mark.parametrize(
-    "script", ["data", "teacher", "distill", "evaluate", "export", "report", "study", "bench", "behaviour"]
-)
-def test_help_fits_a_screen_for_each_topic_and_says_what_every_option_is(home, script):
-    said = call(home, f"{script}.py --help", COLUMNS="120")
-    boxes = re.findall(r"╭─ .*?(?:options|arguments) ─+╮\n(.*?)╰", said, re.S)
-    options = [
-        line
-        for line in inspect.getsource(importlib.import_module(script).Config).splitlines()
-        if re.match(r"    \w+: ", line)
-    ]
-    assert (
-        boxes
-        and all(box.count("\n") <= 40 for box in boxes)
-        and sum(box.count(" --") for box in boxes) >= len(options)
-    )
-    assert all("  # " in line for line in options), [line for line in options if "  # " not in line]
+def test_data__shows_what_a_dataset_holds(home):
+    printed = forked.python("data.py --env hopper", home)
+    assert re.search(r"episodes \d+, steps \d+", printed)
+    assert "median" in printed
+    assert "saturated" in printed
+    assert (home / "out/data-hopper.png").stat().st_size > 5000
+    assert "observations 27, actions 8" in forked.python(f"data.py --dataset {data.dataset_id('ant')}", home)
 
+
+def test_distill__takes_any_minari_dataset_by_its_id(main_job, home):
+    hopper = data.dataset_id("hopper")
+    walker = data.dataset_id("walker2d")
+    forked.python(f"teacher.py --dataset {hopper} --steps 5 {SILENT} --out-dir out/by-id", home)
+    options = f"--teacher-steps 5 --steps 5 --out-dir out/by-id-student {SILENT}"
+    printed = forked.python(f"distill.py --datasets {walker} {options}", home)
+    assert "teacher of walker2d is there" in printed
+    assert "1 teachers" in printed
+    assert list(tasks_of(home / "out/by-id-student")) == ["walker2d"]
+
+
+def test_distill__mixes_discrete_actions_with_continuous_ones(main_job, home):
+    collect = "examples/collect_cartpole.py"
+    assert "cartpole/mixed-v0: 60 episodes" in forked.python(f"{collect} --episodes 60", home)
+    refusal = "there is a dataset cartpole/mixed-v0 already; give another --id"
+    assert refusal in forked.python(collect, home, code=2)
+    assert "actions 2, discrete" in forked.python("data.py --dataset cartpole/mixed-v0", home)
+    forked.python(f"teacher.py --dataset cartpole/mixed-v0 --steps 100 --n-layer 1 --n-embd 32 {TINY}", home)
+    for loss, curriculum in (("kl", "novelty"), ("mse", "novelty"), ("nll", "all")):
+        method = f"--loss {loss} --curriculum {curriculum} --surgery pcgrad"
+        options = f"--steps 60 --n-embd 16 {method} --out-dir out/mixed-{loss} {TINY}"
+        forked.python(f"distill.py --envs hopper --datasets cartpole/mixed-v0 {options}", home)
+        log = files.read_csv(home / f"out/mixed-{loss}/log.csv")
+        tasks = tasks_of(home / f"out/mixed-{loss}")
+        for name in tasks:
+            kl = log[f"heldout_kl_{name}"]
+            assert kl[59] < 0.7 * kl[0], (loss, name)
+    assert tasks["cartpole/mixed-v0"]["return_mean"] >= 8
+    forked.python("evaluate.py out/mixed-kl --eval-episodes 2 --device cpu", home)
+
+
+# ---- third-party data: examples/collect_trpo.py ----------------------------------------------------------------
+
+
+def write_trpo_log(path, weights, mean, square):
+    """A log of two snapshots of one policy; only the second has statistics of observations."""
+    layers = ("hidden/FeedforwardNet/layer_0", "hidden/FeedforwardNet/layer_1", "out")
+    with h5py.File(path, "w") as f:
+        for i in range(2):
+            policy = f.create_group(f"snapshots/iter{i:07d}/GaussianPolicy")
+            for k, layer in enumerate(layers):
+                policy[f"{layer}/AffineLayer/W"] = weights[2 * k]
+                policy[f"{layer}/AffineLayer/b"] = weights[2 * k + 1]
+            policy["logstdevs_1_Da"] = np.full((1, 3), -np.inf)
+            policy["obsnorm/Standardizer/count"] = i  # the first has seen nothing: it does not normalise
+            policy["obsnorm/Standardizer/mean_1_D"] = mean[None]
+            policy["obsnorm/Standardizer/meansq_1_D"] = (mean**2 + square)[None]
+
+
+def test_collect_trpo__makes_a_dataset_of_a_log(home):
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape) for shape in ((11, 4), (1, 4), (4, 5), (1, 5), (5, 3), (1, 3))]
+    mean = rng.normal(size=11)
+    write_trpo_log(home / "log.h5", weights, mean, square=4.0)
+    made = forked.python("examples/collect_trpo.py hopper log.h5 --steps 40", home)
+    assert "thirdparty/hopper/trpo-replay-v0: " in made
+    refused = forked.python("examples/collect_trpo.py hopper log.h5", home, code=2)
+    assert "there is a dataset thirdparty/hopper/trpo-replay-v0 already" in refused
+    episodes = list(minari.load_dataset("thirdparty/hopper/trpo-replay-v0").iterate_episodes())
+    assert sum(len(e.rewards) for e in episodes) >= 40
+    for episode, normalised in ((episodes[0], False), (episodes[-1], True)):
+        x = episode.observations[:-1]
+        if normalised:
+            x = (x - mean) / 2
+        for W, b in ((weights[0], weights[1]), (weights[2], weights[3])):
+            x = np.tanh(x @ W + b)
+        assert np.allclose(episode.actions, np.clip(x @ weights[4] + weights[5], -1, 1), atol=1e-4)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------
 
 BAD = [
-    (
-        "teacher.py --env hoper",
-        "unknown env 'hoper'; choose from ant, halfcheetah, halfcheetah-back, hopper, walker2d",
-    ),
-    ("data.py --env hoper", "unknown env 'hoper'"),
-    ("behaviour.py --env hoper", "unknown env 'hoper'"),
     ("data.py --seed -1", "--seed -1: must be at least 0"),
-    ("behaviour.py --eval-episodes 0", "--eval-episodes 0: must be at least 1"),
-    ("bench.py --threads 0", "--threads 0: must be at least 1"),
-    ("bench.py --what nothing", "--what nothing: choose from machine, teacher, rollout"),
-    ("study.py --report --out nothing.csv", "nothing.csv holds no run"),
-    ("study.py --only nothing", "--only nothing: choose from fixed, all"),
-    ("distill.py --envs hopper hoper", "unknown env 'hoper'"),
+    ("-m research.behaviour --eval-episodes 0", "--eval-episodes 0: must be at least 1"),
+    ("-m research.bench --threads 0", "--threads 0: must be at least 1"),
+    ("-m research.bench --what nothing", "--what nothing: choose from machine, teacher, rollout"),
+    ("-m research.study --report --out nothing.csv", "nothing.csv holds no run"),
+    ("-m research.study --only nothing", "--only nothing: choose from fixed, all"),
+    ("-m research.study --budgets update", "--budgets update: choose from updates, half, time, acting"),
     ("teacher.py --steps 0", "--steps 0: must be at least 1"),
     ("teacher.py --dropout 1", "--dropout 1.0: must be below 1"),
+    ("teacher.py --context 2000", "--context 2000: must be at most 1024"),
+    ("teacher.py --dataset nobody/nothing-v0", "nobody/nothing-v0 is not in"),
+    ("teacher.py --dataset hoper", "unknown env 'hoper'; choose from ant, halfcheetah, halfcheetah-back, hopper, walk"),
+    ("teacher.py --out-dir /proc/x", "can't write to /proc/x"),
+    ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
+    ("teacher.py --device mps", "--device mps: choose cpu, cuda, cuda:<number> or auto"),
     ("distill.py --grad-clip 0", "--grad-clip 0.0: must be at least 1e-09"),
     ("distill.py --alignment-weight nan", "--alignment-weight nan: must be finite"),
     ("distill.py --loss nll", "--loss nll is no distance"),
-    ("study.py --budgets update", "--budgets update: choose from updates, half, time, acting"),
-    ("teacher.py --context 2000", "--context 2000: must be at most 1024"),
     ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
-    ("teacher.py --dataset nobody/nothing-v0", "nobody/nothing-v0 is not in"),
     (
         "distill.py --teachers out/nothing --out-dir out/bad",
         "no model in out/nothing; train one: python teacher.py --env hopper",
     ),
-    ("teacher.py --out-dir /proc/x", "can't write to /proc/x"),
     ("distill.py --out-dir /proc/x", "can't write to /proc/x"),
-    ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
-    ("teacher.py --device mps", "--device mps: choose cpu, cuda, cuda:<number> or auto"),
     ("evaluate.py out/nothing", "no model in out/nothing"),
+    ("evaluate.py out/student --target best", "--target best: must be p95 or median or a number"),
     ("export.py out/nothing", "no model in out/nothing"),
     ("report.py out/nothing", "out/nothing holds no finished run"),
-    ("evaluate.py out/student --target best", "--target best: must be p95 or median or a number"),
 ]
 
 
-@pytest.mark.parametrize(("command", "message"), BAD, ids=[c for c, _ in BAD])
-def test_bad_input_is_one_clear_line_and_exit_code_2(main_job, home, command, message):
-    out = call(home, command, code=2)
-    errors = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0] and "Traceback" not in out
+def assert_one_line(printed, message):
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, printed
+    assert message in errors[0]
+    assert "Traceback" not in printed
 
 
-def test_a_damaged_teacher_is_told_and_the_others_are_untouched(main_job, home):
+@pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
+def test_scripts__answer_a_mistake_with_one_line_and_exit_code_2(main_job, home, command, message):
+    assert_one_line(forked.python(command, home, code=2), message)
+
+
+def test_scripts__answer_a_mistake_in_the_same_way_in_a_new_python(home):
+    code, printed = subprocess_python("teacher.py --steps 0", home)
+    assert code == 2
+    assert_one_line(printed, "--steps 0: must be at least 1")
+
+
+CHOICES = [
+    "data.py --env",
+    "teacher.py --env",
+    "distill.py --envs hopper",
+    "distill.py --curriculum",
+    "distill.py --surgery",
+]
+
+
+@pytest.mark.parametrize("command", CHOICES)
+def test_scripts__name_the_choices_for_a_mistyped_one(home, command):
+    printed = forked.python(f"{command} hoper", home, code=2, COLUMNS="300")
+    option = re.search("--[a-z]+", command)[0]
+    assert re.search(rf"invalid choice 'hoper' for argument '{option}'.* Expected one of \('", printed), printed
+    assert "Traceback" not in printed
+
+
+def test_distill__names_a_damaged_teacher_and_writes_nothing(main_job, home):
     weights = home / "out/teacher-hopper/model.safetensors"
     blob = weights.read_bytes()
     weights.write_bytes(blob[:-100])
     try:
-        out = call(home, f"distill.py --envs hopper walker2d --steps 2 --out-dir out/never {TINY}", code=2)
+        command = f"distill.py --envs hopper walker2d --steps 2 --out-dir out/never {TINY}"
+        printed = forked.python(command, home, code=2)
     finally:
         weights.write_bytes(blob)
-    assert (
-        "error: the model in out/teacher-hopper is damaged" in out
-        and not (home / "out/never/metrics.json").exists()
-    )
+    assert "error: the model in out/teacher-hopper is damaged" in printed
+    assert not (home / "out/never/metrics.json").exists()
 
 
-def test_the_readmes_three_changes_apply_and_run(main_job, home, tmp_path):
-    changes = re.findall(r"`(python [^`]*)`\n\n```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(changes) == 3 and all(diff.count("\n") <= 15 for _, diff in changes)
-    shutil.copytree(
-        ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "results")
-    )
-    call(home, "examples/collect_cartpole.py --episodes 20 --id cartpole/mixed-v0") if not (
-        home / "out/mixed-kl"
-    ).exists() else None
-    for i, (command, diff) in enumerate(changes):
-        p = subprocess.run(
-            ["git", "apply", "-"], cwd=tmp_path / "tree", input=diff, capture_output=True, text=True
-        )
+# ---- README and docs/ ------------------------------------------------------------------------------------------
+
+
+def blocks(text, language):
+    """The code blocks of a Markdown text in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def commands(text):
+    """The lines of a Markdown text's bash blocks, without comments."""
+    lines = "".join(blocks(text, "bash")).splitlines()
+    return [line.split(" #")[0].strip() for line in lines]
+
+
+def changes(text):
+    """The diffs of a Markdown text, each with the command that stands before it."""
+    found = []
+    before = ""
+    for part in re.split(r"(```diff\n.*?```)", text, flags=re.S):
+        if part.startswith("```diff"):
+            command = re.findall(r"`python ([^`]*)`", before)[-1]
+            found.append((command, part.removeprefix("```diff\n").removesuffix("```")))
+        before = part
+    return found
+
+
+def test_diffs_of_the_docs__apply_and_their_commands_run(main_job, home, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "results"))
+    if "cartpole/mixed-v0" not in minari.list_local_datasets():
+        forked.python("examples/collect_cartpole.py --episodes 20", home)
+    assert len(changes(README)) == 1
+    assert len(changes(EXTENDING)) == 3
+    for i, (command, diff) in enumerate(changes(README) + changes(EXTENDING)):
+        p = subprocess.run(["git", "apply", "-"], cwd=tree, input=diff, capture_output=True, text=True)
         assert p.returncode == 0, diff + p.stderr
-        command = command.removeprefix("python ") + f" --steps 3 --out-dir out/change{i} --n-embd 16 {TINY}"
-        call(home, command, root=tmp_path / "tree")
-        assert files.read_json(home / f"out/change{i}/metrics.json")["tasks"]
-    assert files.read_json(home / "out/change0/model.json")["tasks"][0]["reference"] == [22.0, 500.0]
+        if command.startswith("distill.py"):
+            command += " --envs hopper"
+        forked.python(f"{command} --steps 3 --out-dir out/change{i} --n-embd 16 {SILENT}", home, root=tree)
+        run = files.read_json(home / f"out/change{i}/model.json")
+        if "--env cartpole" in command:
+            assert run["tasks"][0]["reference"] == [22.0, 500.0]
 
 
-SMALL = {  # what makes a README command tiny
-    "teacher.py": f"--steps 3 --n-embd 16 {TINY}", "distill.py": f"--teacher-steps 3 --steps 3 --n-embd 16 --log-interval 2 {TINY}",
-    "evaluate.py": "--eval-episodes 1 --device cpu", "report.py": "--film-steps 8", "examples/act_onnx.py": "--episodes 1",
-    "examples/collect_cartpole.py": "--episodes 10", "export.py": "--overwrite",
-}  # fmt: skip
-ELSEWHERE = {
-    "python study.py": "test_study.py",
-    "python behaviour.py --env hopper": "test_training_behaviour_policies_without_its_library",
+def test_snippet_of_extending__makes_a_dataset_to_learn_from(tmp_path):
+    (code,) = blocks(EXTENDING, "python")
+    (tmp_path / "collect.py").write_text(code)
+    forked.python(str(tmp_path / "collect.py"), tmp_path)
+    assert "`python teacher.py --dataset mine/robot-v0`" in EXTENDING
+    forked.python(f"teacher.py --dataset mine/robot-v0 --steps 3 --n-embd 16 {TINY}", tmp_path)
+    assert (tmp_path / "out/teacher-mine-robot-v0/metrics.json").exists()
+
+
+SMALL = {  # what makes a command of README tiny
+    "data.py": "",
+    "teacher.py": f"--steps 3 --n-embd 16 {TINY}",
+    "distill.py": f"--teacher-steps 3 --steps 3 --n-embd 16 --log-interval 2 {TINY}",
+    "evaluate.py": "--eval-episodes 1 --device cpu",
+    "export.py": "--overwrite",
+    "report.py": "--film-steps 8",
+    "examples/act_onnx.py": "--episodes 1",
+    "examples/collect_cartpole.py": "--episodes 10",
+}
+ELSEWHERE = {  # commands that take long, or need another package: where they are tested
+    "-m research.study": "test_research_study.py",
+    "-m research.bench": "test_research_bench.py",
+    "-m research.behaviour": "test_research_behaviour.py",
+    "-m research.tables": "test_research_tables.py",
 }
 
 
-def test_every_command_of_the_readme_runs_in_its_order(home, tmp_path):
-    said = (ROOT / "README.md").read_text().split("\n## Use\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", said, re.S)
-    commands = [
-        line.split(" #")[0].strip() for kind, block in blocks if kind == "bash" for line in block.splitlines()
-    ]
+@pytest.mark.slow
+def test_readme__has_commands_that_run_in_its_order(home, tmp_path):
     shutil.rmtree(f"{os.environ['MINARI_DATASETS_PATH']}/cartpole", ignore_errors=True)  # an earlier test's
     for name, O, A in (("hopper", 11, 3), ("ant", 27, 8)):  # stand-ins for those that would be downloaded
-        env = environments.make_env(*data.ENVS[name][:2])
-        make_dataset(f"mujoco/{name}/medium-v0", [9, 12, 7], obs_dim=O, act_dim=A, spec=env.spec)
-    for command in commands:
-        if command in ELSEWHERE:
-            continue
-        if command.startswith("torchrun --nproc_per_node=8 "):
-            p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "distill.py"), *command.split()[3:],
-                                *SMALL["distill.py"].split()],
-                               cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-            assert p.returncode == 0, p.stdout + p.stderr
-            continue
-        python, script, *_ = command.split()
-        assert python == "python", command
-        call(
-            tmp_path, f"{command.removeprefix('python ')} {SMALL.get(script, '')}", MUJOCO_GL="off"
-        )  # films take minutes without a GPU; other tests make some
-    assert (
-        len(commands) >= 17
-        and (tmp_path / "out/student/report.html").exists()
-        and (tmp_path / "out/student/hopper.onnx").stat().st_size < 1e6
-    )
+        spec = environments.make_env(data.ENVS[name].id, data.ENVS[name].options).spec
+        make_dataset(f"mujoco/{name}/medium-v0", [9, 12, 7], obs_dim=O, act_dim=A, spec=spec)
+    setup, listed = README.split("\n## Commands\n")
+    smoke = [command for command in commands(setup) if command.startswith("python ")]
+    listed = commands(listed.split("\n## ")[0])
+    assert len(smoke) == 1
+    assert len(listed) >= 17
+    run_readme_command(smoke[0], tmp_path)
+    shutil.rmtree(tmp_path / "out")  # as README says: its teachers are tiny
+    for command in listed:
+        run_readme_command(command, tmp_path)
+    assert (tmp_path / "out/student/report.html").exists()
+    assert (tmp_path / "out/student/hopper.onnx").stat().st_size < 1e6
+    run_acting_snippet(tmp_path)
+
+
+def run_readme_command(command, cwd):
+    if command.startswith("torchrun --nproc_per_node=8 distill.py "):
+        options = command.removeprefix("torchrun --nproc_per_node=8 distill.py ")
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+        code, printed = subprocess_python(f"distill.py {options} {SMALL['distill.py']}", cwd, *launcher)
+        assert code == 0, printed
+        return
+    program, command = command.split(" ", 1)
+    assert program == "python"
+    script = command.split()[0]
+    if script == "-m":
+        assert any(command.startswith(known) for known in ELSEWHERE), command
+        return
+    forked.python(f"{command} {SMALL[script]}", cwd, MUJOCO_GL="off")  # films take minutes without a GPU
+
+
+def run_acting_snippet(cwd):
+    """The README's snippet that acts, in a folder where there is a student."""
+    (code,) = [block for block in blocks(README, "python") if "from policy import Policy" in block]
+    before = "import numpy as np\nobservation, reward = np.zeros(11), 1.0\n"
+    (cwd / "act.py").write_text(f"{before}{code}\nassert action.shape == (3,)\n")
+    forked.python(str(cwd / "act.py"), cwd)
+
+
+def test_readme__has_an_acting_snippet_that_runs(main_job, home):
+    run_acting_snippet(home)
+
+
+def test_readme__lists_a_command_for_every_script():
+    listed = {re.sub("^python ", "", command) for command in commands(README)}
     scripts = {path.name for path in ROOT.glob("*.py") if "cli.run(" in path.read_text()}
-    assert scripts - {c.split()[1] for c in commands} == {"bench.py"}  # whose commands stand with its figures
-    code = [block for kind, block in blocks if kind == "python"]
-    assert len(code) == 1 and "from policy import Policy" in code[0]
-    test = (
-        "import numpy as np; observation, reward = np.zeros(11), 1.0\n"
-        + code[0]
-        + "\nassert action.shape == (3,)"
-    )
-    p = subprocess.run(
-        [sys.executable, "-c", test],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert p.returncode == 0, p.stderr
+    modules = {f"-m research.{path.stem}" for path in ROOT.glob("research/*.py") if '"__main__"' in path.read_text()}
+    for script in scripts | modules:
+        assert any(command.startswith(script) for command in listed), script
 
 
-def test_the_readmes_troubleshooting_has_the_words_that_the_program_prints():
-    said = (ROOT / "README.md").read_text().split("## Troubleshooting")[1]
-    source = " ".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")))
+def test_troubleshooting__has_the_words_that_the_program_prints():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("support/*.py")]
+    source = " ".join(path.read_text() for path in paths)
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings over several lines
-    quoted = re.findall(r"^\| `(.*?)`", said, re.M)
+    quoted = re.findall(r"^\| `(.*?)`", OPERATIONS.split("## Troubleshooting")[1], re.M)
     assert len(quoted) >= 15
+    variable = (
+        r"\b[XYN]\b|\.\.\.|^error: (?:--\w+ )?|^kernels: |^error: environment|nan|Triton|C compiler| a finished"
+    )
     for text in quoted:
-        words = max(
-            re.split(
-                r"\b[XYN]\b|\.\.\.|^error: (?:--\w+ )?|^kernels: |^error: environment|nan|Triton|C compiler| a finished",
-                text,
-            ),
-            key=len,
-        ).strip(" ;,'()")
-        assert len(words) > 7 and words in source, (text, words)
-
-
-def test_the_readme_says_how_long_each_file_is():
-    said = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
-    assert {path.name for path in ROOT.glob("*.py")} <= {name for name, _ in said}
-    for name, lines in said:
-        files = [ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py")
-        there = sum(len(f.read_text().splitlines()) for f in files)
-        assert abs(there - int(lines)) < 0.15 * there, f"{name} has {there} lines, README says {lines}"
-
-
-def test_the_readmes_figures_come_from_the_runs_kept():
-    said = (ROOT / "README.md").read_text()
-    printed = call(ROOT, "results/tables.py")
-    for figure in re.findall(r"\d+ ± \d+", said):
-        assert figure in printed, figure
-    results = said.split("## Results")[1].split("\n## ")[0]
-    speed = said.split("<summary>All rows</summary>")[1].split("</details>")[0]
-    files = said.split("**Export.**")[1].split("\n## ")[0]
-    several = said.split("## Several processes")[1].split("\n## ")[0]
-    tables = [line for line in (results + speed + several + files).splitlines() if line.startswith("| ")]
-    assert tables and all(line in printed for line in tables)
+        longest = max(re.split(variable, text), key=len).strip(" ;,'()")
+        assert len(longest) > 7, text
+        assert longest in source, (text, longest)
