@@ -20,7 +20,7 @@ import model as dt
 import teacher
 from conftest import make_dataset
 from kernels.kl import policy_kl
-from support import UserError, files, processes
+from support import UserError, files, processes, update_log
 
 NAMES = ("tests/a-v0", "tests/b-v0")
 ACT_DIMS = torch.tensor([2, 3])
@@ -289,7 +289,7 @@ def test_main__without_surgery_is_plain_adamw_on_the_mean_kl(teachers, tmp_path)
 
 
 def test_main__logs_no_more_than_so_many_rows(teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "LOG_ROWS", 8)
+    monkeypatch.setattr(update_log, "MAX_ROWS", 8)
     log = distilled(teachers, tmp_path, steps=20, log_interval=10)
     assert log["step"].tolist() == [1, 3, 6, 9, 10, 12, 15, 18, 20]
 
@@ -344,7 +344,7 @@ def test_main__stops_at_a_nan_and_keeps_the_last_good_student(teachers, tmp_path
 
 
 def test_main__names_the_teacher_whose_kl_becomes_nan_in_a_probe(teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill.Learner, "probe_kl", lambda self: torch.tensor([1.0, float("nan")]))
+    monkeypatch.setattr(processes, "averaged", lambda kl: torch.tensor([1.0, float("nan")]))
     with pytest.raises(UserError, match="distance of teacher 1 is NaN in step 1 .* kept in .*lower --lr"):
         distilled(teachers, tmp_path, **ARGMAX)
     assert all(p.isfinite().all() for p in dt.load(tmp_path)[0].parameters())
