@@ -1,240 +1,358 @@
-"""A saved model, acting.
+"""Acting with a saved model, one episode or many at once. Used by evaluate.py and export.py.
 
     policy = Policy("out/student")
     policy.reset("hopper", target_return=3000)
-    action = policy.act(observation)            # then, until the episode ends, policy.act(observation, reward)
+    action = policy.act(observation)          # then, until the episode ends, policy.act(observation, reward)
 
-Batched, also for gymnasium.make_vec, whose episodes begin anew by themselves, in this mode with the step that ends them:
+A batch of episodes, here in environments that reset themselves in the step that ends an episode:
 
-    envs = gymnasium.make_vec("Hopper-v5", 16, "sync", vector_kwargs={"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP})
+    mode = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+    envs = gymnasium.make_vec("Hopper-v5", 16, "sync", vector_kwargs=mode)
+    observations, _ = envs.reset()
+    rewards = np.zeros(16)
+    ended = np.zeros(16, bool)
     policy.reset("hopper", episodes=16)
-    observations, rewards, ended = envs.reset()[0], np.zeros(16), np.zeros(16, bool)
     while ...:
-        actions = policy.act(observations, rewards, began=ended)    # what was observed with an end is the next episode's first
+        actions = policy.act(observations, rewards, began=ended)
         observations, rewards, terminated, truncated, _ = envs.step(actions)
-        ended = terminated | truncated
+        ended = terminated | truncated        # then `observations` holds the next episode's first
 """
+
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 import data
 import model as dt
 from support import UserError
 
+# ---- weights and phases ----------------------------------------------------------------------------------
+
+
+class BlockWeights(NamedTuple):
+    """A block's weights (in, out) and biases (out,), for torch.addmm, with LayerNorms folded in."""
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    fc: Tensor
+    fc_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+    @classmethod
+    def of(cls, block: dt.Block) -> "BlockWeights":
+        qkv, qkv_bias = _fold(block.qkv.weight.T, block.qkv.bias, block.ln1)
+        proj = block.proj.weight.T.contiguous()
+        fc, fc_bias = _fold(block.fc.weight.T, block.fc.bias, block.ln2)
+        out = block.out.weight.T.contiguous()
+        return cls(qkv, qkv_bias, proj, block.proj.bias, fc, fc_bias, out, block.out.bias)
+
+
+def _fold(weight, bias, norm):
+    """weight (in, out) and bias (out,) with the scale and shift of `norm`, whose outputs they read."""
+    return norm.weight[:, None] * weight, bias + norm.bias @ weight
+
+
+class Phase(NamedTuple):
+    """Where a timestep falls in the two windows (see Actor), if it is the same one in all episodes."""
+
+    place: Tensor  # (2, 3C) place embeddings of its tokens in both windows
+    rows: Tensor  # (6,) of the cache, for the keys and values of its tokens
+    mask: Tensor  # (1, 1, 6, cache rows) added to attention's logits: 0 where a token sees a row, else -inf
+    acting: int  # which of the six tokens acts: s_t of the older window
+
+    def write(self, cache: Tensor, keys_values: Tensor) -> Tensor:
+        """The cache (2, E, nh, rows, hs) with keys_values (2, E, nh, 6, hs) in their rows."""
+        return cache.index_copy_(3, self.rows, keys_values)
+
+    def select(self, x: Tensor, dim: int) -> Tensor:
+        """Of x, which has the six tokens as its axis `dim`, the one that acts; the axis stays."""
+        return x.narrow(dim, self.acting, 1)
+
+
+class PhasePerEpisode(NamedTuple):
+    """The same, where episodes are at timesteps of their own.
+
+    index_copy_ takes one index for all episodes; so rows are one-hot here, and written by a product.
+    """
+
+    place: Tensor  # (E, 2, 3C)
+    rows: Tensor  # (E, 1, cache rows, 6) one-hot
+    mask: Tensor  # (E, 1, 6, cache rows)
+    acting: Tensor  # (E,)
+
+    def write(self, cache: Tensor, keys_values: Tensor) -> Tensor:
+        others = 1 - self.rows.sum(-1, keepdim=True)
+        return cache * others + self.rows @ keys_values
+
+    def select(self, x: Tensor, dim: int) -> Tensor:
+        shape = list(x.shape)
+        shape[dim] = 1
+        index = self.acting.view(-1, *[1] * (x.dim() - 1))
+        return x.gather(dim, index.expand(shape))
+
+
+def _phases(place, H):
+    """The 3H phases, in their order, from the place embeddings (K, 3C)."""
+    K = len(place)
+    n = 3 * K + 1  # cache rows of a window: at its place p, 3p is for a_{t-1}, 3p + 1 for R_t, 3p + 2 for s_t
+    sees = torch.ones(n, n, dtype=torch.bool, device=place.device).tril()
+    sees[1:, 0] = False  # the action before a window's first timestep is outside of it
+    three = torch.arange(3, device=place.device)
+    phases = []
+    for t in range(3 * H):
+        places = (t, t) if t < H else (t % (2 * H), (t - H) % (2 * H))
+        if K == 1:
+            places = (0, 0)  # both windows begin anew every timestep
+        rows = []
+        mask = place.new_full((2, 3, 2, n), -torch.inf)  # window and token, window and row
+        for window, p in enumerate(places):
+            tokens = 3 * p + three
+            rows.append(window * n + tokens)
+            mask[window, :, window].masked_fill_(sees[tokens], 0.0)
+        older = int(places[1] > places[0])
+        phases.append(Phase(place[list(places)], torch.cat(rows), mask.view(1, 1, 6, 2 * n), 3 * older + 2))
+    return phases
+
+
+def _token_timesteps(timesteps):
+    """(n,) -> (n, 3): the timesteps, or places, of the tokens a_{t-1}, R_t and s_t."""
+    return (timesteps[:, None] - torch.tensor([1, 0, 0], device=timesteps.device)).clamp_min(0)
+
+
+# ---- acting in the model's units -------------------------------------------------------------------------
+
 
 class Actor:
-    """A model acting in E episodes of one task: act() once a timestep.
+    """A model acting in E episodes of one task, with cached keys and values: call `act` once a timestep.
 
-    A step computes its three newest tokens alone, a_{t-1}, R_t and s_t, against kept keys and values of those before. What tokens turn into depends on where
-    their window begins, so keys can't slide with it: there are two windows, every H = K // 2 timesteps the older one begins anew, and the other acts, on the
-    last H + 1 to 2H timesteps (or all there are), as forward() does on a window that begins there. Both are one batch of six tokens, told apart by the mask.
-    At batch 1 all is overhead: so the weights are laid out once, LayerNorms' own multiplied into the products that read them.
+    Tokens. A timestep adds three tokens: a_{t-1}, R_t and s_t. Only these are computed; they attend to the
+    cached keys and values of the tokens before.
+
+    Windows. A token's hidden states depend on where its window begins, so a cache can't slide along with it.
+    There are two windows instead, H = K // 2 timesteps apart. Every H timesteps the older one begins anew,
+    and the other, now the older, acts: on the last H + 1 to 2H timesteps, or on all where there are fewer.
+    Its output is that of model.forward() on a window that begins there. The tokens of both windows, 3 + 3,
+    are one batch; the mask keeps the windows apart.
+
+    Phases. A phase says where a timestep falls in the two windows: its place embeddings, cache rows and mask.
+    In the first H phases both windows began with the episode; the next 2H repeat until it ends.
+
+    At batch 1 nearly all time is overhead, so operations are few: weights are laid out once, and what depends
+    on the timestep alone is looked up.
     """
 
     @torch.no_grad()
-    def __init__(self, model, task: int, episodes: int, max_steps: int):
-        self.cfg, self.discrete, self.t = (
-            model.cfg,
-            model.cfg.discrete[task],
-            0,
-        )  # t: timestep of all episodes; (E,) of each once one of them began anew
-        K, C, A, O, nh = (
-            self.cfg.context,
-            self.cfg.n_embd,
-            self.cfg.act_dims[task],
-            self.cfg.obs_dims[task],
-            self.cfg.n_head,
-        )
-        dev, H = model.embed_place.weight.device, max(1, K // 2)
+    def __init__(self, model: dt.DecisionTransformer, task: int, episodes: int, max_steps: int):
+        cfg = model.cfg
+        K = cfg.context
+        C = cfg.n_embd
+        A = cfg.act_dims[task]
+        O = cfg.obs_dims[task]
+        device = model.embed_place.weight.device
+        self.cfg = cfg
+        self.discrete = cfg.discrete[task]
+        self.t: int | Tensor = 0  # timestep of all episodes; (E,) of each, once one of them began anew
 
-        def folded(weight, bias, norm=None):  # (in, out), (out,)
-            return (
-                (weight.contiguous(), bias)
-                if norm is None
-                else (norm.weight[:, None] * weight, bias + norm.bias @ weight)
-            )
+        embeddings = (model.embed_action, model.embed_rtg, model.embed_state)
+        sizes = (A, 1, O)
+        weights = [e.weight[task, :size] for e, size in zip(embeddings, sizes, strict=True)]
+        self.embed = torch.block_diag(*weights)  # (A + 1 + O, 3C): the three tokens in one product
+        self.embed_bias = torch.stack([e.bias[task] for e in embeddings])  # (3, C)
+        self.embed_time = model.embed_time
+        self.ln_in = (model.ln_in.weight, model.ln_in.bias)
+        self.blocks = [BlockWeights.of(block) for block in model.blocks]
+        self.head = _fold(model.head.weight[task, :, :A], model.head.bias[task, :A], model.ln_out)
 
-        embed = model.embed_action, model.embed_rtg, model.embed_state
-        self.embed = torch.block_diag(
-            *(e.weight[task, :d] for e, d in zip(embed, (A, 1, O), strict=True))
-        )  # (A + 1 + O, 3C)
-        self.ln_in = model.ln_in.weight, model.ln_in.bias
-        self.blocks = [(*folded(b.qkv.weight.T, b.qkv.bias, b.ln1), *folded(b.proj.weight.T, b.proj.bias),
-                        *folded(b.fc.weight.T, b.fc.bias, b.ln2), *folded(b.out.weight.T, b.out.bias)) for b in model.blocks]  # fmt: skip
-        self.head = folded(model.head.weight[task, :, :A], model.head.bias[task, :A], model.ln_out)
+        self.time = self.time_embeddings(torch.arange(max(K, max_steps), device=device))  # (max_steps, 3C)
+        place = model.embed_place.weight[_token_timesteps(torch.arange(K, device=device))]
+        self.half = max(1, K // 2)  # H
+        self.phases = _phases(place.flatten(1), self.half)
+        rows = self.phases[0].mask.shape[-1]
+        shape = (2, episodes, cfg.n_head, rows, C // cfg.n_head)  # keys and values
+        self.caches = [place.new_zeros(shape) for _ in self.blocks]
 
-        # what depends on time alone: the steps' embeddings, and of every phase of the two windows (first H, then 2H that repeat) places, rows, masks
-        steps = (
-            torch.arange(max(K, max_steps), device=dev)[:, None] - torch.tensor([1, 0, 0], device=dev)
-        ).clamp_min(0)  # of a_{t-1}, R_t, s_t
-        place = model.embed_place.weight[steps[:K]].flatten(1)  # (K, 3C)
-        self.time = (
-            model.embed_time(dt.waves(steps.to(place.dtype))) + torch.stack([e.bias[task] for e in embed])
-        ).flatten(1)  # (max_steps, 3C)
-        # a window's rows: 3p + 1 for R, 3p + 2 for s, 3p + 3 for a of its timestep p; row 0 for what would be the action before its first, seen by nothing else
-        n = 3 * K + 1
-        seen = torch.ones(n, n, dtype=torch.bool, device=dev).tril()
-        seen[1:, 0] = False
-        self.phases = []
-        for t in range(3 * H):
-            p = (t, t) if t < H else (t % (2 * H), (t - H) % (2 * H)) if K > 1 else (0, 0)
-            rows = torch.cat([i * n + 3 * q + torch.arange(3, device=dev) for i, q in enumerate(p)])
-            mask = place.new_full((6, 2 * n), -torch.inf)
-            for i, q in enumerate(p):
-                mask[3 * i : 3 * i + 3, i * n : i * n + n].masked_fill_(seen[3 * q : 3 * q + 3], 0.0)
-            self.phases.append((place[list(p)], rows, mask[None, None], 2 + 3 * (p[1] > p[0])))
-        self.caches = [
-            place.new_zeros(2, episodes, nh, 2 * n, C // nh) for _ in self.blocks
-        ]  # keys and values
+    def time_embeddings(self, timesteps: Tensor) -> Tensor:
+        """(n,) -> (n, 3C): what of the tokens' embeddings depends on the timestep alone, and biases."""
+        waves = dt.waves(_token_timesteps(timesteps).to(self.embed_bias.dtype))
+        return (self.embed_time(waves) + self.embed_bias).flatten(1)
 
     @torch.inference_mode()
-    def act(self, states, rtg, actions):
-        """This timestep's mean actions, or the most likely discrete ones, one-hot: (E, A); from states (E, O), rtg (E,), and the actions (E, A) of the last one
-        (any, before the first)."""
-        E, C, nh, H = states.shape[0], self.cfg.n_embd, self.cfg.n_head, len(self.phases) // 3
-        each = not isinstance(self.t, int)
-        if each:
-            phase = torch.where(self.t < H, self.t, H + (self.t - H) % (2 * H))
-            place, put, mask, newest = (
-                x[phase] for x in self.stacked
-            )  # (E, 2, 3C), (E, 1, keys, 6) one-hot, (E, 1, 6, keys), (E,)
-        else:
-            place, rows, mask, newest = self.phases[self.t if self.t < H else H + (self.t - H) % (2 * H)]
-        x = torch.addmm(
-            self.time[self.t], torch.cat((actions, rtg[:, None], states), 1), self.embed
-        )  # (E, 3C)
-        x = torch.layer_norm((x[:, None] + place).view(6 * E, C), (C,), *self.ln_in)
-        for i, (qkv_w, qkv_b, proj_w, proj_b, fc_w, fc_b, out_w, out_b) in enumerate(self.blocks):
-            qkv = (
-                torch.addmm(qkv_b, torch.layer_norm(x, (C,)), qkv_w)
-                .view(E, 6, 3, nh, -1)
-                .permute(2, 0, 3, 1, 4)
-            )  # (3, E, nh, 6, hs)
-            if each:
-                self.caches[i] = self.caches[i] * (1 - put.sum(-1, keepdim=True)) + put @ qkv[1:]
-            else:
-                self.caches[i].index_copy_(3, rows, qkv[1:])
-            q, (k, v) = qkv[0], self.caches[i]
-            if i == len(self.blocks) - 1:  # only the acting window's state is read
-                x = x.view(E, 6, C)
-                if each:
-                    at = newest[:, None, None]
-                    x = x.gather(1, at.expand(E, 1, C))[:, 0]
-                    q, mask = (
-                        y.gather(2, at[..., None].expand(E, y.shape[1], 1, y.shape[3])) for y in (q, mask)
-                    )
-                else:
-                    x, q, mask = x[:, newest], q[:, :, newest, None], mask[:, :, newest, None]
-            y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(-1, C)
-            x = x + torch.addmm(proj_b, y, proj_w)
-            x = x + torch.addmm(out_b, torch.addmm(fc_b, torch.layer_norm(x, (C,)), fc_w).relu_(), out_w)
+    def act(self, states: Tensor, rtg: Tensor, actions: Tensor) -> Tensor:
+        """The actions (E, A) of this timestep: the policy's means, or one-hot the most likely discrete ones.
+
+        states (E, O), rtg (E,), actions (E, A) of the timestep before; at an episode's first, any.
+        """
+        return self.step(self.time[self.t], states, rtg, actions)
+
+    def step(self, time: Tensor, states: Tensor, rtg: Tensor, actions: Tensor) -> Tensor:
+        """`act` as export.py traces it: with the time embeddings given, (3C,) or (E, 3C)."""
+        C = self.cfg.n_embd
+        phase = self._phase()
+        x = torch.addmm(time, torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, 3C)
+        x = (x[:, None] + phase.place).view(-1, C)  # (6E, C)
+        x = torch.layer_norm(x, (C,), *self.ln_in)
+        for i in range(len(self.blocks)):
+            x = self._block(i, x, phase)
+        weight, bias = self.head
+        x = torch.addmm(bias, torch.layer_norm(x, (C,)), weight)  # (E, A)
         self.t = self.t + 1
-        x = torch.addmm(self.head[1], torch.layer_norm(x, (C,)), self.head[0])
         return F.one_hot(x.argmax(1), x.shape[1]).to(x.dtype) if self.discrete else x.tanh()
 
-    def keep(self, rows):
+    def _phase(self):
+        t = self.t
+        H = self.half
+        if isinstance(t, int):
+            return self.phases[t if t < H else H + (t - H) % (2 * H)]
+        index = torch.where(t < H, t, H + (t - H) % (2 * H))
+        return PhasePerEpisode(*[table[index] for table in self.phase_tables])
+
+    def _block(self, i, x, phase):
+        """The i-th block, x (6E, C) -> (6E, C); the last one -> (E, C), the acting tokens' outputs alone."""
+        C = self.cfg.n_embd
+        nh = self.cfg.n_head
+        w = self.blocks[i]
+        qkv = torch.addmm(w.qkv_bias, torch.layer_norm(x, (C,)), w.qkv)
+        qkv = qkv.view(-1, 6, 3, nh, C // nh).permute(2, 0, 3, 1, 4)  # (3, E, nh, 6, hs)
+        q = qkv[0]
+        mask = phase.mask
+        self.caches[i] = phase.write(self.caches[i], qkv[1:])
+        k, v = self.caches[i]  # (E, nh, rows, hs)
+        if i == len(self.blocks) - 1:
+            x = phase.select(x.view(-1, 6, C), 1).squeeze(1)  # (E, C)
+            q = phase.select(q, 2)
+            mask = phase.select(mask, 2)
+        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(-1, C)
+        x = x + torch.addmm(w.proj_bias, y, w.proj)
+        hidden = torch.addmm(w.fc_bias, torch.layer_norm(x, (C,)), w.fc).relu_()
+        return x + torch.addmm(w.out_bias, hidden, w.out)
+
+    def keep(self, rows: Tensor) -> None:
         """Go on with these episodes alone; rows: indices (E',) or bools (E,)."""
-        self.caches = [c[:, rows] for c in self.caches]
-        self.t = self.t if isinstance(self.t, int) else self.t[rows]
+        self.caches = [cache[:, rows] for cache in self.caches]
+        if not isinstance(self.t, int):
+            self.t = self.t[rows]
 
     @torch.inference_mode()
-    def restart(self, rows):
-        """These episodes begin anew, rows as in `keep`. What is kept of the old ones is seen by nothing: the mask ends at the newest token."""
+    def restart(self, rows: Tensor | slice) -> None:
+        """Begin these episodes anew; rows as in `keep`.
+
+        Caches need no clearing: a token's mask ends at its own row, so it sees nothing of the old episode.
+        """
         if isinstance(self.t, int):
-            dev = self.time.device
-            self.t = torch.full((self.caches[0].shape[1],), self.t, device=dev)
-            places, at, masks, newest = zip(*self.phases, strict=True)
-            put = torch.stack(at)[:, None, None] == torch.arange(masks[0].shape[-1], device=dev)[:, None]
-            self.stacked = (
-                torch.stack(places),
-                put.to(masks[0].dtype),
-                torch.cat(masks),
-                torch.tensor(newest, device=dev),
-            )
+            episodes = self.caches[0].shape[1]
+            self.t = torch.full((episodes,), self.t, device=self.time.device)
+            self.phase_tables = self._stacked_phases()
         self.t[rows] = 0
+
+    def _stacked_phases(self):
+        """All phases as PhasePerEpisode's fields, to be indexed by phase."""
+        place, rows, mask, acting = zip(*self.phases, strict=True)
+        every_row = torch.arange(mask[0].shape[-1], device=self.time.device)
+        one_hot = torch.stack(rows)[:, None, None] == every_row[:, None]
+        acting = torch.tensor(acting, device=self.time.device)
+        return torch.stack(place), one_hot.to(mask[0].dtype), torch.cat(mask), acting
+
+
+# ---- acting in the environment's units -------------------------------------------------------------------
 
 
 class Policy:
-    """Acts by the mean, or the most likely of discrete actions, in one of a model's tasks: keeps the context, normalises, takes rewards off the return that is
-    still asked for.
+    """A model acting in one of its tasks: by the mean, or by the most likely of discrete actions.
 
-    path: a run's directory. Raises UserError where there is no model, or a damaged one.
+    It keeps the context, normalises, and subtracts rewards from the return that is asked for.
+    path: a run's directory. Raises UserError where it holds no model, or a damaged one.
     """
 
-    def __init__(self, path, device="cpu"):
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu"):
         self.model, meta = dt.load(path, device)
         self.tasks = dict(enumerate(data.tasks(meta, path)))
 
     @classmethod
-    def of(cls, model, task: data.Task, index: int):
+    def of(cls, model: dt.DecisionTransformer, task: data.Task, index: int) -> "Policy":
         """Of a model in memory, in its index-th task."""
         self = cls.__new__(cls)
-        self.model, self.tasks = model, {index: task}
+        self.model = model
+        self.tasks = {index: task}
         return self
 
-    def reset(self, task: str | None = None, target_return: float | None = None, episodes: int | None = None):
-        """Begin. task: its name, or None where there is one alone; target_return: of an episode, None: the data's 95th percentile; episodes: how many act as
-        a batch, None: one without a batch's axis. Raises UserError for a task that the model does not have."""
-        found = [i for i, t in self.tasks.items() if task in (t.name, None)]
+    def reset(
+        self, task: str | None = None, target_return: float | None = None, episodes: int | None = None
+    ) -> None:
+        """Begin. Raises UserError for a task that the model does not have.
+
+        task: its name; None: the only one. target_return: of an episode; None: the data's 95th percentile.
+        episodes: E, how many act as a batch; None: one, without a batch axis.
+        """
+        found = [index for index, t in self.tasks.items() if task in (t.name, None)]
         if len(found) != 1:
             raise UserError(f"task {task!r}: this model has {', '.join(t.name for t in self.tasks.values())}")
-        self.task, self.alone, n = self.tasks[found[0]], episodes is None, episodes or 1
+        index = found[0]
+        self.task = self.tasks[index]
+        self.batched = episodes is not None
+        E = episodes or 1
         self.target = self.task.targets["p95"] if target_return is None else target_return
-        self.left, self.age = (
-            np.full(n, float(self.target)),
-            np.zeros(n, int),
-        )  # (n,) return still asked for; steps so far
-        self.actor, self.device = (
-            Actor(self.model, found[0], n, self.task.max_steps),
-            next(self.model.parameters()).device,
-        )
-        self.action = torch.zeros(n, self.task.act_dim, device=self.device)  # (n, A), as the model gives them
-        self.mean, self.std, self.low, self.high = (
-            np.array(x)
-            for x in (self.task.obs_mean, self.task.obs_std, self.task.act_low, self.task.act_high)
-        )
+        self.return_to_go = np.full(E, float(self.target))
+        self.steps = np.zeros(E, int)  # since each episode's first
+        self.actor = Actor(self.model, index, E, self.task.max_steps)
+        self.device = next(self.model.parameters()).device
+        self.action = torch.zeros(E, self.task.act_dim, device=self.device)  # the last, in the model's units
+        self.obs_mean = np.array(self.task.obs_mean)
+        self.obs_std = np.array(self.task.obs_std)
+        self.act_low = np.array(self.task.act_low)
+        self.act_high = np.array(self.task.act_high)
 
     @torch.inference_mode()
-    def act(self, observation, reward=0.0, began=None):
-        """observation (O,) and the reward of the action before -> action (A,); batched: (n, O) and (n,) -> (n, A), float32, in the environment's units;
-        discrete actions: an int64, or (n,) of them.
-        began (n,) bool: which observations are the first of an episode, whose reward then counts for nothing. Raises UserError past the task's last step."""
-        observation, reward = (
-            np.reshape(observation, (len(self.left), -1)),
-            np.reshape(np.asarray(reward, float), -1),
-        )
-        self.left -= reward
-        if began is not None and np.any(began):
-            self.left, self.age = np.where(began, self.target, self.left), np.where(began, 0, self.age)
-            self.actor.restart(torch.from_numpy(np.asarray(began)))
-        self.age += 1
-        if self.age.max() > self.task.max_steps:
-            raise UserError(
-                f"an episode of {self.task.name} goes on after its {self.task.max_steps} steps; reset(), or tell act() that another one `began`"
-            )
-        states = torch.as_tensor(
-            (observation - self.mean) / self.std, dtype=torch.float32, device=self.device
-        )
-        rtg = torch.as_tensor(self.left / self.task.rtg_scale, dtype=torch.float32, device=self.device)
-        self.action = self.actor.act(states, rtg, self.action)
-        if self.task.discrete:
-            action = self.action.argmax(1).cpu().numpy() + self.task.first_action
-            return action[0] if self.alone else action
-        action = np.clip(
-            (self.action.cpu().double().numpy() + 1) / 2 * (self.high - self.low) + self.low,
-            self.low,
-            self.high,
-        ).astype(np.float32)
-        return action[0] if self.alone else action
+    def act(
+        self, observation: ArrayLike, reward: ArrayLike = 0.0, began: ArrayLike | None = None
+    ) -> np.ndarray | np.int64:
+        """observation (O,) and the last action's reward -> action (A,); batched: (E, O) and (E,) -> (E, A).
 
-    def keep(self, rows):
-        """Go on with these episodes alone; rows (n,) bool."""
+        Actions are float32 in the environment's units; discrete ones an int64, or (E,) of them.
+        began (E,) bool: which observations are the first of an episode; their rewards are ignored.
+        Raises UserError past the task's last step.
+        """
+        observation = np.reshape(observation, (len(self.return_to_go), -1))
+        self.return_to_go -= np.reshape(np.asarray(reward, float), -1)
+        if began is not None and np.any(began):
+            self.return_to_go = np.where(began, self.target, self.return_to_go)
+            self.steps = np.where(began, 0, self.steps)
+            self.actor.restart(torch.from_numpy(np.asarray(began)))
+        self.steps += 1
+        if self.steps.max() > self.task.max_steps:
+            raise UserError(
+                f"an episode of {self.task.name} goes on after its {self.task.max_steps} steps; reset(), "
+                f"or tell act() that another one `began`"
+            )
+        states = self._float32((observation - self.obs_mean) / self.obs_std)
+        rtg = self._float32(self.return_to_go / self.task.rtg_scale)
+        self.action = self.actor.act(states, rtg, self.action)
+        action = self._in_units(self.action)
+        return action if self.batched else action[0]
+
+    def _float32(self, x):
+        return torch.as_tensor(x, dtype=torch.float32, device=self.device)
+
+    def _in_units(self, action):
+        """The model's actions (E, A) as the environment takes them: (E, A), or (E,) discrete ones."""
+        if self.task.discrete:
+            return action.argmax(1).cpu().numpy() + self.task.first_action
+        unit = (action.cpu().double().numpy() + 1) / 2
+        action = unit * (self.act_high - self.act_low) + self.act_low
+        return np.clip(action, self.act_low, self.act_high).astype(np.float32)
+
+    def keep(self, rows: ArrayLike) -> None:
+        """Go on with these episodes alone; rows (E,) bool."""
         rows = np.asarray(rows)
-        self.left, self.age, self.action = (
-            self.left[rows],
-            self.age[rows],
-            self.action[torch.from_numpy(rows)],
-        )
-        self.actor.keep(torch.from_numpy(rows))
+        selected = torch.from_numpy(rows)
+        self.return_to_go = self.return_to_go[rows]
+        self.steps = self.steps[rows]
+        self.action = self.action[selected]
+        self.actor.keep(selected)
