@@ -3,17 +3,20 @@
     python evaluate.py out/student --eval-episodes 100
     python evaluate.py out/teacher-hopper --target median --video
 
-Prints, per task: mean and standard deviation of the return, normalised score (100 x (return - random) / (expert - random); D4RL's
-constants where there are any, else the dataset's lowest and highest return) and a student's retention (its score / its teacher's).
-Writes RUN/evaluation.json.
+Prints, per task: mean and standard deviation of the return, normalised score, and a student's retention (its
+score / its teacher's). Writes RUN/evaluation.json. The score is 100 (return - random) / (expert - random), with
+D4RL's constants where there are any, else the dataset's lowest and highest return.
+
+Also used by teacher.py, distill.py, export.py, report.py and research/study.py.
 """
 
 import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, BinaryIO
 
+import gymnasium as gym
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -24,157 +27,219 @@ from policy import Policy
 from support import UserError, cli, environments, files, log, machine
 
 SEED = 1000  # of the first evaluation episode; episode i has SEED + i
+FRAME_INTERVAL = 4  # steps between the frames of a film
 
 
 @dataclasses.dataclass
 class Config:
     run: Annotated[str, tyro.conf.Positional]  # a run directory of teacher.py or distill.py
-    eval_episodes: int = 20  # per task
+    eval_episodes: int = 20  # evaluation episodes per task
     target: str = "p95"  # return to ask for: p95 or median of the dataset's returns, or a number
     seed: int = SEED  # of the first episode; episode i has seed + i
-    device: str = "auto"  # cpu, cuda, or auto
+    device: str = "auto"  # cpu, cuda, cuda:<number>, or auto
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
 
 
-def check(tasks):
-    """Raise UserError, before hours of training, where a task's environment can't be made or is not what its data came from."""
-    for t in tasks:
-        if t.env_id is None:
+# ---- environments ----------------------------------------------------------------------------------------
+
+
+def check(tasks: list[data.Task]) -> None:
+    """Raise UserError, before hours of training, where a task's environment can't be made or does not fit."""
+    for task in tasks:
+        if task.env_id is None:
             continue
-        env = environments.make_env(t.env_id, t.env_kwargs)
-        fits(env, t)
+        env = environments.make_env(task.env_id, task.env_kwargs)
+        check_spaces(env, task)
         env.close()
 
 
-def fits(env, t: data.Task):
-    """Raise UserError where a task's environment is not what its data came from."""
-    there = [
-        type(s).__name__ if s.shape is None else environments.size(s)
-        for s in (env.observation_space, env.action_space)
-    ]  # a Dict has no shape
-    if there != [t.obs_dim, t.act_dim]:
-        raise UserError(f"environment {t.env_id} {t.env_kwargs} has {there[0]} observations and {there[1]} actions, dataset {t.dataset} {t.obs_dim} and "
-                            f"{t.act_dim}: no evaluation there; use --eval-episodes 0")  # fmt: skip
+def check_spaces(env: gym.Env, task: data.Task) -> None:
+    """Raise UserError where an environment's sizes are not those of the task's dataset."""
+    sizes = []
+    for space in (env.observation_space, env.action_space):
+        has_shape = space.shape is not None  # a Dict has none
+        sizes.append(environments.size(space) if has_shape else type(space).__name__)
+    if sizes != [task.obs_dim, task.act_dim]:
+        raise UserError(
+            f"environment {task.env_id} {task.env_kwargs} has {sizes[0]} observations and {sizes[1]} "
+            f"actions, dataset {task.dataset} {task.obs_dim} and {task.act_dim}: no evaluation there; "
+            f"use --eval-episodes 0"
+        )
 
 
-def rollout(model, task: data.Task, index: int, target: float, episodes: int, seed: int, film=False):
+def _make_envs(task, episodes, film):
+    """An environment for each episode; the first one of a film renders."""
+    envs = []
+    for i in range(episodes):
+        rendering = {"render_mode": "rgb_array"} if film and i == 0 else {}
+        env = environments.make_env(
+            task.env_id, task.env_kwargs, max_episode_steps=task.max_steps, **rendering
+        )
+        envs.append(env)
+    return envs
+
+
+# ---- episodes --------------------------------------------------------------------------------------------
+
+
+def rollout(
+    model: dt.DecisionTransformer,
+    task: data.Task,
+    index: int,
+    target: float,
+    episodes: int,
+    seed: int,
+    film: bool = False,
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """A model's episodes in its index-th task; see `play`."""
     return play(Policy.of(model, task, index), task, target, episodes, seed, film)
 
 
-def play(policy, task: data.Task, target: float, episodes: int, seed: int, film=False):
-    """A policy's episodes, all as one batch. policy: a policy.Policy, or anything with its reset, act and keep. Returns (E,) returns, and every fourth
-    frame of the first episode."""
-    limit = task.max_steps
-    envs = [environments.make_env(task.env_id, task.env_kwargs, max_episode_steps=limit, **({"render_mode": "rgb_array"} if film and i == 0 else {}))
-            for i in range(episodes)]  # fmt: skip
-    fits(envs[0], task)
-    shape = envs[0].action_space.shape
+def play(
+    policy: Any, task: data.Task, target: float, episodes: int, seed: int, film: bool = False
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """E episodes as one batch, the i-th with seed + i. Gives their returns (E,) and the first one's frames.
+
+    policy: a policy.Policy, or anything with its reset, act and keep. target: the return it is asked for.
+    film: keep every FRAME_INTERVAL-th frame; else there are none.
+    """
+    envs = _make_envs(task, episodes, film)
+    check_spaces(envs[0], task)
+    action_shape = envs[0].action_space.shape
     policy.reset(target_return=target, episodes=episodes)
-    obs = np.stack([np.reshape(e.reset(seed=seed + i)[0], -1) for i, e in enumerate(envs)])
-    rewards, returns, alive, frames = np.zeros(episodes), np.zeros(episodes), np.arange(episodes), []
-    bar = tqdm(
-        range(limit), desc=f"evaluate {task.name} at {target:.0f}", unit="step", disable=None, leave=False
-    )
-    for t in bar:
-        going = np.ones(len(alive), bool)
-        for j, (i, action) in enumerate(zip(alive, policy.act(obs[alive], rewards[alive]), strict=True)):
-            o, rewards[i], terminated, truncated, _ = envs[i].step(action.reshape(shape))
-            obs[i], returns[i] = np.reshape(o, -1), returns[i] + rewards[i]
-            if film and i == 0 and t % 4 == 0:
+    observations = np.stack([np.reshape(env.reset(seed=seed + i)[0], -1) for i, env in enumerate(envs)])
+    rewards = np.zeros(episodes)
+    returns = np.zeros(episodes)
+    running = np.arange(episodes)  # indices of the episodes that have not ended
+    frames = []
+    description = f"evaluate {task.name} at {target:.0f}"
+    for t in tqdm(range(task.max_steps), desc=description, unit="step", disable=None, leave=False):
+        actions = policy.act(observations[running], rewards[running])
+        goes_on = np.ones(len(running), bool)
+        for j, (i, action) in enumerate(zip(running, actions, strict=True)):
+            observation, rewards[i], terminated, truncated, _ = envs[i].step(action.reshape(action_shape))
+            observations[i] = np.reshape(observation, -1)
+            returns[i] += rewards[i]
+            goes_on[j] = not (terminated or truncated)
+            if film and i == 0 and t % FRAME_INTERVAL == 0:
                 frames.append(envs[0].render())
-            going[j] = not (terminated or truncated)
-        if not going.all():
-            alive = alive[going]
-            policy.keep(going)
-        if not len(alive):
+        if not goes_on.all():
+            running = running[goes_on]
+            policy.keep(goes_on)
+        if not len(running):
             break
-    for e in envs:
-        e.close()
+    for env in envs:
+        env.close()
     return returns, frames
 
 
-def scores(returns, task: data.Task, teacher=None) -> dict:
-    """The metrics of one task's returns (E,); with its teacher's, where that has a score, retention too."""
+def scores(returns: np.ndarray, task: data.Task, teacher: dict[str, Any] | None = None) -> dict[str, float]:
+    """The metrics of a task's returns (E,); with those of its teacher, if that has a score, retention too."""
     low, high = task.reference
     mean = float(returns.mean())
-    out = {
+    metrics = {
         "return_mean": mean,
         "return_std": float(returns.std()),
         "normalized_score": 100 * (mean - low) / (high - low),
     }
     if teacher and teacher.get("normalized_score"):
-        out["retention"] = out["normalized_score"] / teacher["normalized_score"]
-    return out
+        metrics["retention"] = metrics["normalized_score"] / teacher["normalized_score"]
+    return metrics
 
 
-def film(model, task, index, target, seed, file, width=320, **options):
-    """One episode as an animated picture, every fourth step of it, in `file`; options as pillow's save takes them. Returns its return.
-    Raises UserError where rendering does not work."""
+def film(
+    model: dt.DecisionTransformer,
+    task: data.Task,
+    index: int,
+    target: float,
+    seed: int,
+    file: Path | BinaryIO,
+    width: int = 320,
+    **options: Any,
+) -> float:
+    """Save one episode as an animated picture in `file`, and return its return.
+
+    width: pixels. options: of pillow's Image.save. Raises UserError where rendering does not work.
+    """
     from PIL import Image
 
     if not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ) and sys.platform == "linux":
-        os.environ.setdefault(
-            "MUJOCO_GL", "egl"
-        )  # GLFW, which is tried first, needs a display, and what comes after it can crash
+        # MuJoCo would try GLFW first, which needs a display, and what it tries next can crash
+        os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        got, frames = rollout(model, task, index, target, 1, seed, film=True)
-        pictures = [Image.fromarray(f) for f in frames]
-        pictures = [p.resize((width, width * p.height // p.width)) for p in pictures]
+        returns, frames = rollout(model, task, index, target, 1, seed, film=True)
+        pictures = []
+        for frame in frames:
+            picture = Image.fromarray(frame)
+            pictures.append(picture.resize((width, width * picture.height // picture.width)))
     except UserError:
         raise
-    except Exception as e:  # no display, no EGL, no GL library: each platform fails in its own way
-        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    except Exception as e:  # noqa: BLE001 - no display, EGL or GL library: each platform fails in its own way
+        reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         raise UserError(
-            f"no film of {task.name}: rendering does not work here ({why}); try MUJOCO_GL=egl or osmesa"
+            f"no film of {task.name}: rendering does not work here ({reason}); try MUJOCO_GL=egl or osmesa"
         ) from None
     pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=40, loop=0, **options)
-    return got[0]
+    return returns[0]
 
 
-def main(cfg: Config):
+# ---- the command -----------------------------------------------------------------------------------------
+
+
+def main(cfg: Config) -> None:
     cli.at_least(cfg, eval_episodes=1, seed=0)
     machine.check_device(cfg.device)
     model, meta = dt.load(cfg.run, machine.device(cfg))
-    rows, out = [], {}
-    for i, task in enumerate(data.tasks(meta, cfg.run)):
-        try:
-            target = task.targets[cfg.target] if cfg.target in task.targets else float(cfg.target)
-        except ValueError:
-            raise UserError(
-                f"--target {cfg.target}: must be {' or '.join(task.targets)} or a number"
-            ) from None
+    rows = []
+    metrics = {}
+    for index, task in enumerate(data.tasks(meta, cfg.run)):
+        target = _target(cfg, task)
         if task.env_id is None:
             print(f"{task.name}: its dataset names no environment, nothing to evaluate in")
             continue
-        returns, _ = rollout(model, task, i, target, cfg.eval_episodes, cfg.seed)
-        teacher = (
-            meta.get("teachers", {}).get(task.name) if cfg.target == "p95" else None
-        )  # whose score is of that target
-        m = out[task.name] = {"target": target, **scores(returns, task, teacher)}
-        row = {
-            "task": task.name,
-            "target": target,
-            "return": m["return_mean"],
-            "std": m["return_std"],
-            "score": m["normalized_score"],
-        }
-        if "retention" in m:
-            row["retention"] = m["retention"]
-        rows.append(row)
+        returns, _ = rollout(model, task, index, target, cfg.eval_episodes, cfg.seed)
+        teachers = meta.get("teachers", {}) if cfg.target == "p95" else {}  # their scores are of that target
+        metrics[task.name] = {"target": target, **scores(returns, task, teachers.get(task.name))}
+        rows.append(_row(task.name, metrics[task.name]))
         if cfg.video:
-            path = Path(cfg.run) / f"{task.name.replace('/', '-')}.gif"
-            try:
-                film(model, task, i, target, cfg.seed, path)
-                print(f"film of {task.name} in {path}")
-            except UserError as e:
-                print(e)
+            _film_into_run(cfg, model, task, index, target)
     if rows:
         print(log.table(rows))
-        files.write_json(
-            Path(cfg.run) / "evaluation.json",
-            {"eval_episodes": cfg.eval_episodes, "seed": cfg.seed, "tasks": out},
-        )
+        evaluation = {"eval_episodes": cfg.eval_episodes, "seed": cfg.seed, "tasks": metrics}
+        files.write_json(Path(cfg.run) / "evaluation.json", evaluation)
+
+
+def _target(cfg, task):
+    """--target as a return of this task."""
+    if cfg.target in task.targets:
+        return task.targets[cfg.target]
+    try:
+        return float(cfg.target)
+    except ValueError:
+        raise UserError(f"--target {cfg.target}: must be {' or '.join(task.targets)} or a number") from None
+
+
+def _row(name, metrics):
+    """A task's metrics as a row of the printed table."""
+    row = {
+        "task": name,
+        "target": metrics["target"],
+        "return": metrics["return_mean"],
+        "std": metrics["return_std"],
+        "score": metrics["normalized_score"],
+    }
+    if "retention" in metrics:
+        row["retention"] = metrics["retention"]
+    return row
+
+
+def _film_into_run(cfg, model, task, index, target):
+    path = Path(cfg.run) / f"{task.name.replace('/', '-')}.gif"
+    try:
+        film(model, task, index, target, cfg.seed, path)
+        print(f"film of {task.name} in {path}")
+    except UserError as e:
+        print(e)
 
 
 if __name__ == "__main__":
