@@ -4,8 +4,8 @@
     python evaluate.py out/teacher-hopper --target median --video
 
 Prints, per task: mean and standard deviation of the return, normalised score, and a student's retention (its
-score / its teacher's). Writes RUN/evaluation.json. The score is 100 (return - random) / (expert - random), with
-D4RL's constants where there are any, else the dataset's lowest and highest return.
+score / its teacher's). Writes RUN/evaluation.json. The score is 100 (return - random) / (expert - random): of
+D4RL's constants where there are any, else of the dataset's lowest and highest return.
 
 Also used by teacher.py, distill.py, export.py, report.py and research/study.py.
 """
