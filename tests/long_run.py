@@ -1,6 +1,8 @@
-"""50,000 updates of the smallest student -> results/long_run.csv: memory, time and log, a row every 1000 updates. It ends with what README says of it.
+"""50,000 updates of the smallest student: memory, time and log size -> research/results/long_run.csv.
 
 python tests/long_run.py
+
+Prints the numbers that docs/operations.md quotes. Takes minutes; pytest does not collect it.
 """
 
 import csv
@@ -13,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import conftest  # data and cache in a temporary folder
+import conftest  # first: it moves data and cache to a temporary folder
 import distill
 import teacher
-from support import (
-    checkpoint,
-    machine,
-)
+from support import checkpoint, machine
 
+STEPS = 50_000
+INTERVAL = 1000  # updates between rows
+WARM_UP = 5000  # updates, not counted in the memory's slope
 SMALLEST = {
     "n_layer": 1,
     "n_embd": 8,
@@ -28,52 +30,70 @@ SMALLEST = {
     "eval_episodes": 0,
     "device": "cpu",
     "log_interval": 100,
-    "checkpoint_interval": 1000,
+    "checkpoint_interval": INTERVAL,
 }
-STEPS, EVERY = 50_000, 1000
 
 
-def resident() -> float:
-    """This process's memory, MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+def record_rows(rows: list[dict[str, float]]) -> None:
+    """From now on append a row after every INTERVAL updates of a training, and after their checkpoint."""
+    start = time.perf_counter()
+    after_update = checkpoint.Checkpoint.after
+
+    def after(self: checkpoint.Checkpoint, step: int) -> None:
+        after_update(self, step)
+        if step % INTERVAL == 0:
+            row = {
+                "step": step,
+                "seconds": round(time.perf_counter() - start, 3),
+                "rss_mb": round(resident_memory(), 2),
+                "log_bytes": (self.path.parent / "log.csv").stat().st_size,
+            }
+            rows.append(row)
+
+    checkpoint.Checkpoint.after = after
 
 
-def main():
+def resident_memory() -> float:
+    """This process's, in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def train(home: str) -> list[dict[str, float]]:
+    """Two teachers, then their student: its rows."""
+    for i in range(2):
+        dataset = f"tests/long-{i}-v0"
+        conftest.make_dataset(dataset, [30, 25, 40, 20], obs_dim=3 + i, act_dim=1 + i, seed=i)
+        teacher.main(teacher.Config(dataset=dataset, steps=50, out_dir=f"{home}/{i}", **SMALLEST))
+    rows = []
+    record_rows(rows)
+    teachers = (f"{home}/0", f"{home}/1")
+    distill.main(distill.Config(teachers=teachers, steps=STEPS, out_dir=f"{home}/student", **SMALLEST))
+    return rows
+
+
+def summary(rows: list[dict[str, float]]) -> str:
+    warm = [row for row in rows if row["step"] > WARM_UP]
+    rss = [row["rss_mb"] for row in warm]
+    slope = np.polyfit([row["step"] for row in warm], rss, 1)[0] * 10_000
+    ms = np.diff([row["seconds"] for row in rows]) / INTERVAL * 1000
+    return (
+        f"memory: {slope:.2f} MB per 10,000 updates, from {rss[0]:.0f} MB; "
+        f"an update: {np.median(ms[5:15]):.2f} ms in updates 6,000 to 15,000, "
+        f"{np.median(ms[-10:]):.2f} in the last 10,000; log {rows[-1]['log_bytes'] / 1e6:.1f} MB"
+    )
+
+
+def main() -> None:
     torch.set_num_threads(1)
     machine.keep_freed_memory()
-    rows, after = [], checkpoint.Checkpoint.after
-
-    def watched(self, step):
-        after(self, step)
-        if step % EVERY == 0 and self.cfg.steps == STEPS:
-            rows.append({"step": step, "seconds": round(time.perf_counter() - start, 3), "rss_mb": round(resident(), 2),
-                         "log_bytes": (self.path.parent / "log.csv").stat().st_size})  # fmt: skip
-
-    checkpoint.Checkpoint.after = watched
-    with tempfile.TemporaryDirectory() as tmp:
-        for i in range(2):
-            conftest.make_dataset(
-                f"tests/long-{i}-v0", [30, 25, 40, 20], obs_dim=3 + i, act_dim=1 + i, seed=i
-            )
-            teacher.main(
-                teacher.Config(dataset=f"tests/long-{i}-v0", steps=50, out_dir=f"{tmp}/{i}", **SMALLEST)
-            )
-        start = time.perf_counter()
-        distill.main(
-            distill.Config(
-                teachers=(f"{tmp}/0", f"{tmp}/1"), steps=STEPS, out_dir=f"{tmp}/student", **SMALLEST
-            )
-        )
-    path = conftest.ROOT / "results/long_run.csv"
-    with open(path, "w", newline="") as f:
-        out = csv.DictWriter(f, rows[0])
-        out.writeheader()
-        out.writerows(rows)
-    step, seconds, rss, log = (np.array([float(r[k]) for r in rows]) for k in rows[0])
-    warm = step > 5000
-    ms = np.diff(seconds) / EVERY * 1000
-    print(f"memory: {np.polyfit(step[warm], rss[warm], 1)[0] * 10_000:.2f} MB per 10,000 updates, from {rss[warm][0]:.0f} MB; an update: {np.median(ms[5:15]):.2f} ms "
-          f"in updates 6,000 to 15,000, {np.median(ms[-10:]):.2f} in the last 10,000; log {log[-1] / 1e6:.1f} MB")  # fmt: skip
+    with tempfile.TemporaryDirectory() as home:
+        rows = train(home)
+    with open(conftest.ROOT / "research/results/long_run.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(summary(rows))
 
 
 if __name__ == "__main__":
