@@ -1,5 +1,6 @@
 """alignment.py: each teacher's <grad L_i, u> against reverse mode, on a small student of three tasks."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,9 +72,10 @@ def test_estimate__is_zero_before_the_first_update():
     assert alignment.estimate(torch.ones(2), torch.ones(2), zero, zero).tolist() == [0.0, 0.0]
 
 
-def test_clipped__is_the_share_of_u_between_minus_one_and_one():
-    c = torch.tensor([-9.0, -2.0, 0.0, 1.0, 4.5])
-    assert alignment.clipped(c, torch.tensor(4.0)).tolist() == [-1.0, -0.5, 0.0, 0.25, 1.0]
+@pytest.mark.parametrize("uu", [4.0, 2.0**-40])
+def test_clipped__is_the_share_of_u_between_minus_one_and_one(uu):
+    c = uu * torch.tensor([-3.0, -0.5, 0.0, 0.25, 1.5])
+    assert alignment.clipped(c, torch.tensor(uu)).tolist() == [-1.0, -0.5, 0.0, 0.25, 1.0]
 
 
 def test_clipped__is_zero_before_the_first_update():
@@ -89,3 +91,51 @@ def test_exact__lets_surgery_project_every_teachers_own_gradient():
     wanted = sum(share * project(g, u) for share, g in zip(shares, gs, strict=True))
     assert kappa < 0
     assert torch.allclose(surgery.previous(shares @ gs, u, kappa)[0], wanted, atol=1e-10)
+
+
+# ---- what an update keeps ----------------------------------------------------------------------------------
+
+
+def quadratic():
+    """probe(theta) -> KL (2,), <grad, u> (2,) at theta, and theta and u (3,)."""
+    theta = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    u = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+    scale = torch.tensor([0.1, 0.02], dtype=torch.float64)
+
+    def probe(vector):
+        return scale * (theta if vector is None else vector).square().sum()
+
+    return probe, 2 * scale * (theta @ u), theta, u
+
+
+def test_alignments__are_zero_where_no_option_asks_for_them():
+    probe, _, theta, u = quadratic()
+    a = alignment.Alignments(probe, theta, u, probe(None))
+    assert a.before_update().tolist() == [0.0, 0.0]
+    theta -= 0.01 * u
+    a.after_update()
+    assert a.before_update().tolist() == [0.0, 0.0]
+
+
+def test_exact_alignments__are_those_before_the_update():
+    probe, c, theta, u = quadratic()
+    a = alignment.Exact(probe, theta, u, probe(None))
+    assert torch.allclose(a.before_update(), c / (u @ u))
+    assert torch.allclose(a.c, c)
+    theta -= 0.01 * u
+    a.after_update()
+    assert torch.allclose(a.c, c)
+    assert torch.allclose(a.before_update(), c / (u @ u) * (theta @ u) / (theta @ u + 0.01 * (u @ u)))
+
+
+def test_estimated_alignments__are_the_change_of_the_kls_over_the_last_update():
+    probe, c, theta, u = quadratic()
+    a = alignment.Estimated(probe, theta, u, probe(None))
+    assert a.before_update().tolist() == [0.0, 0.0]
+    for _ in range(2):
+        c = 2 * torch.tensor([0.1, 0.02], dtype=torch.float64) * (theta @ u)
+        theta -= 1e-6 * u
+        a.after_update()
+        assert torch.allclose(a.c, c, rtol=1e-4)
+        assert torch.allclose(a.before_update(), c / (u @ u), rtol=1e-4)
+        assert torch.equal(a.last_kl, probe(None))

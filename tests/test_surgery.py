@@ -134,11 +134,12 @@ def test_previous__takes_kappa_of_u_away():
     assert torch.equal(u, g)
 
 
-@given(st.integers(0, 1000))
-def test_per_teacher__is_the_sum_of_every_teachers_own_projected_gradient(seed):
+@given(st.integers(0, 1000), st.integers(-5, 5))
+def test_per_teacher__is_the_sum_of_every_teachers_own_projected_gradient(seed, exponent):
+    """Whatever the scale of u."""
     generator = torch.Generator().manual_seed(seed)
     gs = torch.randn(4, 30, generator=generator, dtype=torch.float64)
-    u = torch.randn(30, generator=generator, dtype=torch.float64)
+    u = torch.randn(30, generator=generator, dtype=torch.float64) * 10.0**exponent
     shares = torch.rand(4, generator=generator, dtype=torch.float64)
     shares = shares / shares.sum()
     wanted = sum(share * project(g, u) for share, g in zip(shares, gs, strict=True))
