@@ -1,27 +1,26 @@
-"""Everything the tests write lies in one temporary folder; nothing needs a network, a GPU or a dataset that is there already."""
+"""What all tests share. They write into one temporary folder, and need no network, GPU or dataset."""
 
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: a test has one core, and spinning threads would take the others'
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a test has one core
 
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, (str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")))
-)  # for the fork server's preload (cpython 117378)
-if "MANYTEACHERS_TESTS" not in os.environ:  # it is in processes that tests start
-    _tmp = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
-    os.environ["MANYTEACHERS_TESTS"] = _tmp.name
-_mine = f"{os.environ['MANYTEACHERS_TESTS']}/{os.environ.get('PYTEST_XDIST_WORKER', '')}"
-os.environ["MINARI_DATASETS_PATH"] = f"{_mine}/minari"  # before data.py is imported
-os.environ["MANYTEACHERS_CACHE"] = f"{_mine}/cache"
+# for the fork server's preload, which does not get sys.path (github.com/python/cpython/issues/117378)
+paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+if "MANYTEACHERS_TESTS" not in os.environ:  # it is set in processes that tests start
+    temporary_folder = tempfile.TemporaryDirectory(prefix="manyteachers-tests-")
+    os.environ["MANYTEACHERS_TESTS"] = temporary_folder.name
+# before data.py is imported; each of pytest's workers has a folder of its own
+folder = Path(os.environ["MANYTEACHERS_TESTS"]) / os.environ.get("PYTEST_XDIST_WORKER", "")
+os.environ["MINARI_DATASETS_PATH"] = f"{folder}/minari"
+os.environ["MANYTEACHERS_CACHE"] = f"{folder}/cache"
 os.environ["MINARI_REMOTE"] = "hf://manyteachers-no-such-repository"
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is never asked
 if not torch.cuda.is_available():
@@ -40,28 +39,51 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def make_dataset(name, lengths, obs_dim=3, act_dim=2, seed=0, spec="Hopper-v5", edit=None, **spaces):
-    """A Minari dataset of random episodes; edit(i, fields) may change episode i's. Returns the fields of every episode."""
+    """A Minari dataset of random episodes with these lengths. Returns the fields of every episode.
+
+    edit(i, fields): may change those of episode i. spaces: observation_space, action_space, data_format.
+    """
     rng = np.random.default_rng(seed)
     obs_space = spaces.pop("observation_space", gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float64))
     act_space = spaces.pop("action_space", gym.spaces.Box(-2.0, 2.0, (act_dim,), np.float32))
     episodes = []
     for i, L in enumerate(lengths):
-        ep = {
-            "observations": rng.normal(size=(L + 1, *obs_space.shape)),
-            "actions": rng.uniform(-2, 2, (L, *act_space.shape)).astype(np.float32)
-            if act_space.dtype == np.float32
-            else rng.integers(0, 2, L),
+        observations = rng.normal(size=(L + 1, *obs_space.shape))
+        if act_space.dtype == np.float32:
+            actions = rng.uniform(-2, 2, (L, *act_space.shape)).astype(np.float32)
+        else:
+            actions = rng.integers(0, 2, L)
+        episode = {
+            "observations": observations,
+            "actions": actions,
             "rewards": rng.normal(size=L) + 1,
             "terminations": np.eye(L, dtype=bool)[-1],
             "truncations": np.zeros(L, bool),
         }
         if edit:
-            edit(i, ep)
-        episodes.append(ep)
+            edit(i, episode)
+        episodes.append(episode)
     minari.create_dataset_from_buffers(
-        name, [EpisodeBuffer(id=i, **e) for i, e in enumerate(episodes)], observation_space=obs_space, action_space=act_space,
-        env=spec, author="-", author_email="-@-.org", code_permalink="-", algorithm_name="-", description="-", **spaces)  # fmt: skip
+        name,
+        [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes)],
+        observation_space=obs_space,
+        action_space=act_space,
+        env=spec,
+        author="-",
+        author_email="-@-.org",
+        code_permalink="-",
+        algorithm_name="-",
+        description="-",
+        **spaces,
+    )
     return episodes
+
+
+def result(out_dir):
+    """What a run ends with: its weights' bytes, and its log without the column of seconds."""
+    rows = [line.split(",") for line in (out_dir / "log.csv").read_text().splitlines()]
+    seconds = rows[0].index("seconds")
+    return (out_dir / "model.safetensors").read_bytes(), [r[:seconds] + r[seconds + 1 :] for r in rows]
 
 
 @pytest.fixture

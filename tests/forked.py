@@ -53,6 +53,18 @@ def _child(function, args, output, cwd, env):
     function(*args)
 
 
+def arguments(options: dict[str, Any]) -> list[str]:
+    """The command line that says options: {"resume": True, "lr": 0.1} -> ["--resume", "--lr", "0.1"]."""
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, tuple):
+            words.extend(map(str, value))
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
 def python(command: str, cwd: Path, code: int = 0, root: Path = ROOT, **env: str) -> str:
     """What `python COMMAND` prints in the folder cwd. Asserts its exit code.
 

@@ -236,7 +236,10 @@ BAD = [
     ("teacher.py --dropout 1", "--dropout 1.0: must be below 1"),
     ("teacher.py --context 2000", "--context 2000: must be at most 1024"),
     ("teacher.py --dataset nobody/nothing-v0", "nobody/nothing-v0 is not in"),
-    ("teacher.py --dataset hoper", "unknown env 'hoper'; choose from ant, halfcheetah, halfcheetah-back, hopper, walk"),
+    (
+        "teacher.py --dataset hoper",
+        "unknown env 'hoper'; choose from ant, halfcheetah, halfcheetah-back, hopper, walk",
+    ),
     ("teacher.py --out-dir /proc/x", "can't write to /proc/x"),
     ("teacher.py --device cuda:77", "--device cuda:77: not available here"),
     ("teacher.py --device mps", "--device mps: choose cpu, cuda, cuda:<number> or auto"),
@@ -287,7 +290,9 @@ CHOICES = [
 def test_scripts__name_the_choices_for_a_mistyped_one(home, command):
     printed = forked.python(f"{command} hoper", home, code=2, COLUMNS="300")
     option = re.search("--[a-z]+", command)[0]
-    assert re.search(rf"invalid choice 'hoper' for argument '{option}'.* Expected one of \('", printed), printed
+    assert re.search(rf"invalid choice 'hoper' for argument '{option}'.* Expected one of \('", printed), (
+        printed
+    )
     assert "Traceback" not in printed
 
 
@@ -426,7 +431,9 @@ def test_readme__has_an_acting_snippet_that_runs(main_job, home):
 def test_readme__lists_a_command_for_every_script():
     listed = {re.sub("^python ", "", command) for command in commands(README)}
     scripts = {path.name for path in ROOT.glob("*.py") if "cli.run(" in path.read_text()}
-    modules = {f"-m research.{path.stem}" for path in ROOT.glob("research/*.py") if '"__main__"' in path.read_text()}
+    modules = {
+        f"-m research.{path.stem}" for path in ROOT.glob("research/*.py") if '"__main__"' in path.read_text()
+    }
     for script in scripts | modules:
         assert any(command.startswith(script) for command in listed), script
 
@@ -437,9 +444,7 @@ def test_troubleshooting__has_the_words_that_the_program_prints():
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings over several lines
     quoted = re.findall(r"^\| `(.*?)`", OPERATIONS.split("## Troubleshooting")[1], re.M)
     assert len(quoted) >= 15
-    variable = (
-        r"\b[XYN]\b|\.\.\.|^error: (?:--\w+ )?|^kernels: |^error: environment|nan|Triton|C compiler| a finished"
-    )
+    variable = r"\b[XYN]\b|\.\.\.|^error: (?:--\w+ )?|^kernels: |^error: environment|nan|Triton|C compiler| a finished"
     for text in quoted:
         longest = max(re.split(variable, text), key=len).strip(" ;,'()")
         assert len(longest) > 7, text

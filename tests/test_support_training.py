@@ -37,3 +37,19 @@ def test_captured__keeps_the_tensors_that_it_reads_and_puts_back_those_that_it_c
     assert alive() is not None
     assert callable(replay)
     assert not total.any()
+
+
+def test_captured__returns_the_function_itself_where_capturing_fails(monkeypatch, capsys):
+    cuda = unittest.mock.MagicMock()
+    cuda.graph.side_effect = RuntimeError("operation not permitted when stream is capturing")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    total = torch.zeros(1)
+    generator = torch.Generator().manual_seed(3)
+
+    def add_noise():
+        total.add_(torch.rand(1, generator=generator))
+
+    assert training.captured(add_noise, [total], generator) is add_noise
+    assert "no CUDA graph here (operation not permitted" in capsys.readouterr().out
+    assert not total.any()
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
