@@ -1,4 +1,4 @@
-"""Processes forked from a server that has imported everything: they start in milliseconds, a new Python in seconds.
+"""Processes forked from a server that has imported everything: they start in milliseconds, not seconds.
 
     said = forked.python("teacher.py --env hopper", cwd)    # as a user would call it, run to its end
     p = forked.start(function, *args, output=path)          # any function; a multiprocessing.Process
@@ -68,7 +68,7 @@ def arguments(options: dict[str, Any]) -> list[str]:
 def python(command: str, cwd: Path, code: int = 0, root: Path = ROOT, **env: str) -> str:
     """What `python COMMAND` prints in the folder cwd. Asserts its exit code.
 
-    command: of this project, or of a copy of it at `root`: "script.py --option ..." or "-m research.module ...".
+    command: "script.py --option ..." or "-m research.module ...", of this project or a copy of it at `root`.
     env: environment variables.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,5 @@
-"""The commands of README and docs/, tiny, as a user would call them: in a process of their own, in an empty directory."""
+"""The commands of README and docs/, tiny, as a user would call them, each in a process of its own."""
 
-import json
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-def subprocess_python(command, cwd, *flags, **env):
+def subprocess_python(command, cwd, *flags):
     """`python COMMAND` in a new Python: its exit code and what it printed."""
     script, *rest = command.split()
     p = subprocess.run(
@@ -43,7 +42,6 @@ def subprocess_python(command, cwd, *flags, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **env},
     )
     return p.returncode, p.stdout
 
@@ -60,7 +58,7 @@ def tasks_of(run, file="metrics.json"):
     return files.read_json(run / file)["tasks"]
 
 
-# ---- whole runs ----------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 
 def test_distill__trains_missing_teachers_and_a_student_five_times_closer_to_them(main_job, home):
@@ -184,7 +182,7 @@ def test_distill__mixes_discrete_actions_with_continuous_ones(main_job, home):
     forked.python("evaluate.py out/mixed-kl --eval-episodes 2 --device cpu", home)
 
 
-# ---- third-party data: examples/collect_trpo.py ----------------------------------------------------------------
+# ---- third-party data: examples/collect_trpo.py ------------------------------------------------------------
 
 
 def write_trpo_log(path, weights, mean, square):
@@ -222,7 +220,7 @@ def test_collect_trpo__makes_a_dataset_of_a_log(home):
         assert np.allclose(episode.actions, np.clip(x @ weights[4] + weights[5], -1, 1), atol=1e-4)
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------
+# ---- mistakes ----------------------------------------------------------------------------------------------
 
 BAD = [
     ("data.py --seed -1", "--seed -1: must be at least 0"),
@@ -290,9 +288,8 @@ CHOICES = [
 def test_scripts__name_the_choices_for_a_mistyped_one(home, command):
     printed = forked.python(f"{command} hoper", home, code=2, COLUMNS="300")
     option = re.search("--[a-z]+", command)[0]
-    assert re.search(rf"invalid choice 'hoper' for argument '{option}'.* Expected one of \('", printed), (
-        printed
-    )
+    message = rf"invalid choice 'hoper' for argument '{option}'.* Expected one of \('"
+    assert re.search(message, printed), printed
     assert "Traceback" not in printed
 
 
@@ -309,7 +306,7 @@ def test_distill__names_a_damaged_teacher_and_writes_nothing(main_job, home):
     assert not (home / "out/never/metrics.json").exists()
 
 
-# ---- README and docs/ ------------------------------------------------------------------------------------------
+# ---- README and docs/ --------------------------------------------------------------------------------------
 
 
 def blocks(text, language):
@@ -444,7 +441,8 @@ def test_troubleshooting__has_the_words_that_the_program_prints():
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings over several lines
     quoted = re.findall(r"^\| `(.*?)`", OPERATIONS.split("## Troubleshooting")[1], re.M)
     assert len(quoted) >= 15
-    variable = r"\b[XYN]\b|\.\.\.|^error: (?:--\w+ )?|^kernels: |^error: environment|nan|Triton|C compiler| a finished"
+    prefixes = r"^error: (?:--\w+ )?|^kernels: |^error: environment"
+    variable = rf"\b[XYN]\b|\.\.\.|{prefixes}|nan|Triton|C compiler| a finished"
     for text in quoted:
         longest = max(re.split(variable, text), key=len).strip(" ;,'()")
         assert len(longest) > 7, text

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or find the disk full: resumed, they end as if nothing had happened, to the bit."""
+"""Runs that are stopped, killed or find the disk full end as if nothing had happened, to the bit."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ VARIANTS = {  # options of distill.py
 NAMES = ["teacher", *VARIANTS]
 
 
-# ---- runs in forked processes ----------------------------------------------------------------------------------
+# ---- runs in forked processes ------------------------------------------------------------------------------
 
 
 def run_cli(module, argv, kill_at):
@@ -62,7 +62,7 @@ def run_distill(argv, kill_at):
 
 
 def die_in_writing(name, at):
-    """SIGKILL in a call of os.`name` by files.write, the (at // 2)-th: before it is done (at even) or after (odd)."""
+    """SIGKILL in the (at // 2)-th call of os.`name`, before it is done (at even) or after (at odd)."""
     real = getattr(os, name)
     n = 0
 
@@ -120,7 +120,7 @@ def runs(tmp_path_factory):
     return results
 
 
-# ---- stopped and killed ----------------------------------------------------------------------------------------
+# ---- stopped and killed ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -251,7 +251,7 @@ def test_resume_with_overwrite__goes_on_with_the_same_settings_and_begins_anew_w
     assert not checkpoint.exists()
 
 
-# ---- two runs in one directory ---------------------------------------------------------------------------------
+# ---- two runs in one directory -----------------------------------------------------------------------------
 
 
 def test_second_run_in_a_directory__names_the_first_but_not_a_dead_one(runs, tmp_path):
@@ -268,7 +268,7 @@ def test_second_run_in_a_directory__names_the_first_but_not_a_dead_one(runs, tmp
     assert result(out) == expected
 
 
-# ---- data ------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 def collect_and_read(home):
@@ -304,7 +304,7 @@ def test_killed_collector__leaves_nothing_that_is_taken_for_a_whole_dataset(tmp_
     assert steps.pop() >= 2000
 
 
-# ---- the disk --------------------------------------------------------------------------------------------------
+# ---- the disk ----------------------------------------------------------------------------------------------
 
 
 def train_here(run, out_dir):

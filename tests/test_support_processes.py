@@ -1,4 +1,4 @@
-"""Several processes of one job are one training: they agree, and do what one process with as many windows does."""
+"""Several processes of one job are one training: they agree, and do what one process would do."""
 
 import os
 import re
@@ -36,17 +36,18 @@ TINY = {
 }
 
 
-# ---- jobs of forked processes ----------------------------------------------------------------------------------
+# ---- jobs of forked processes ------------------------------------------------------------------------------
 
 
 def member(script, out, options, grace_seconds):
     """One process of a job, whose environment is torchrun's.
 
-    It writes OUT.RANK.npy, a row each update: shares, the gradient after surgery, parameters; OUT.RANK.calls.npy, how
-    many numbers each collective sum took; and OUT.RANK.rng.npy, torch's generator at the end.
+    It writes three files:
+    OUT.RANK.npy        a row each update: shares, the gradient after surgery, parameters
+    OUT.RANK.calls.npy  how many numbers each collective sum took
+    OUT.RANK.rng.npy    the state of torch's generator at the end
     """
     processes.GRACE_SECONDS = grace_seconds
-    report.plots = lambda *_: None  # for speed
     rows = []
     calls = []
     step = distill.Learner.step
@@ -61,6 +62,10 @@ def member(script, out, options, grace_seconds):
         calls.append(x.numel())
         all_reduce(x)
 
+    def no_plots(run):
+        pass
+
+    report.plots = no_plots  # they take longer than the training
     distill.Learner.step = recorded_step
     processes.all_reduce = counted_all_reduce
     sys.argv = [script, *forked.arguments({**options, "out_dir": out})]
@@ -217,7 +222,7 @@ def test_process_that_waits_for_a_missing_one__ends_soon_after_a_signal(tmp_path
     assert processes.GRACE_SECONDS == 10  # as docs/operations.md says
 
 
-# ---- torchrun itself -------------------------------------------------------------------------------------------
+# ---- torchrun itself ---------------------------------------------------------------------------------------
 
 in_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
 
