@@ -1,15 +1,18 @@
-"""The built-in collector's behaviour policies: what stands in for a download when there is no network.
+"""The built-in data's behaviour policies: train them again from nothing.
 
-    python -m research.behaviour --env hopper     # trains hopper's policies again from nothing (README: how long that takes)
+    python -m research.behaviour --env hopper
 
-One PPO run per task (Schulman et al. 2017, arXiv 1707.06347; Stable-Baselines3's implementation, which is needed by this
-one command only: pip install stable-baselines3==2.9.2). Of the policies it passed through, ten steady ones are kept, evenly
-spread in return from untrained to best, in behaviours/<env>.safetensors (float16). Collecting needs none of that: data.py rolls the
-snapshots out with numpy alone, through `collect`, and writes a Minari dataset.
+One PPO run for each task (Schulman et al. 2017, arXiv 1707.06347). Of the policies it passes through, ten
+steady ones are retained, evenly spread in return from untrained to best, in
+support/behaviours/<env>.safetensors (float16). support/collect.py makes datasets with them. The logs of the
+bundled ones are in research/results/behaviour.
+
+Needs Stable-Baselines3: pip install stable-baselines3==2.9.2
 """
 
 import dataclasses
 import time
+from typing import TYPE_CHECKING, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -19,9 +22,14 @@ from tqdm import tqdm
 import data
 from support import UserError, cli, collect, environments, files
 
-CANDIDATES = 40  # of which they are chosen, evenly spaced over training
-STEADY = 0.1  # largest standard deviation of a kept policy's return over episodes, of the best policy's mean
-TRAIN_NOISE = 0.1  # the same while PPO trains
+if TYPE_CHECKING:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import VecNormalize
+
+CANDIDATES = 40  # policies of which they are chosen, evenly spaced over training
+STEADY = 0.1  # largest standard deviation of a chosen policy's return over episodes, of the best mean return
+TRAIN_NOISE = 0.1  # standard deviation of the action noise in training, in units of half the action range
+FIRST_EVALUATION_SEED = 10_000
 PPO_STEPS = {
     "hopper": 3_000_000,
     "halfcheetah": 2_000_000,
@@ -29,31 +37,64 @@ PPO_STEPS = {
     "walker2d": 2_000_000,
     "ant": 3_000_000,
 }
+PPO_OPTIONS = {
+    "learning_rate": lambda remaining: 3e-4 * remaining,
+    "n_steps": 256,
+    "batch_size": 256,
+    "n_epochs": 10,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "policy_kwargs": {"net_arch": [64, 64], "log_std_init": -1.0},
+}
+N_ENVS = 16
+
+Weights = dict[str, np.ndarray]  # of a policy, as collect.Behaviour takes them
 
 
 @dataclasses.dataclass
 class Config:
-    env: str = "hopper"  # a key of data.ENVS
-    steps: int = 0  # environment steps of PPO; 0: the task's own number in PPO_STEPS
+    env: Literal[tuple(PPO_STEPS)] = "hopper"  # a built-in task
+    steps: int = 0  # environment steps of PPO; 0: the task's default
     seed: int = 0  # of PPO and its environments
-    eval_episodes: int = 20  # per candidate, without noise
+    eval_episodes: int = 20  # episodes per candidate, without noise
 
 
-# ---- training: Stable-Baselines3's PPO -------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
-def weights(model, vec) -> dict:
-    """A PPO policy's mean network and its normaliser, as the arrays Policy reads."""
-    h0, _, h1, _ = model.policy.mlp_extractor.policy_net
-    w = {"mean": vec.obs_rms.mean, "std": np.sqrt(vec.obs_rms.var + vec.epsilon)}
-    for i, layer in enumerate((h0, h1, model.policy.action_net)):
-        w[f"w{i}"], w[f"b{i}"] = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
-    half = {k: v.astype(np.float16) for k, v in w.items() if k not in ("mean", "std")}
-    return half | {k: w[k].astype(np.float32) for k in ("mean", "std")}
+class NoisyActions(gym.ActionWrapper):
+    """Adds Gaussian noise to the actions.
+
+    PPO's own noise dies out, and what it then learns falls at the first push.
+    """
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        low = self.action_space.low
+        high = self.action_space.high
+        noise = TRAIN_NOISE * (high - low) / 2 * self.np_random.standard_normal(len(low))
+        return np.clip(action + noise, low, high).astype(np.float32)
 
 
-def train(cfg: Config) -> list[dict]:
-    """PPO on one task; returns the candidates' weights, in the order of training."""
+def make_env(name: str) -> gym.Env:
+    """The environment of a built-in task."""
+    task = data.ENVS[name]
+    return environments.make_env(task.id, task.options)
+
+
+def weights(model: "PPO", vec: "VecNormalize") -> Weights:
+    """A PPO policy's mean network (float16) and observation normaliser (float32)."""
+    hidden0, _, hidden1, _ = model.policy.mlp_extractor.policy_net
+    w = {}
+    for i, layer in enumerate((hidden0, hidden1, model.policy.action_net)):
+        w[f"w{i}"] = layer.weight.detach().numpy().T.astype(np.float16)
+        w[f"b{i}"] = layer.bias.detach().numpy().astype(np.float16)
+    w["mean"] = vec.obs_rms.mean.astype(np.float32)
+    w["std"] = np.sqrt(vec.obs_rms.var + vec.epsilon).astype(np.float32)
+    return w
+
+
+def train(cfg: Config) -> list[Weights]:
+    """PPO on one task: the candidates, in order of training. Raises UserError without Stable-Baselines3."""
     import torch
 
     try:
@@ -66,81 +107,89 @@ def train(cfg: Config) -> list[dict]:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    class Shaken(
-        gym.ActionWrapper
-    ):  # PPO's own noise dies out, and what it learns then falls at the first push
-        def action(self, a):
-            low, high = self.action_space.low, self.action_space.high
-            return np.clip(
-                a + TRAIN_NOISE * (high - low) / 2 * self.np_random.standard_normal(len(low)), low, high
-            ).astype(np.float32)
-
     torch.set_num_threads(1)  # networks this small lose by more
     total = cfg.steps or PPO_STEPS[cfg.env]
-    vec = VecNormalize(
-        make_vec_env(
-            lambda: Shaken(environments.make_env(*data.ENVS[cfg.env][:2])), n_envs=16, seed=cfg.seed
-        ),
-        gamma=0.99,
-    )
-    model = PPO("MlpPolicy", vec, learning_rate=lambda left: 3e-4 * left, n_steps=256, batch_size=256, n_epochs=10, gamma=0.99, gae_lambda=0.95,
-                policy_kwargs=dict(net_arch=[64, 64], log_std_init=-1.0), seed=cfg.seed, device="cpu")  # fmt: skip
-    kept, start = [], time.time()
+    envs = make_vec_env(lambda: NoisyActions(make_env(cfg.env)), n_envs=N_ENVS, seed=cfg.seed)
+    vec = VecNormalize(envs, gamma=PPO_OPTIONS["gamma"])
+    model = PPO("MlpPolicy", vec, **PPO_OPTIONS, seed=cfg.seed, device="cpu")
+    candidates = []
+    start = time.time()
 
-    class Keep(BaseCallback):
-        def _on_step(self):
-            if self.num_timesteps >= total * len(kept) / CANDIDATES:
-                kept.append(weights(model, vec))
-                r = np.mean([e["r"] for e in model.ep_info_buffer] or [0.0])
-                print(
-                    f"{cfg.env} step {self.num_timesteps:>8d} | return {r:8.1f} | {time.time() - start:6.0f} s",
-                    flush=True,
-                )
+    class Snapshots(BaseCallback):
+        """Appends the policy to `candidates`, CANDIDATES times over training."""
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps >= total * len(candidates) / CANDIDATES:
+                candidates.append(weights(model, vec))
+                mean_return = np.mean([episode["r"] for episode in model.ep_info_buffer] or [0.0])
+                progress = f"step {self.num_timesteps:>8d} | return {mean_return:8.1f}"
+                print(f"{cfg.env} {progress} | {time.time() - start:6.0f} s", flush=True)
             return True
 
-    model.learn(total, callback=Keep())
-    return [*kept, weights(model, vec)]
+    model.learn(total, callback=Snapshots())
+    return [*candidates, weights(model, vec)]
 
 
-def choose(returns, k: int) -> list[int]:
-    """returns (candidates, episodes) -> k candidates whose mean returns lie nearest to an even grid from the lowest to the highest, lowest first.
+# ---- choosing ----------------------------------------------------------------------------------------------
 
-    Only steady ones: a policy that runs fast and falls every other time has a middling mean but some of the highest returns,
-    and a teacher asked for those would imitate its falls.
+
+def evaluate(cfg: Config, candidates: list[Weights]) -> np.ndarray:
+    """Returns (candidates, episodes) without noise."""
+    env = make_env(cfg.env)
+    rng = np.random.default_rng(cfg.seed)
+    returns = np.empty((len(candidates), cfg.eval_episodes))
+    for i, w in enumerate(tqdm(candidates, desc=f"evaluate {cfg.env}")):
+        policy = collect.Behaviour(w)
+        for j in range(cfg.eval_episodes):
+            episode = collect.rollout(env, policy, 0.0, rng, FIRST_EVALUATION_SEED + j)
+            returns[i, j] = episode["rewards"].sum()
+    return returns
+
+
+def choose(returns: np.ndarray, k: int) -> list[int]:
+    """The k candidates whose mean returns are closest to an even grid from the lowest to the highest, lowest
+    first.
+
+    returns (candidates, episodes). Only steady ones: a policy that runs fast and falls every other time has a
+    middling mean but some of the highest returns, and a teacher asked for those would imitate its falls.
+    Raises UserError where none is steady.
     """
-    mean, std = np.mean(returns, 1), np.std(returns, 1)
-    left, out = [i for i in range(len(mean)) if std[i] <= STEADY * max(mean)], []
-    if not left:
+    mean = np.mean(returns, 1)
+    std = np.std(returns, 1)
+    best = max(mean)
+    remaining = [i for i in range(len(mean)) if std[i] <= STEADY * best]
+    if not remaining:
         raise UserError(
-            f"none of {len(mean)} policies is steady (best mean return {max(mean):.0f}): train longer, or with another --seed"
+            f"none of {len(mean)} policies is steady (best mean return {best:.0f}): "
+            f"train longer, or with another --seed"
         )
+    highest = max(mean[remaining])
+    lowest = min(mean[remaining])
+    chosen = []
     for target in np.linspace(
-        max(mean[left]), min(mean[left]), min(k, len(left))
-    ):  # the best is chosen first, so it is always kept
-        out.append(min(left, key=lambda i: abs(mean[i] - target)))
-        left.remove(out[-1])
-    return sorted(out, key=lambda i: mean[i])
+        highest, lowest, min(k, len(remaining))
+    ):  # from the best, which is always chosen
+        distances = np.abs(mean[remaining] - target)
+        chosen.append(remaining.pop(int(distances.argmin())))
+    return sorted(chosen, key=lambda i: mean[i])
 
 
-def main(cfg: Config):
+def main(cfg: Config) -> None:
+    """Train, evaluate, choose and write the policies of a task."""
     if cfg.env not in PPO_STEPS:
         raise UserError(f"unknown env {cfg.env!r}; choose from {', '.join(sorted(PPO_STEPS))}")
     cli.at_least(cfg, steps=0, eval_episodes=1, seed=0)
     candidates = train(cfg)
-    env, rng = environments.make_env(*data.ENVS[cfg.env][:2]), np.random.default_rng(cfg.seed)
-    returns = np.array([[collect.rollout(env, collect.Behaviour(w), 0.0, rng, 10_000 + i)["rewards"].sum() for i in range(cfg.eval_episodes)]
-                        for w in tqdm(candidates, desc=f"evaluate {cfg.env}")])  # fmt: skip
-    keep = choose(returns, collect.N_SNAPSHOTS)
-    stacked = {
-        k: np.ascontiguousarray(np.stack([candidates[i][k] for i in keep])) for k in candidates[0]
-    }  # safetensors writes memory as it lies
-    stacked["returns"] = returns[keep].mean(1).astype(np.float32)
+    returns = evaluate(cfg, candidates)
+    chosen = choose(returns, collect.N_SNAPSHOTS)
+    stacked = {}
+    for name in candidates[0]:
+        stacked[name] = np.ascontiguousarray(np.stack([candidates[i][name] for i in chosen]))
+    stacked["returns"] = returns[chosen].mean(1).astype(np.float32)
     collect.BEHAVIOURS.mkdir(exist_ok=True)
     files.write(collect.BEHAVIOURS / f"{cfg.env}.safetensors", safetensors.numpy.save(stacked))
-    print(
-        f"{cfg.env}: kept {len(keep)} of {len(candidates)}, returns "
-        + " ".join(f"{r:.0f}" for r in stacked["returns"])
-    )
+    text = " ".join(f"{x:.0f}" for x in stacked["returns"])
+    print(f"{cfg.env}: kept {len(chosen)} of {len(candidates)}, returns {text}")
 
 
 if __name__ == "__main__":
