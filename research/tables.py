@@ -1,151 +1,212 @@
-"""README's tables and figures, from the runs kept in this folder; a test holds README to them.
+"""The tables of docs/results.md, docs/speed.md and docs/log.md, from the runs in research/results/.
 
-python -m research.tables
+    python -m research.tables
+
+A test compares them with the docs.
 """
 
 import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).parent / "results"
+from research.markdown import table
+
+RESULTS = Path(__file__).parent / "results"
+GRADIENT_SIZES = {
+    "teacher": 605_190 + 1,
+    "student": 111_140 + 4 * 3,
+}  # numbers that an update's all-reduce sums
+PROCESSES = (8, 64, 1000)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    return json.loads(path.read_bytes())
+
+
+def read_bench(device: str) -> list[dict[str, str]]:
+    """The rows of bench_<device>.csv."""
+    with open(RESULTS / f"bench_{device}.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def mean_and_std(metrics: dict[str, Any]) -> str:
+    """A return over episodes: 3231 ± 33."""
+    return f"{metrics['return_mean']:.0f} ± {metrics['return_std']:.0f}"
+
+
+# ---- runs of distill.py ------------------------------------------------------------------------------------
 
 
 def student(run: str) -> str:
-    """A run of distill.py as a Markdown table, and the line below it."""
-    metrics, teachers = (json.loads((HERE / run / f).read_bytes()) for f in ("metrics.json", "model.json"))
-    out = [
-        "| task | target return | teacher | student | retention | held-out KL | lower target | teacher |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """A run as a table, and the lines below it."""
+    metrics = read_json(RESULTS / run / "metrics.json")
+    teachers = read_json(RESULTS / run / "model.json")["teachers"]
+    columns = ["task", "target return", "teacher", "student", "retention", "held-out KL"]
+    columns += ["lower target", "teacher"]
+    lines = []
     for name, m in metrics["tasks"].items():
-        t = teachers["teachers"][name]
-        out.append(f"| {name.split('/')[1] if '/' in name else name} | {m['target']:.0f} | {t['return_mean']:.0f} ± {t['return_std']:.0f} | "
-                   f"{m['return_mean']:.0f} ± {m['return_std']:.0f} | {m['retention']:.2f} | {m['heldout_kl']:.3f} | "
-                   f"{t['median']['target']:.0f} | {t['median']['return_mean']:.0f} ± {t['median']['return_std']:.0f} |")  # fmt: skip
-    kept, s, at = [m["retention"] for m in metrics["tasks"].values()], metrics["seconds"], metrics["machine"]
-    mean, worst = sum(kept) / len(kept), min(kept)
-    out += [f"\nRetention {mean:.3f} on average, {worst:.3f} at worst; {metrics['parameters']:,} parameters, {metrics['compression']:.1f} times fewer.",
-            f"Seconds: teachers' targets {s['targets']:.0f}, student {s['train']:.0f}, evaluation {s['evaluate']:.0f} "
-            f"({at['device']}, threads: {at['threads']}, {at['dtype']}, torch {at['torch']}, commit {at['commit']})."]  # fmt: skip
-    return "\n".join(out)
+        of_teacher = teachers[name]
+        lines.append(
+            [
+                name.split("/")[1] if "/" in name else name,
+                f"{m['target']:.0f}",
+                mean_and_std(of_teacher),
+                mean_and_std(m),
+                f"{m['retention']:.2f}",
+                f"{m['heldout_kl']:.3f}",
+                f"{of_teacher['median']['target']:.0f}",
+                mean_and_std(of_teacher["median"]),
+            ]
+        )
+    return f"{table(columns, lines)}\n\n{summary(metrics)}"
 
 
-def lower(run: str) -> str:
-    """What students return that are asked for the median of their data's returns: the default's, and one that saw all windows alike."""
-    found = {"student": "median.json", "student, --top 1": "median-top-1.json"}
-    found = {
-        who: json.loads((HERE / run / f).read_bytes())["tasks"]
-        for who, f in found.items()
-        if (HERE / run / f).exists()
-    }
-    if not found:
+def summary(metrics: dict[str, Any]) -> str:
+    """A run's retention, size, seconds and machine, in two lines."""
+    retention = [m["retention"] for m in metrics["tasks"].values()]
+    mean = sum(retention) / len(retention)
+    seconds = metrics["seconds"]
+    at = metrics["machine"]
+    return (
+        f"Retention {mean:.3f} on average, {min(retention):.3f} at worst; "
+        f"{metrics['parameters']:,} parameters, {metrics['compression']:.1f} times fewer.\n"
+        f"Seconds: teachers' targets {seconds['targets']:.0f}, student {seconds['train']:.0f}, "
+        f"evaluation {seconds['evaluate']:.0f} ({at['device']}, threads: {at['threads']}, {at['dtype']}, "
+        f"torch {at['torch']}, commit {at['commit']})."
+    )
+
+
+def lower_targets(run: str) -> str:
+    """Returns of students asked for the median of their data's: of the default, and of uniform windows.
+
+    Empty for a run that has no such evaluation.
+    """
+    students = {}
+    for name, file in {"student": "median.json", "student, --top 1": "median-top-1.json"}.items():
+        if (RESULTS / run / file).exists():
+            students[name] = read_json(RESULTS / run / file)["tasks"]
+    if not students:
         return ""
-    teachers = {
-        name: t["median"]
-        for name, t in json.loads((HERE / run / "model.json").read_bytes())["teachers"].items()
-    }
-    out = [f"| lower target | teacher | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
-    for name, t in teachers.items():
-        returns = [t, *(tasks[name] for tasks in found.values())]
-        out.append(
-            " | ".join(
-                (
-                    f"| {name}, {t['target']:.0f}",
-                    *(f"{m['return_mean']:.0f} ± {m['return_std']:.0f}" for m in returns),
-                )
-            )
-            + " |"
-        )
-    return "\n".join(out)
-
-
-def speed(device: str) -> str:
-    """bench_<device>.csv as Markdown tables, one for each kind of row: median milliseconds, a line for each contender, a column for each size."""
-    with open(HERE / f"bench_{device}.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    out = []
-    for what in dict.fromkeys(r["what"] for r in rows):
-        these = [r for r in rows if r["what"] == what]
-        cells = {(r["contender"], r["dtype"], r["size"]): r for r in these}
-        sizes, named = (
-            list(dict.fromkeys(r["size"] for r in these)),
-            {r["dtype"] for r in these} != {"float32"},
-        )
-        out += [f"| {what}, ms | " + " | ".join(sizes) + " |", "|---|" + "---|" * len(sizes)]
-        for name, dtype in dict.fromkeys((r["contender"], r["dtype"]) for r in these):
-            line = [cells.get((name, dtype, s)) for s in sizes]
-            out.append(
-                f"| {name}{f', {dtype}' if named else ''} | "
-                + " | ".join(f"{float(r['ms']):.3g}" if r else "" for r in line)
-                + " |"
-            )
-        if what == "teachers":
-            out.append("| MiB | " + " | ".join(cells[name, dtype, s]["memory_mib"] for s in sizes) + " |")
-        out.append("")
-    at = {(r["device"], r["threads"], r["torch"], r["commit"]) for r in rows}
-    return "\n".join([*out, *(f"{d}, threads: {t}, torch {v}, commit {c}." for d, t, v, c in sorted(at))])
-
-
-def processes(device: str, bandwidth=50e9, latency=10e-6, update=2e-3) -> str:
-    """Efficiency at two processes, measured; at more, for an update of `update` seconds on links of so many bytes a second and seconds a hop, worked out."""
-    with open(HERE / f"bench_{device}.csv", newline="") as f:
-        ms = {
-            (r["contender"], r["size"]): float(r["ms"]) for r in csv.DictReader(f) if r["what"] == "processes"
-        }
-    out = [
-        "| | 1 process | 2 processes | efficiency | sent by each of W = 1000 | W = 8 | W = 64 | W = 1000 |",
-        "|---" * 8 + "|",
-    ]
-    for who, numbers in (
-        ("teacher", 605_190 + 1),
-        ("student", 111_140 + 4 * 3),
-    ):  # the gradient's and the scores'
-        one, two = ms[who, "1"], ms[who, "2"]
-        sent = {W: 2 * (W - 1) / W * 4 * numbers for W in (8, 64, 1000)}  # bytes of a ring all-reduce
-        worked_out = [update / (update + b / bandwidth + 4 * math.log2(W) * latency) for W, b in sent.items()]
-        out.append(
-            f"| {who} | {one:.3g} ms | {two:.3g} ms | {one / two:.2f} | {sent[1000] / 1e6:.2f} MB | "
-            + " | ".join(f"{x:.2f}" for x in worked_out)
-            + " |"
-        )
-    return "\n".join(out)
+    lines = []
+    for task, of_teacher in read_json(RESULTS / run / "model.json")["teachers"].items():
+        median = of_teacher["median"]
+        returns = [median, *(tasks[task] for tasks in students.values())]
+        lines.append([f"{task}, {median['target']:.0f}", *map(mean_and_std, returns)])
+    return table(["lower target", "teacher", *students], lines)
 
 
 def exported(run: str) -> str:
-    """What export.py's files do: float32 beside weights in 8 bits."""
-    out = ["| file | KB | furthest from the model's actions | return | retention |", "|---|---|---|---|---|"]
-    for card in sorted(HERE.glob(f"{run}/*.json")):
-        for name, f in json.loads(card.read_bytes()).get("files", {}).items():
-            out.append(
-                f"| {name} | {f['bytes'] / 1024:.0f} | {f['largest_difference']:.1g} | {f['return_mean']:.0f} ± {f['return_std']:.0f} | {f['retention']:.2f} |"
+    """A run's files of export.py: float32 beside weights in 8 bits. Empty where there is none."""
+    lines = []
+    for card in sorted(RESULTS.glob(f"{run}/*.json")):
+        for name, f in read_json(card).get("files", {}).items():
+            size = f"{f['bytes'] / 1024:.0f}"
+            lines.append(
+                [name, size, f"{f['largest_difference']:.1g}", mean_and_std(f), f"{f['retention']:.2f}"]
             )
+    columns = ["file", "KB", "furthest from the model's actions", "return", "retention"]
+    return table(columns, lines) if lines else ""
+
+
+# ---- speed -------------------------------------------------------------------------------------------------
+
+
+def speed(device: str) -> str:
+    """The benchmark's rows as tables, one for each kind of row, and what they were taken on."""
+    rows = read_bench(device)
+    out = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        out += [speed_table(what, [row for row in rows if row["what"] == what]), ""]
+    machines = {(row["device"], row["threads"], row["torch"], row["commit"]) for row in rows}
+    for name, threads, torch, commit in sorted(machines):
+        out.append(f"{name}, threads: {threads}, torch {torch}, commit {commit}.")
     return "\n".join(out)
 
 
-def main():
-    for run in sorted(p.parent.name for p in HERE.glob("*/model.json")):
-        print(f"\n{run}\n\n{student(run)}\n\n{lower(run)}")
-        if "onnx" in (files := exported(run)):
+def speed_table(what: str, rows: list[dict[str, str]]) -> str:
+    """Median milliseconds: a line for each contender, a column for each size."""
+    cells = {(row["contender"], row["dtype"], row["size"]): row for row in rows}
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    all_float32 = {row["dtype"] for row in rows} == {"float32"}
+    lines = []
+    for contender, dtype in dict.fromkeys((row["contender"], row["dtype"]) for row in rows):
+        line = [contender if all_float32 else f"{contender}, {dtype}"]
+        for size in sizes:
+            cell = cells.get((contender, dtype, size))
+            line.append(f"{float(cell['ms']):.3g}" if cell else "")
+        lines.append(line)
+    if what == "teachers":  # of the last contender
+        lines.append(["MiB", *(cells[contender, dtype, size]["memory_mib"] for size in sizes)])
+    return table([f"{what}, ms", *sizes], lines)
+
+
+def processes(
+    device: str, bandwidth: float = 50e9, latency: float = 10e-6, update: float = 2e-3
+) -> str:  # bytes/s, s a hop, s
+    """Efficiency at two processes, measured; at more, computed for updates of `update` seconds on such links.
+
+    A ring all-reduce has each of W processes send 2 (W - 1) / W of the gradient's bytes.
+    """
+    ms = {}
+    for row in read_bench(device):
+        if row["what"] == "processes":
+            ms[row["contender"], row["size"]] = float(row["ms"])
+    lines = []
+    for name, numbers in GRADIENT_SIZES.items():
+        one = ms[name, "1"]
+        two = ms[name, "2"]
+        line = [name, f"{one:.3g} ms", f"{two:.3g} ms", f"{one / two:.2f}"]
+        sent = {W: 2 * (W - 1) / W * 4 * numbers for W in PROCESSES}  # bytes
+        line.append(f"{sent[PROCESSES[-1]] / 1e6:.2f} MB")
+        for W in PROCESSES:
+            communication = sent[W] / bandwidth + 4 * math.log2(W) * latency
+            line.append(f"{update / (update + communication):.2f}")
+        lines.append(line)
+    columns = ["", "1 process", "2 processes", "efficiency", f"sent by each of W = {PROCESSES[-1]}"]
+    return table([*columns, *(f"W = {W}" for W in PROCESSES)], lines)
+
+
+# ---- what was tried ----------------------------------------------------------------------------------------
+
+
+def tried(path: Path) -> list[str]:
+    """A line for each task of a metrics.json: of a teacher, or of a student."""
+    metrics = read_json(path)
+    lines = []
+    for name, m in metrics["tasks"].items():
+        line = f"{path.stem:20} {name.removeprefix('thirdparty/'):11} "
+        if m["return_mean"] is not None:
+            line += f"{mean_and_std(m)} of {m['target']:.0f}; "
+        if "heldout_nll" in m:
+            line += f"held-out NLL {m['heldout_nll']:.3f}"
+        else:
+            line += f"held-out KL {m['heldout_kl']:.3f}"
+        if m["retention"] is not None:
+            line += f", retention {m['retention']:.2f}"
+        lines.append(f"{line}; training {metrics['seconds']['train']:.0f} s")
+    return lines
+
+
+def main() -> None:
+    """Print all of them."""
+    for run in sorted(path.parent.name for path in RESULTS.glob("*/model.json")):
+        print(f"\n{run}\n\n{student(run)}\n\n{lower_targets(run)}")
+        files = exported(run)
+        if files:
             print(f"\n{files}")
-    for f in sorted(HERE.glob("bench_*.csv")):
-        print(f"\n{f.stem}\n\n{speed(f.stem.removeprefix('bench_'))}")
-        print(f"\n{processes(f.stem.removeprefix('bench_'))}")
+    for path in sorted(RESULTS.glob("bench_*.csv")):
+        device = path.stem.removeprefix("bench_")
+        print(f"\n{path.stem}\n\n{speed(device)}")
+        print(f"\n{processes(device)}")
     print(
-        "\ntried: return, mean ± standard deviation over episodes, of the return asked for; NLL of a teacher, KL of a student"
+        "\ntried: return, mean ± standard deviation over episodes, of the return asked for; "
+        "NLL of a teacher, KL of a student"
     )
-    for f in sorted(HERE.glob("tried/*.json")):
-        for name, m in json.loads(f.read_bytes())["tasks"].items():
-            held = f"KL {m['heldout_kl']:.3f}" if "heldout_nll" not in m else f"NLL {m['heldout_nll']:.3f}"
-            got = (
-                ""
-                if m["return_mean"] is None
-                else f"{m['return_mean']:.0f} ± {m['return_std']:.0f} of {m['target']:.0f}; "
-            )
-            kept = "" if m["retention"] is None else f", retention {m['retention']:.2f}"
-            print(
-                f"{f.stem:20} {name.removeprefix('thirdparty/'):11} {got}held-out {held}{kept}; training {json.loads(f.read_bytes())['seconds']['train']:.0f} s"
-            )
+    for path in sorted(RESULTS.glob("tried/*.json")):
+        print("\n".join(tried(path)))
 
 
 if __name__ == "__main__":
