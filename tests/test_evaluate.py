@@ -1,109 +1,51 @@
+"""evaluate.py: acting sees what training sees, scores, and environments that do not fit are named in time."""
+
 import dataclasses
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from test_model import make
 
 import data
 import distill
 import evaluate
 import model as dt
+import policy
 import teacher
 from conftest import make_dataset
-from support import (
-    UserError,
-)
+from support import UserError, files
+
+CFG = dt.ModelConfig(obs_dims=(2,), act_dims=(1,), n_layer=1, n_head=1, n_embd=16, context=4)
 
 
 class Walk(gym.Env):
-    """An episode of seed s lasts 3 + s % 5 steps; the observation is two random numbers, the reward their sum plus the action."""
+    """Seed s lasts 3 + s % 5 steps. An observation is two random numbers, a reward their sum + the action."""
 
-    observation_space, action_space = (
-        gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
-        gym.spaces.Box(-3.0, 1.0, (1,), np.float32),
-    )
-    played: dict = {}
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-3.0, 1.0, (1,), np.float32)
+    played: dict[int, list[tuple]] = {}  # seed: (observation, action, reward) of every step
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.left, self.log = 3 + seed % 5, []
+        self.steps_left = 3 + seed % 5
+        self.log = []
         Walk.played[seed] = self.log
-        self.obs = self.np_random.normal(size=2)
-        return self.obs, {}
+        self.observation = self.np_random.normal(size=2)
+        return self.observation, {}
 
     def step(self, action):
-        self.left -= 1
-        reward = float(self.obs.sum() + action[0])
-        self.log.append((self.obs, action.copy(), reward))
-        self.obs = self.np_random.normal(size=2)
-        return self.obs, reward, self.left == 0, False, {}
+        self.steps_left -= 1
+        reward = float(self.observation.sum() + action[0])
+        self.log.append((self.observation, action.copy(), reward))
+        self.observation = self.np_random.normal(size=2)
+        return self.observation, reward, self.steps_left == 0, False, {}
 
 
-gym.register("tests/Walk-v0", Walk)
-TASK = data.Task(
-    "walk",
-    "-",
-    "tests/Walk-v0",
-    {},
-    10,
-    2,
-    1,
-    [0.5, -0.5],
-    [2.0, 3.0],
-    [-3.0],
-    [1.0],
-    4.0,
-    {"p95": 8.0, "median": 2.0},
-    (1.0, 5.0),
-    "-",
-    0,
-)
-
-
-def make():
-    torch.manual_seed(0)
-    return dt.DecisionTransformer(dt.ModelConfig((2,), (1,), 1, 1, 16, 4)).eval()
-
-
-def test_what_the_model_sees_when_acting_is_what_it_sees_in_training():
-    """Played episodes, made into a table as training does, give the very action that was played in a window of as many timesteps as Actor shows."""
-    m, Walk.played = make(), {}
-    returns, _ = evaluate.rollout(m, TASK, 0, 8.0, 6, 100)
-    for seed, episode in Walk.played.items():
-        obs, act, rew = (np.array(x, dtype=np.float64) for x in zip(*episode, strict=True))
-        assert returns[seed - 100] == pytest.approx(rew.sum()) and len(rew) == 3 + seed % 5
-        rtg = (8.0 - np.concatenate([[0], np.cumsum(rew)[:-1]])) / 4.0
-        table = np.concatenate(
-            [
-                (obs - TASK.obs_mean) / TASK.obs_std,
-                (act + 3) / 4 * 2 - 1,
-                rtg[:, None],
-                np.arange(len(rew))[:, None],
-            ],
-            1,
-        ).astype(np.float32)
-        w = data.Windows([table], [TASK], 4)
-        b = w.gather(torch.zeros(len(rew), dtype=torch.long), torch.arange(len(rew)))
-        t = b.timesteps[:, -1:]
-        first = (t // 2 * 2 - 2).clamp_min(
-            0
-        )  # context 4: of two windows, begun every 2 timesteps in turn, the older one acts
-        with torch.no_grad():
-            mean = m(0, *b[1:5], b.mask & (b.timesteps >= first))[0][:, -1]
-        assert torch.allclose(mean, b.actions[:, -1], atol=1e-6)
-
-
-def test_episodes_are_the_same_alone_and_in_a_batch():
-    m = make()
-    together, _ = evaluate.rollout(m, TASK, 0, 8.0, 5, 200)
-    alone = [evaluate.rollout(m, TASK, 0, 8.0, 1, 200 + i)[0][0] for i in range(5)]
-    assert np.allclose(together, alone, atol=1e-4)
-
-
-def test_scores():
-    s = evaluate.scores(np.array([2.0, 4.0]), TASK)
-    assert s == {"return_mean": 3.0, "return_std": 1.0, "normalized_score": 50.0}
+class DictWalk(Walk):
+    observation_space = gym.spaces.Dict({"position": Walk.observation_space})
 
 
 class Broken(gym.Env):
@@ -111,19 +53,141 @@ class Broken(gym.Env):
         raise ImportError("no module named simulator\nand more")
 
 
+gym.register("tests/Walk-v0", Walk)
+gym.register("tests/Dict-v0", DictWalk)
 gym.register("tests/Broken-v0", Broken)
+WALK = data.Task(
+    name="walk",
+    dataset="-",
+    env_id="tests/Walk-v0",
+    env_kwargs={},
+    max_steps=10,
+    obs_dim=2,
+    act_dim=1,
+    obs_mean=[0.5, -0.5],
+    obs_std=[2.0, 3.0],
+    act_low=[-3.0],
+    act_high=[1.0],
+    rtg_scale=4.0,
+    targets={"p95": 8.0, "median": 2.0},
+    reference=(1.0, 5.0),
+    reference_source="-",
+    split_seed=0,
+)
 
 
-class Named(Walk):
-    observation_space = gym.spaces.Dict({"where": Walk.observation_space})
+# ---- episodes ----------------------------------------------------------------------------------------------
 
 
-gym.register("tests/Dict-v0", Named)
+def test_rollout__shows_the_model_what_training_shows_it():
+    """In training's form, windows of the length that Actor shows give the very actions that were played."""
+    m = make(CFG)
+    Walk.played = {}
+    returns, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=6, seed=100)
+    for seed, episode in Walk.played.items():
+        observations = np.array([step[0] for step in episode])
+        actions = np.array([step[1] for step in episode], np.float64)
+        rewards = np.array([step[2] for step in episode])
+        assert len(rewards) == 3 + seed % 5
+        L = len(rewards)
+        assert returns[seed - 100] == pytest.approx(rewards.sum())
+        states = (observations - WALK.obs_mean) / WALK.obs_std
+        scaled = (actions + 3) / 4 * 2 - 1
+        rtg = (8.0 - np.concatenate([[0], np.cumsum(rewards)[:-1]])) / 4.0
+        table = np.concatenate([states, scaled, rtg[:, None], np.arange(L)[:, None]], 1).astype(np.float32)
+        windows = data.Windows([table], [WALK], 4)
+        b = windows.gather(torch.zeros(L, dtype=torch.long), torch.arange(L))
+        # context 4: two windows, begun in turn every 2 timesteps, of which the older acts
+        t = b.timesteps[:, -1:]
+        begin = (t // 2 * 2 - 2).clamp_min(0)
+        with torch.no_grad():
+            mean, _ = m(0, *b[1:5], b.mask & (b.timesteps >= begin))
+        assert torch.allclose(mean[:, -1], b.actions[:, -1], atol=1e-6)
 
 
-def test_an_environment_that_can_not_be_played_in_is_told_before_training():
-    evaluate.check([TASK, dataclasses.replace(TASK, env_id=None)])
-    for change, message in (
+def test_rollout__gives_the_same_returns_alone_and_in_a_batch():
+    m = make(CFG)
+    together, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=5, seed=200)
+    alone = []
+    for seed in range(200, 205):
+        returns, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=1, seed=seed)
+        alone.append(returns[0])
+    assert np.allclose(together, alone, atol=1e-4)
+
+
+def test_rollout__acts_by_the_policy(monkeypatch):
+    act = policy.Policy.act
+    batch_sizes = []
+
+    def counted(self, observation, *args):
+        batch_sizes.append(len(observation))
+        return act(self, observation, *args)
+
+    monkeypatch.setattr(policy.Policy, "act", counted)
+    evaluate.rollout(make(CFG), WALK, 0, target=8.0, episodes=3, seed=100)
+    assert batch_sizes[0] == 3
+
+
+def test_scores__are_the_mean_the_deviation_and_the_normalised_score():
+    scores = evaluate.scores(np.array([2.0, 4.0]), WALK)
+    assert scores == {"return_mean": 3.0, "return_std": 1.0, "normalized_score": 50.0}
+
+
+def test_scores__have_retention_where_the_teacher_has_a_score():
+    returns = np.array([2.0, 4.0])
+    assert evaluate.scores(returns, WALK, {"normalized_score": 40.0})["retention"] == 1.25
+    assert "retention" not in evaluate.scores(returns, WALK, {})
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A student of two tasks, of which the second names no environment."""
+    tasks = [WALK, dataclasses.replace(WALK, name="data only", env_id=None)]
+    cfg = dataclasses.replace(CFG, obs_dims=(2, 2), act_dims=(1, 1), discrete=(False, False))
+    meta = {
+        "tasks": [dataclasses.asdict(task) for task in tasks],
+        "teachers": {"walk": {"normalized_score": 50.0}},
+    }
+    dt.save(tmp_path, make(cfg), meta)
+    return tmp_path
+
+
+@pytest.mark.parametrize("target, value", [("p95", 8.0), ("median", 2.0), ("-1.5", -1.5)])
+def test_main__writes_what_it_prints(run, capsys, target, value):
+    evaluate.main(evaluate.Config(str(run), eval_episodes=3, target=target, device="cpu"))
+    returns, _ = evaluate.rollout(dt.load(run)[0], WALK, 0, value, 3, evaluate.SEED)
+    evaluation = files.read_json(run / "evaluation.json")
+    # the teacher's score is of its own p95 target: with other targets there is nothing to compare
+    teacher_scores = {"normalized_score": 50.0} if target == "p95" else None
+    scores = evaluate.scores(returns, WALK, teacher_scores)
+    assert evaluation == {
+        "eval_episodes": 3,
+        "seed": evaluate.SEED,
+        "tasks": {"walk": {"target": value, **scores}},
+    }
+    printed = capsys.readouterr().out
+    assert "data only: its dataset names no environment" in printed
+    assert ("retention" in printed) == (target == "p95")
+
+
+def test_main__names_a_target_that_is_none(run):
+    with pytest.raises(UserError, match="--target best: must be p95 or median or a number"):
+        evaluate.main(evaluate.Config(str(run), target="best", device="cpu"))
+
+
+# ---- environments that do not fit --------------------------------------------------------------------------
+
+
+def test_check__takes_tasks_that_fit_or_name_no_environment():
+    evaluate.check([WALK, dataclasses.replace(WALK, env_id=None)])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
         (
             {"env_id": "tests/Nowhere-v0"},
             "'tests/Nowhere-v0' is not registered with Gymnasium; .*--eval-episodes 0",
@@ -137,32 +201,24 @@ def test_an_environment_that_can_not_be_played_in_is_told_before_training():
             {"obs_dim": 3},
             "tests/Walk-v0 {} has 2 observations and 1 actions, dataset - 3 and 1.*--eval-episodes 0",
         ),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluate.check([dataclasses.replace(TASK, **change)])
+    ],
+)
+def test_check__names_an_environment_that_can_not_be_played_in(change, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.check([dataclasses.replace(WALK, **change)])
 
 
-def test_teacher_and_student_are_checked_before_they_are_trained(tmp_path):
+def test_check__comes_before_a_teachers_and_a_students_training(tmp_path):
     make_dataset("tests/elsewhere-v0", [5, 6, 7], obs_dim=3, spec="Hopper-v5")
-    options = {
-        "dataset": "tests/elsewhere-v0",
-        "out_dir": str(tmp_path / "teacher"),
-        "device": "cpu",
-        "steps": 2,
-        "n_embd": 8,
-        "context": 4,
-    }
-    with pytest.raises(
-        UserError,
-        match="Hopper-v5 {} has 11 observations and 3 actions, dataset tests/elsewhere-v0 3 and 2",
-    ):
-        teacher.main(teacher.Config(**options))
+    options = {"device": "cpu", "steps": 2}
+    size = {"n_embd": 8, "context": 4}
+    teacher_dir = str(tmp_path / "teacher")
+    config = teacher.Config(dataset="tests/elsewhere-v0", out_dir=teacher_dir, **options, **size)
+    message = "Hopper-v5 {} has 11 observations and 3 actions, dataset tests/elsewhere-v0 3 and 2"
+    with pytest.raises(UserError, match=message):
+        teacher.main(config)
     assert not (tmp_path / "teacher/log.csv").exists()
-    teacher.main(teacher.Config(**options, eval_episodes=0))
-    with pytest.raises(UserError, match="has 11 observations"):
-        distill.main(
-            distill.Config(
-                teachers=(options["out_dir"],), out_dir=str(tmp_path / "student"), device="cpu", steps=2
-            )
-        )
+    teacher.main(dataclasses.replace(config, eval_episodes=0))
+    with pytest.raises(UserError, match=message):
+        distill.main(distill.Config(teachers=(teacher_dir,), out_dir=str(tmp_path / "student"), **options))
     assert not (tmp_path / "student/log.csv").exists()

@@ -1,196 +1,292 @@
-"""An exported file does what the model does, and needs neither torch nor this project."""
+"""export.py: an exported file does what the model does, and needs neither torch nor this project."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_evaluate import TASK
+from test_evaluate import WALK
 from test_model import make
 from test_policy import CARTPOLE, HOPPER
 
+import data
 import evaluate
 import export
 import model as dt
 import policy
 from conftest import ROOT
-from support import (
-    UserError,
-)
+from support import UserError
 
-TASKS = TASK, HOPPER, CARTPOLE
+EXAMPLE = str(ROOT / "examples/act_onnx.py")
+
+
+@dataclasses.dataclass
+class Run:
+    home: Path
+    model: dt.DecisionTransformer
+    tasks: list[data.Task]
+    printed: str = ""
+
+    def write_files(self, **options) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            export.main(export.Config(str(self.home), **options))
+        self.printed = out.getvalue()
+
+    def step(self, index: int = 0) -> export.Step:
+        return export.Step(self.model, self.tasks[index], index)
+
+    def session(self, name: str):
+        return export.session(str(self.home / name))
+
+    def card(self, name: str) -> dict:
+        return json.loads((self.home / f"{name}.json").read_text())
+
+
+def saved_run(home: Path, tasks: list[data.Task]) -> Run:
+    """A student of these tasks, and a score of its teacher in hopper."""
+    cfg = dt.ModelConfig.of(tasks, n_layer=2, n_head=2, n_embd=32, context=7)
+    m = make(cfg)
+    for p in m.parameters():  # biases too, which begin at zero
+        p.data += 0.1 * torch.randn_like(p)
+    teachers = {"hopper": {"normalized_score": 500.0}}
+    dt.save(home, m, {"tasks": [dataclasses.asdict(task) for task in tasks], "teachers": teachers})
+    return Run(home, m, tasks)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A student of three tasks, the last of them with discrete actions, and its files."""
-    home = tmp_path_factory.mktemp("export")
-    torch.manual_seed(0)
-    m = make(dt.ModelConfig((2, 11, 4), (1, 3, 2), 2, 2, 32, 7, discrete=(False, False, True)))
-    for p in m.parameters():  # biases too, which begin at zero
-        p.data += 0.1 * torch.randn_like(p)
-    dt.save(home, m, {"tasks": [dataclasses.asdict(t) for t in TASKS]})
-    export.main(export.Config(str(home), int8=True))
-    return home, m
+def hopper(tmp_path_factory) -> Run:
+    """A run of one task and its files, evaluated. An export takes seconds: the fast tests share this one."""
+    run = saved_run(tmp_path_factory.mktemp("hopper"), [HOPPER])
+    run.write_files(int8=True, eval_episodes=3)
+    return run
 
 
-def test_an_exported_file_acts_as_the_model_does_on_a_thousand_windows(exported):
-    home, m = exported
-    for index, task in enumerate(TASKS):
-        difference = export.compared(
-            export.session(str(home / f"{task.name}.onnx")), export.Step(m, task, index), B=20, T=50
-        )
-        assert difference < 1e-5
-        card = json.loads((home / f"{task.name}.json").read_text())
-        assert (
-            card["files"][f"{task.name}.onnx"]["bytes"] == (home / f"{task.name}.onnx").stat().st_size
-            and card["observation"] == task.obs_dim
-        )
+@pytest.fixture(scope="module")
+def three_tasks(tmp_path_factory) -> Run:
+    """A run of three tasks, the first without environment, the last with discrete actions, and its files."""
+    tasks = [dataclasses.replace(WALK, env_id=None), HOPPER, CARTPOLE]
+    run = saved_run(tmp_path_factory.mktemp("three_tasks"), tasks)
+    run.write_files(int8=True, eval_episodes=3)
+    return run
 
 
-def test_rows_of_a_batch_may_be_at_timesteps_of_their_own(exported):
-    home, m = exported
-    runtime, rng = export.session(str(home / "hopper.onnx")), np.random.default_rng(0)
-    one, both = (
-        {k: x.numpy() for k, x in zip(export.NAMES[0], export.Step(m, HOPPER, 1).inputs(B), strict=True)}
-        for B in (1, 2)
-    )
-    seen = rng.normal(size=(30, 11)).astype(np.float32)
+# ---- a step, and its file ----------------------------------------------------------------------------------
+
+
+class Eager:
+    """A step in place of its file."""
+
+    def __init__(self, step: export.Step):
+        self.step = step
+
+    @torch.no_grad()
+    def run(self, outputs, feed):
+        inputs = [torch.from_numpy(feed[name]) for name in export.INPUTS]
+        return [x.numpy() for x in self.step(*inputs)]
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_step__acts_as_the_model_does(tmp_path, index):
+    step = saved_run(tmp_path, [WALK, HOPPER, CARTPOLE]).step(index)
+    assert export.compared(Eager(step), step, batch=20) < 1e-5
+
+
+def assert_acts_as_the_model_does(run: Run, index: int) -> None:
+    """On 20 episodes of 50 windows; and the file's card belongs to it."""
+    task = run.tasks[index]
+    name = f"{task.name}.onnx"
+    assert export.compared(run.session(name), run.step(index), batch=20) < 1e-5
+    card = run.card(task.name)
+    assert card["files"][name]["bytes"] == (run.home / name).stat().st_size
+    assert card["files"][name]["largest_difference"] < 1e-5
+    assert card["observation"] == task.obs_dim
+
+
+def test_to_onnx__acts_as_the_model_does(hopper):
+    assert_acts_as_the_model_does(hopper, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_to_onnx__acts_as_a_student_of_several_tasks_does_in_each(three_tasks, index):
+    assert_acts_as_the_model_does(three_tasks, index)
+
+
+def test_to_onnx__lets_rows_be_at_timesteps_of_their_own(hopper):
+    runtime = hopper.session("hopper.onnx")
+    T = 30
+    observations = np.random.default_rng(0).normal(size=(T, 11)).astype(np.float32)
+
+    def timestep(feed, t):
+        """The action (B, 3) and next memory of rows at timesteps t (B,)."""
+        feed["observation"] = observations[t]
+        feed["return_to_go"] = (100 - t).astype(np.float32)
+        feed["timestep"] = t
+        return runtime.run(None, feed)
+
+    feed = hopper.step().feed(1)
     alone = []
-    for t in range(30):
-        one |= {
-            "observation": seen[t : t + 1],
-            "return_to_go": np.float32([100 - t]),
-            "timestep": np.array([t]),
-        }
-        action, one["memory"] = runtime.run(None, one)
-        alone.append(action[0])
-        one["last_action"] = action
-    late = 11  # the second row begins so many steps after the first
-    for t in range(30):
-        times = np.array([t, max(0, t - late)])
-        if t == late:
-            both["memory"][1] = 5.0  # whatever an old episode left
-        both |= {
-            "observation": seen[times],
-            "return_to_go": (100 - times).astype(np.float32),
-            "timestep": times,
-        }
-        action, memory = runtime.run(None, both)
-        both["last_action"], both["memory"] = action, memory.copy()
-        assert np.allclose(action[0], alone[t], atol=1e-5) and (
-            t < late or np.allclose(action[1], alone[t - late], atol=1e-5)
-        )
+    for t in range(T):
+        feed["last_action"], feed["memory"] = timestep(feed, np.array([t]))
+        alone.append(feed["last_action"][0])
+
+    delay = 11  # the second row begins so many steps after the first
+    feed = hopper.step().feed(2)
+    for t in range(T):
+        if t == delay:
+            feed["memory"][1] = 5.0  # whatever an old episode left
+        action, memory = timestep(feed, np.array([t, max(0, t - delay)]))
+        feed["last_action"] = action
+        feed["memory"] = memory.copy()
+        assert np.allclose(action[0], alone[t], atol=1e-5)
+        assert t < delay or np.allclose(action[1], alone[t - delay], atol=1e-5)
 
 
-def test_weights_in_8_bits_are_smaller_and_near(exported):
-    home, m = exported
-    assert (home / "hopper.int8.onnx").stat().st_size < 0.8 * (home / "hopper.onnx").stat().st_size
-    assert (
-        1e-5
-        < export.compared(
-            export.session(str(home / "hopper.int8.onnx")), export.Step(m, HOPPER, 1), B=1, T=50
-        )
-        < 0.3
-    )
+def test_to_onnx__takes_no_other_batch_than_a_fixed_one(tmp_path):
+    run = saved_run(tmp_path, [WALK])
+    run.write_files(batch=3)
+    runtime = run.session("walk.onnx")
+    assert [x.shape[0] for x in runtime.get_inputs()] == [3] * 5
+    assert export.compared(runtime, run.step(), batch=3, n_steps=20) < 1e-5
+    assert run.card("walk")["batch"] == 3
 
 
-def test_the_example_needs_neither_torch_nor_this_project_and_gets_the_same_returns(exported, tmp_path):
-    home, m = exported
-    blocked = ("import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'model', 'policy', 'data', 'run', 'minari')); "
-               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])")  # fmt: skip
-    p = subprocess.run([sys.executable, "-c", blocked, str(ROOT / "examples/act_onnx.py"), str(home / "hopper.onnx"), "--episodes", "4"],
-                       cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
-    assert p.returncode == 0, p.stderr
-    got = float(re.search(r"return ([-\d.]+)", p.stdout)[1])
-    returns, _ = evaluate.rollout(m, HOPPER, 1, 300.0, 4, 1000)
-    assert got == pytest.approx(
-        returns.mean(), abs=0.06
-    )  # as far as it is printed: these episodes are too short for rounding to grow
+def test_quantised__is_smaller_and_close(hopper):
+    int8 = hopper.home / "hopper.int8.onnx"
+    assert int8.stat().st_size < 0.8 * (hopper.home / "hopper.onnx").stat().st_size
+    difference = export.compared(hopper.session(int8.name), hopper.step(), batch=1)
+    assert 1e-5 < difference < 0.3
 
 
-def test_the_example_acts_by_discrete_actions_too(exported, tmp_path):
-    home, m = exported
-    p = subprocess.run(
-        [sys.executable, str(ROOT / "examples/act_onnx.py"), str(home / "cartpole.onnx"), "--episodes", "4"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert p.returncode == 0, p.stderr
-    returns, _ = evaluate.rollout(m, CARTPOLE, 2, 500.0, 4, 1000)
-    assert float(re.search(r"return ([-\d.]+)", p.stdout)[1]) == pytest.approx(returns.mean(), abs=0.06)
+# ---- acting with a file ------------------------------------------------------------------------------------
 
 
-def test_an_exported_policy_keeps_context_and_what_is_left_of_the_return_as_ours_does(exported):
-    home, m = exported
-    ours, rng = policy.Policy.of(m, HOPPER, 1), np.random.default_rng(0)
-    theirs = export.Exported(export.session(str(home / "hopper.onnx")), export.Step(m, HOPPER, 1))
+def test_exported__keeps_context_and_return_to_go_as_policy_does(hopper):
+    rng = np.random.default_rng(0)
+    ours = policy.Policy.of(hopper.model, HOPPER, 0)
+    theirs = export.Exported(hopper.session("hopper.onnx"), hopper.step())
     ours.reset(target_return=500, episodes=4)
     theirs.reset(target_return=500, episodes=4)
-    n, last = 4, None
+    n = 4
+    last = None
     for t in range(25):
-        observation, reward = 2 * rng.normal(size=(n, 11)), 40 * rng.normal(size=n)
-        a, b = ours.act(observation, reward), theirs.act(observation, reward)
-        assert np.allclose(a, b, atol=1e-4) and (last is None or not np.allclose(a, last, atol=1e-3))
+        observation = 2 * rng.normal(size=(n, 11))
+        reward = 40 * rng.normal(size=n)
+        action = ours.act(observation, reward)
+        assert np.allclose(action, theirs.act(observation, reward), atol=1e-4)
+        assert last is None or not np.allclose(action, last, atol=1e-3)
+        last = action
         if t == 12:
             rows = np.array([False, True, False, True])
             ours.keep(rows)
             theirs.keep(rows)
-        n, last = len(ours.left), a[rows] if t == 12 else a
+            n = 2
+            last = action[rows]
 
 
-def test_files_are_evaluated_as_the_model_is(exported, tmp_path, capsys):
-    _, m = exported
-    tasks = [dataclasses.replace(TASK, env_id=None), HOPPER, CARTPOLE]
-    dt.save(
-        tmp_path,
-        m,
-        {
-            "tasks": [dataclasses.asdict(t) for t in tasks],
-            "teachers": {"hopper": {"normalized_score": 500.0}},
-        },
+def printed_return(command: list[str], cwd: Path) -> float:
+    p = subprocess.run([sys.executable, *command, "--episodes", "4"], cwd=cwd, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    return float(re.search(r"return ([-\d.]+)", p.stdout)[1])
+
+
+def test_act_onnx__needs_neither_torch_nor_this_project(hopper, tmp_path):
+    blocked = ("torch", "model", "policy", "data", "support", "minari")
+    code = (
+        f"import runpy, sys; sys.modules |= dict.fromkeys({blocked}); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    export.main(export.Config(str(tmp_path), eval_episodes=3, int8=True))
-    for index, task in ((1, HOPPER), (2, CARTPOLE)):
-        card = json.loads((tmp_path / f"{task.name}.json").read_text())["files"]
-        want = evaluate.scores(evaluate.rollout(m, task, index, task.targets["p95"], 3, 1000)[0], task)
-        assert (
-            card[f"{task.name}.onnx"]["return_mean"] == pytest.approx(want["return_mean"], abs=0.05)
-            and "return_mean" in card[f"{task.name}.int8.onnx"]
-        )
-    card = json.loads((tmp_path / "hopper.json").read_text())["files"]["hopper.onnx"]
-    assert (
-        card["retention"] == pytest.approx(card["normalized_score"] / 500)
-        and "return_mean" not in (tmp_path / "walk.json").read_text()
-    )
-    assert re.search(r"walk\.onnx .* -\n", capsys.readouterr().out)
+    printed = printed_return(["-c", code, EXAMPLE, str(hopper.home / "hopper.onnx")], tmp_path)
+    returns, _ = evaluate.rollout(hopper.model, HOPPER, 0, 300.0, 4, evaluate.SEED)
+    # to the digit that is printed: these episodes are too short for rounding to grow
+    assert printed == pytest.approx(returns.mean(), abs=0.06)
+
+
+@pytest.mark.slow
+def test_act_onnx__takes_discrete_actions(three_tasks, tmp_path):
+    printed = printed_return([EXAMPLE, str(three_tasks.home / "cartpole.onnx")], tmp_path)
+    returns, _ = evaluate.rollout(three_tasks.model, CARTPOLE, 2, 500.0, 4, evaluate.SEED)
+    assert printed == pytest.approx(returns.mean(), abs=0.06)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def assert_evaluated_as_the_model_is(run: Run, index: int) -> None:
+    task = run.tasks[index]
+    entries = run.card(task.name)["files"]
+    returns, _ = evaluate.rollout(run.model, task, index, task.targets["p95"], 3, evaluate.SEED)
+    return_mean = evaluate.scores(returns, task)["return_mean"]
+    assert entries[f"{task.name}.onnx"]["return_mean"] == pytest.approx(return_mean, abs=0.05)
+    assert "return_mean" in entries[f"{task.name}.int8.onnx"]
+
+
+def test_main__evaluates_files_as_the_model_is_evaluated(hopper):
+    assert_evaluated_as_the_model_is(hopper, 0)
+    entry = hopper.card("hopper")["files"]["hopper.onnx"]
+    assert entry["retention"] == pytest.approx(entry["normalized_score"] / 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [1, 2])
+def test_main__evaluates_a_student_in_each_of_its_environments(three_tasks, index):
+    assert_evaluated_as_the_model_is(three_tasks, index)
+
+
+@pytest.mark.slow
+def test_main__evaluates_nothing_where_there_is_no_environment(three_tasks):
+    assert re.search(r"walk\.onnx .* -\n", three_tasks.printed)
+    assert "return_mean" not in (three_tasks.home / "walk.json").read_text()
+
+
+def test_main__refuses_to_evaluate_a_fixed_batch(tmp_path):
     with pytest.raises(UserError, match="--batch 3: files are evaluated with batches that shrink"):
         export.main(export.Config(str(tmp_path), eval_episodes=3, batch=3))
 
 
-def test_a_fixed_batch_takes_no_other(exported, tmp_path):
-    _, m = exported
-    dt.save(tmp_path, m, {"tasks": [dataclasses.asdict(t) for t in TASKS]})
-    export.main(export.Config(str(tmp_path), batch=3))
-    runtime = export.session(str(tmp_path / "walk.onnx"))
-    assert [i.shape[0] for i in runtime.get_inputs()] == [3] * 5
-    assert export.compared(runtime, export.Step(m, TASK, 0), B=3, T=20) < 1e-5
+def test_main__writes_a_card_with_all_that_acting_needs(hopper):
+    card = hopper.card("hopper")
+    for name, entry in card.pop("files").items():
+        assert entry["bytes"] == (hopper.home / name).stat().st_size
+        assert entry["microseconds"] > 0
+    versions = {name: card.pop(name) for name in ("torch", "onnxruntime", "machine")}
+    assert versions["torch"] == torch.__version__
+    assert card == {
+        "task": "hopper",
+        "environment": "Hopper-v5",
+        "environment_options": {},
+        "max_steps": 1000,
+        "targets": {"p95": 300.0},
+        "observation": 11,
+        "action_shape": [3],
+        "action_type": "float32",
+        "action_low": [-1.0] * 3,
+        "action_high": [1.0] * 3,
+        "memory": 2 * 2 * 2 * (3 * 7 + 1) * 32,  # keys and values, blocks, windows, rows, channels
+        "batch": "any",
+        "parameters_of_the_whole_model": hopper.model.n_params,
+        "measured": None,
+        "opset": export.OPSET,
+    }
 
 
-def test_files_that_are_there_are_kept_and_what_is_missing_is_told(exported, monkeypatch):
-    home, _ = exported
-    with pytest.raises(UserError, match="walk.onnx is there already; add --overwrite"):
-        export.main(export.Config(str(home)))
+def test_main__replaces_no_file_unless_told(hopper):
+    with pytest.raises(UserError, match="hopper.onnx is there already; add --overwrite"):
+        export.main(export.Config(str(hopper.home)))
+
+
+def test_main__names_what_is_missing(hopper, monkeypatch):
     with pytest.raises(UserError, match="no model in"):
-        export.main(export.Config(str(home / "nothing")))
+        export.main(export.Config(str(hopper.home / "nothing")))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else 1)
-    with pytest.raises(
-        UserError, match="exporting needs onnxruntime: pip install onnx onnxscript onnxruntime"
-    ):
-        export.main(export.Config(str(home), overwrite=True))
+    message = "exporting needs onnxruntime: pip install onnx onnxscript onnxruntime"
+    with pytest.raises(UserError, match=message):
+        export.main(export.Config(str(hopper.home), overwrite=True))
