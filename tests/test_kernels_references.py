@@ -9,7 +9,6 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 from kernels.attention import attention_ref
 from kernels.kl import DIRECTIONS, LOG_STD, categorical_divergence, divergence, head_kl_ref, policy_kl
-from kernels.project import project_adamw_ref
 
 ACT_DIMS = torch.tensor([2, 3, 4])
 DISCRETE = torch.tensor([False, True, False])

@@ -447,3 +447,10 @@ def test_troubleshooting__has_the_words_that_the_program_prints():
         longest = max(re.split(variable, text), key=len).strip(" ;,'()")
         assert len(longest) > 7, text
         assert longest in source, (text, longest)
+
+
+def test_operations__names_tests_that_exist():
+    named = set(re.findall(r"`(tests/\w+\.py)`", OPERATIONS))
+    assert len(named) >= 5
+    for name in named:
+        assert (ROOT / name).exists(), name
