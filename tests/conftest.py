@@ -35,7 +35,11 @@ from minari.data_collector import EpisodeBuffer  # noqa: E402
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+hypothesis.settings.register_profile("mutmut", deadline=None, derandomize=True, max_examples=25)
+if ROOT.name == "mutants":  # mutmut's copy of the tree
+    hypothesis.settings.load_profile("mutmut")
+else:
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def make_dataset(name, lengths, obs_dim=3, act_dim=2, seed=0, spec="Hopper-v5", edit=None, **spaces):

@@ -91,7 +91,7 @@ def test_novelty__gives_more_where_the_kl_is_higher_at_every_power(d, power):
 
 @pytest.mark.parametrize("scale", [1e-30, 0.1, 1.0, 1e30])
 def test_novelty__gives_four_times_the_share_to_twice_the_kl(scale):
-    """At power 2, which is the default, over the floor; KLs whose squares leave float32's range are no harm."""
+    """At power 2, the default, over the floor; KLs whose squares leave float32's range are no harm."""
     shares = shares_of("novelty", scale * torch.tensor([1.0, 2.0]))
     over_floor = (shares - curriculum.FLOOR / 2) / (1 - curriculum.FLOOR)
     assert torch.allclose(over_floor, torch.tensor([0.2, 0.8]))

@@ -1,4 +1,4 @@
-"""The kernels' references: defaults, and what is compared with no kernel: mixed tasks, dropout on attention's weights."""
+"""The kernels' references: their defaults, tasks of both kinds in a batch, dropout on attention's weights."""
 
 import math
 
@@ -15,7 +15,7 @@ DISCRETE = torch.tensor([False, True, False])
 
 
 def head(B=9, K=4, C=5, A=4):
-    """h, weight and bias of a head of three tasks, teachers' outputs, mask and task, as head_kl_ref takes them."""
+    """A head of three tasks, teachers' outputs, mask and task, as head_kl_ref takes them."""
     torch.manual_seed(0)
     h = torch.randn(B, K, C, dtype=torch.float64)
     weight = torch.randn(3, C, 2 * A, dtype=torch.float64)
@@ -79,7 +79,10 @@ def test_references__default_to_the_reverse_kl_without_floor_or_temperature():
 @pytest.mark.parametrize("keep", [slice(None), slice(1, None, 3)], ids=["every token", "states"])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_attention_ref__drops_weights_after_the_softmax_and_gives_zeros_where_masked(keep, p):
-    B, T, n_head, hs = 2, 6, 2, 3
+    B = 2
+    T = 6
+    n_head = 2
+    hs = 3
     torch.manual_seed(0)
     qkv = torch.randn(B, T, 3 * n_head * hs, dtype=torch.float64)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
