@@ -1,0 +1,57 @@
+"""research/tables.py: README and docs/ hold what it prints."""
+
+import re
+
+import pytest
+
+import forked
+from conftest import ROOT
+
+RESULTS = (ROOT / "docs/results.md").read_text()
+SPEED = (ROOT / "docs/speed.md").read_text()
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    return forked.python("-m research.tables", tmp_path_factory.mktemp("tables"))
+
+
+def rows(text):
+    """The lines of a Markdown text's tables, without those below the headers."""
+    return [line for line in text.splitlines() if line.startswith("|") and "|---" not in line]
+
+
+def section(text, title):
+    """What stands below a heading of a Markdown text."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_results__has_the_tables_that_are_printed(printed):
+    lines = printed.splitlines()
+    assert len(rows(RESULTS)) >= 25
+    assert [row for row in rows(RESULTS) if row not in lines] == []
+    machines = re.findall(r"^(?:Retention|Seconds:) .*$", RESULTS, re.M)
+    assert len(machines) == 6
+    assert [line for line in machines if line not in lines] == []
+
+
+def test_speed__has_the_tables_that_are_printed(printed):
+    lines = printed.splitlines()
+    for title in ("All rows", "Several processes"):
+        of_section = rows(section(SPEED, title))
+        assert len(of_section) >= 3, title
+        assert [row for row in of_section if row not in lines] == [], title
+    bench = printed.split("\nbench_cpu\n")[1].split("\ntried:")[0]
+    in_docs = set(rows(SPEED))
+    assert [row for row in rows(bench) if row not in in_docs] == []
+    machines = re.findall(r"^.*, commit \w+\.$", bench, re.M)
+    assert machines
+    assert all(line in SPEED for line in machines)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages__have_returns_that_are_printed(printed, page):
+    """Every mean ± standard deviation."""
+    found = re.findall(r"\d+ ± \d+", (ROOT / page).read_text())
+    assert [text for text in found if text not in printed] == []
