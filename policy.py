@@ -87,10 +87,10 @@ class PhasePerEpisode(NamedTuple):
     rows: Tensor  # (E, 1, cache rows, 6) one-hot
     mask: Tensor  # (E, 1, 6, cache rows)
     acting: Tensor  # (E,)
+    others: Tensor  # (E, 1, cache rows, 1) 0 for these rows, 1 for all others
 
     def write(self, cache: Tensor, keys_values: Tensor) -> Tensor:
-        others = 1 - self.rows.sum(-1, keepdim=True)
-        return cache * others + self.rows @ keys_values
+        return cache * self.others + self.rows @ keys_values
 
     def select(self, x: Tensor, dim: int) -> Tensor:
         shape = list(x.shape)
@@ -212,7 +212,8 @@ class Actor:
         if isinstance(t, int):
             return self.phases[t if t < H else H + (t - H) % (2 * H)]
         index = torch.where(t < H, t, H + (t - H) % (2 * H))
-        return PhasePerEpisode(*[table[index] for table in self.phase_tables])
+        place, rows, mask, acting = [table[index] for table in self.phase_tables]
+        return PhasePerEpisode(place, rows, mask, acting, others=1 - rows.sum(-1, keepdim=True))
 
     def _block(self, i, x, phase):
         """The i-th block, x (6E, C) -> (6E, C); the last one -> (E, C), the acting tokens' outputs alone."""
@@ -253,7 +254,7 @@ class Actor:
         self.t[rows] = 0
 
     def _stacked_phases(self):
-        """All phases as PhasePerEpisode's fields, to be indexed by phase."""
+        """place, rows, mask and acting of PhasePerEpisode, to be indexed by phase."""
         place, rows, mask, acting = zip(*self.phases, strict=True)
         every_row = torch.arange(mask[0].shape[-1], device=self.time.device)
         one_hot = torch.stack(rows)[:, None, None] == every_row[:, None]
@@ -308,8 +309,8 @@ class Policy:
         self.obs_std = np.array(self.task.obs_std)
         self.act_low = np.array(self.task.act_low)
         self.act_high = np.array(self.task.act_high)
+        self.act_range = self.act_high - self.act_low
 
-    @torch.inference_mode()
     def act(
         self, observation: ArrayLike, reward: ArrayLike = 0.0, began: ArrayLike | None = None
     ) -> np.ndarray | np.int64:
@@ -345,7 +346,7 @@ class Policy:
         if self.task.discrete:
             return action.argmax(1).cpu().numpy() + self.task.first_action
         unit = (action.cpu().double().numpy() + 1) / 2
-        action = unit * (self.act_high - self.act_low) + self.act_low
+        action = unit * self.act_range + self.act_low
         return np.clip(action, self.act_low, self.act_high).astype(np.float32)
 
     def keep(self, rows: ArrayLike) -> None:
