@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import attention, kept
+from kernels.attention import attention, dropout_factors
 from kernels.kl import bounded, policies
 from support import UserError, files
 
@@ -68,7 +68,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """F.dropout in training, with a CPU's masks from cheaper random bits."""
     if p == 0:
         return x
-    return F.dropout(x, p) if x.is_cuda else x * kept(x.shape, p, x)
+    return F.dropout(x, p) if x.is_cuda else x * dropout_factors(x.shape, p, x)
 
 
 class Linear(nn.Linear):

@@ -31,7 +31,10 @@ import hypothesis  # noqa: E402
 import minari  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from minari.data_collector import EpisodeBuffer  # noqa: E402
+
+import kernels  # noqa: E402
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -96,3 +99,54 @@ def f64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+# ---- the kernels' tests: compiled where there is a GPU, else in Triton's interpreter -----------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRET else "cpu"
+triton_needed = pytest.mark.skipif(kernels.triton.__version__ is None, reason="no Triton here")
+seeds = st.integers(0, 2**32 - 1)
+many_sizes = hypothesis.settings(
+    max_examples=int(os.environ.get("KERNEL_EXAMPLES", "25" if DEVICE == "cpu" else "200")),
+    derandomize="KERNEL_EXAMPLES" not in os.environ,
+)
+
+
+def lengths(*blocks):
+    """A strategy for sizes: 1, primes, and those about a block's."""
+    sizes = {1, 2, 3, 5, 7, 11, 13}
+    for block in blocks:
+        sizes |= {block - 1, block, block + 1}
+    return st.sampled_from(sorted(sizes))
+
+
+def normal(generator, *shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def derivatives(f, inputs, upstream, tangents, dtype):
+    """f's output, its forward-mode derivative along `tangents`, its gradients under `upstream`; in dtype."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    y = f(*leaves)
+    y.backward(upstream.to(y.dtype))
+    primals = tuple(x.detach() for x in leaves)
+    _, tangent = torch.func.jvp(f, primals, tuple(t.to(dtype) for t in tangents))
+    return y.detach(), tangent, *(x.grad for x in leaves)
+
+
+def assert_as_exact_as_pytorch(got, reference, exact, names, dtype, least=0.0):
+    """A kernel's error against float64 is at most twice plain PyTorch's in the same precision, plus a floor.
+
+    The floor is 8 eps of the result's largest number, or of `least`: the size of what it is a difference of.
+    Without it the test would compare the largest of two roundings' errors, which is luck.
+    """
+    for name, k, r, d in zip(names, got, reference, exact, strict=True):
+        size = max(d.abs().max().item(), least)
+        error = (k.double() - d.double()).abs().max().item()
+        allowed = (r.double() - d.double()).abs().max().item()
+        if allowed != allowed:  # plain PyTorch's KL can be NaN in bfloat16
+            allowed = float("inf")
+        floor = 8 * torch.finfo(dtype).eps * size + 1e-30
+        assert error <= 2 * allowed + floor, (
+            f"{name}: error {error:.3g}, plain PyTorch's {allowed:.3g}, size {size:.3g}"
+        )

@@ -10,7 +10,6 @@ import minari
 import numpy as np
 import pytest
 import torch
-from test_kernels import triton_needed
 from torch import Tensor
 
 import data
@@ -18,7 +17,7 @@ import distill
 import kernels
 import model as dt
 import teacher
-from conftest import make_dataset
+from conftest import make_dataset, triton_needed
 from kernels.kl import policy_kl
 from support import UserError, files, processes, update_log
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kernels import triton_needed
 from torch import Tensor
 
 import kernels
 import surgery
+from conftest import triton_needed
 from kernels.project import project, project_ref
 
 KINDS = ("any", "conflict", "agree", "opposite", "zero u", "zero g")

@@ -1,0 +1,273 @@
+"""kernels/kl.py: plain PyTorch and, in Triton's interpreter or on a GPU, the kernel."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Categorical, Normal, kl_divergence
+
+import kernels
+from conftest import (
+    DEVICE,
+    assert_as_exact_as_pytorch,
+    derivatives,
+    lengths,
+    many_sizes,
+    normal,
+    seeds,
+    triton_needed,
+)
+from kernels.kl import (
+    DIRECTIONS,
+    bounded,
+    categorical_divergence,
+    divergence,
+    head_kl,
+    head_kl_ref,
+    per_teacher,
+    policies,
+    policy_kl,
+)
+
+
+def gaussians(seed, shape, dtype=torch.float64):
+    """Student and teacher: mean, log_std, t_mean, t_log_std."""
+    gen = torch.Generator().manual_seed(seed)
+    means = torch.rand((2, *shape), generator=gen, dtype=dtype) * 2 - 1
+    log_stds = torch.rand((2, *shape), generator=gen, dtype=dtype) * 6 - 5
+    return means[0], log_stds[0], means[1], log_stds[1]
+
+
+# ---- Gaussians ---------------------------------------------------------------------------------------------
+
+
+@given(seeds, st.sampled_from(DIRECTIONS), st.floats(0.25, 4), st.sampled_from([0.0, 0.05, 0.5]))
+def test_divergence__is_that_of_torch_distributions(seed, direction, temperature, floor):
+    mean, log_std, t_mean, t_log_std = gaussians(seed, (5, 3))
+    student = Normal(mean, ((2 * log_std).exp() + floor**2).sqrt())
+    teacher = Normal(t_mean, ((2 * t_log_std).exp() * temperature**2 + floor**2).sqrt())
+    pair = (student, teacher) if direction == "reverse" else (teacher, student)
+    got = divergence(mean, log_std, t_mean, t_log_std, direction, floor, temperature)
+    assert torch.allclose(got, kl_divergence(*pair), rtol=1e-9, atol=1e-12)
+
+
+@given(seeds, st.sampled_from(DIRECTIONS), st.sampled_from([torch.float32, torch.float64]))
+def test_divergence__is_never_negative_and_exactly_zero_between_equals(seed, direction, dtype):
+    mean, log_std, t_mean, t_log_std = gaussians(seed, (50,), dtype)
+    assert (divergence(mean, log_std, t_mean, t_log_std, direction) > 0).all()
+    assert (divergence(mean, log_std, mean, log_std, direction, 0.05) == 0).all()
+    close = log_std + 1e-5 * torch.sign(t_log_std)
+    assert (divergence(mean, log_std, mean, close, direction) >= -torch.finfo(dtype).eps).all()
+
+
+def test_divergence__temperature_widens_the_teacher():
+    one = torch.zeros(1)
+    assert divergence(one, one, one, one, temperature=2.0) > 0
+    assert divergence(one, one + np.log(2), one, one, temperature=2.0) < 1e-6
+
+
+@given(seeds, st.sampled_from(DIRECTIONS))
+def test_policy_kl__is_a_loop_over_tokens_and_padding_changes_nothing(seed, direction):
+    act_dims = torch.tensor([2, 3, 1])
+    policy = gaussians(seed, (6, 4, 3))
+    gen = torch.Generator().manual_seed(seed)
+    task = torch.randint(3, (6,), generator=gen)
+    mask = torch.rand(6, 4, generator=gen) < 0.7
+    options = (direction, 0.05, 1.5)
+    sums, counts = policy_kl(*policy, mask, task, act_dims, *options)
+    wanted = torch.zeros(3, dtype=torch.float64)
+    n_tokens = torch.zeros(3, dtype=torch.float64)
+    for b, k in mask.nonzero().tolist():
+        n = task[b]
+        real = slice(int(act_dims[n]))
+        wanted[n] += divergence(*(x[b, k, real] for x in policy), *options).mean()
+        n_tokens[n] += 1
+    assert torch.allclose(sums, wanted)
+    assert torch.equal(counts, n_tokens)
+    unused = ~(mask[..., None] & (torch.arange(3) < act_dims[task][:, None])[:, None])
+    wild = []
+    for x, value in zip(policy, (float("nan"), 9e9, float("inf"), -7.0), strict=True):
+        wild.append(x.masked_fill(unused, value))
+    assert torch.equal(policy_kl(*wild, mask, task, act_dims, *options)[0], sums)
+
+
+def test_policy_kl__of_a_teacher_without_windows_has_no_sum_and_no_count():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    task = torch.zeros(2, dtype=torch.long)
+    sums, counts = policy_kl(*gaussians(0, (2, 3, 2)), mask, task, torch.tensor([2, 2]))
+    assert counts.tolist() == [6, 0]
+    assert sums[0] > 0
+    assert sums[1] == 0
+
+
+def test_per_teacher__divides_by_the_action_dimension():
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    sums, counts = per_teacher(torch.ones(2, 5, 4), mask, torch.tensor([0, 1]), torch.tensor([4, 2]))
+    assert sums.tolist() == [5, 5]
+    assert counts.tolist() == [5, 5]
+
+
+# ---- categoricals ------------------------------------------------------------------------------------------
+
+
+def categoricals(seed, B=6, K=4):
+    """Student and teacher of three tasks, the first and last of them categorical.
+
+    Returns their policies, four arrays (B, K, 3); mask (B, K), task (B,), act_dims (3,), discrete (3,).
+    """
+    gen = torch.Generator().manual_seed(seed)
+    mean, log_std, t_mean, t_log_std = gaussians(seed, (B, K, 3))
+    act_dims = torch.tensor([2, 3, 1])
+    discrete = torch.tensor([True, False, True])
+    task = torch.arange(B) % 3
+    mask = torch.rand(B, K, generator=gen) < 0.7
+    student = policies(torch.cat((3 * mean, log_std), -1), task, act_dims, discrete)
+    teacher = policies(torch.cat((3 * t_mean, t_log_std), -1), task, act_dims, discrete)
+    return *student, *teacher, mask, task, act_dims, discrete
+
+
+@given(seeds, st.sampled_from(DIRECTIONS))
+def test_policy_kl__of_categoricals_is_that_of_torch_distributions(seed, direction):
+    logp, log_std, t_logp, t_log_std, mask, task, act_dims, discrete = categoricals(seed)
+    args = (logp, log_std, t_logp, t_log_std, mask, task, act_dims, direction, 0.05, 1.0)
+    sums, counts = policy_kl(*args, discrete)
+    for n in (0, 2):
+        A = int(act_dims[n])
+        student = Categorical(logits=logp[task == n][..., :A])
+        teacher = Categorical(logits=t_logp[task == n][..., :A])
+        pair = (teacher, student) if direction == "forward" else (student, teacher)
+        valid = mask[task == n]
+        assert torch.allclose(sums[n], kl_divergence(*pair)[valid].sum())
+        assert counts[n] == valid.sum()
+    gaussian_sums, _ = policy_kl(*args)
+    assert torch.allclose(sums[1], gaussian_sums[1])
+
+
+@given(seeds, st.sampled_from(DIRECTIONS))
+def test_head_kl__of_categoricals_ignores_what_is_masked_or_no_action(seed, direction):
+    gen = torch.Generator().manual_seed(seed)
+    *_, mask, task, act_dims, discrete = categoricals(seed)
+    leaves = []
+    for shape in ((6, 4, 8), (3, 8, 6), (3, 6)):  # h, weight, bias
+        leaves.append(torch.randn(*shape, generator=gen, dtype=torch.float64, requires_grad=True))
+    target = categoricals(seed + 1)[2:4]
+    real = torch.arange(3) < act_dims[task][:, None, None]
+    got = []
+    for wild in (0.0, -7.0):
+        filled = [x.masked_fill(~(real & mask[..., None]), wild) for x in target]
+        sums, _ = head_kl(*leaves, *filled, mask, task, act_dims, direction, 0.05, 1.5, discrete)
+        got.append((sums, *torch.autograd.grad(sums.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    assert all(x.isfinite().all() for x in got[0])
+    _, _, gweight, _ = got[0]
+    assert gweight[0, :, :2].any()  # the first task has two logits,
+    assert not gweight[0, :, 2].any()  # no third,
+    assert not gweight[0, :, 3:].any()  # and no log-std
+
+
+def test_categorical_divergence__temperature_flattens_the_teacher():
+    logp = torch.tensor([0.9, 0.1]).log()
+    flat = (logp / 2).log_softmax(-1)
+    assert categorical_divergence(flat, logp, "forward", 2.0).sum() < 1e-6
+    assert categorical_divergence(flat, logp, "forward").sum() > 1e-6
+
+
+# ---- from the hidden states: sums, forward mode and gradients ----------------------------------------------
+
+
+def test_head_kl__is_the_kl_of_the_heads_outputs():
+    gen = torch.Generator().manual_seed(0)
+    h = torch.randn(4, 5, 8, generator=gen)
+    weight = torch.randn(2, 8, 6, generator=gen)
+    bias = torch.randn(2, 6, generator=gen)
+    target = (torch.rand(4, 5, 3, generator=gen), -torch.rand(4, 5, 3, generator=gen))
+    task = torch.tensor([0, 1, 1, 0])
+    rest = (torch.ones(4, 5, dtype=torch.bool), task, torch.tensor([3, 2]))
+    outputs = torch.stack([h[b] @ weight[n] + bias[n] for b, n in enumerate(task)])
+    mean, log_std = outputs.chunk(2, -1)
+    wanted_sums, wanted_counts = policy_kl(mean.tanh(), bounded(log_std), *target, *rest)
+    sums, counts = head_kl(h, weight, bias, *target, *rest)
+    assert torch.allclose(sums, wanted_sums, rtol=1e-5)
+    assert torch.equal(counts, wanted_counts)
+
+
+def random_inputs(seed, B, K, C, A, N, dtype, scale=1.0, valid=0.7):
+    """(h, weight, bias), their tangents, (t_mean, t_log_std), (mask, task, act_dims), upstream gradient (N,).
+
+    scale: of the weights. valid: probability that a token is valid.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    h = normal(gen, B, K, C, dtype=dtype)
+    weight = normal(gen, N, C, 2 * A, dtype=dtype, scale=scale * C**-0.5)
+    bias = normal(gen, N, 2 * A, dtype=dtype)
+    leaves = (h, weight, bias)
+    tangents = [normal(gen, *x.shape, dtype=dtype) for x in leaves]
+    t_mean = (torch.rand(B, K, A, generator=gen) * 2 - 1).to(DEVICE)
+    t_log_std = (torch.rand(B, K, A, generator=gen) * -4).to(DEVICE)
+    mask = (torch.rand(B, K, generator=gen) < valid).to(DEVICE)
+    task = torch.randint(N, (B,), generator=gen).to(DEVICE)
+    act_dims = torch.randint(1, A + 1, (N,), generator=gen).to(DEVICE)
+    upstream = torch.where(normal(gen, N) > 0, 5.0, -3.0)
+    return leaves, tangents, (t_mean, t_log_std), (mask, task, act_dims), upstream
+
+
+@st.composite
+def inputs_of_many_sizes(draw):
+    return random_inputs(
+        draw(seeds),
+        B=draw(lengths(16)),
+        K=draw(lengths(16)),
+        C=draw(st.sampled_from([1, 16, 17, 48, 64, 128])),
+        A=draw(st.sampled_from([1, 3, 6, 8, 17])),
+        N=draw(st.integers(1, 4)),
+        dtype=draw(st.sampled_from(kernels.DTYPES)),
+        scale=draw(st.sampled_from([1e-2, 1.0, 4.0])),
+        valid=draw(st.sampled_from([0.0, 0.7, 1.0])),
+    )
+
+
+def assert_as_exact(inputs, options):
+    """sums, their forward mode and gradients with the kernel, against head_kl_ref's."""
+    leaves, tangents, target, (mask, task, act_dims), upstream = inputs
+    dtype = leaves[0].dtype
+    rest = (mask, task, act_dims, *options)
+
+    def run(f, dtype):
+        converted = [x.to(dtype) for x in target]
+        return derivatives(lambda *x: f(*x, *converted, *rest)[0], leaves, upstream, tangents, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "on_cpu", True)
+        got = run(head_kl, dtype)
+        _, counts = head_kl(*leaves, *target, *rest)
+    n_tokens = torch.zeros_like(counts).long().index_add(0, task, mask.sum(1))
+    assert torch.equal(counts.long(), n_tokens)
+    reference = run(head_kl_ref, dtype)
+    exact = run(head_kl_ref, torch.float64)
+    terms = [(g * t).abs().sum().item() for g, t in zip(exact[2:], tangents, strict=True)]
+    least = (0, sum(terms) / 3, 0, 0, 0)  # forward mode is a sum of such terms, signs and all
+    for i, name in enumerate(("KL", "forward mode", "dh", "dweight", "dbias")):
+        assert_as_exact_as_pytorch([got[i]], [reference[i]], [exact[i]], [name], dtype, least[i])
+
+
+@triton_needed
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-2, 4.0])
+def test_head_kl__kernel_is_as_exact_as_plain_pytorch(dtype, direction, scale):
+    inputs = random_inputs(0, B=7, K=5, C=17, A=3, N=3, dtype=dtype, scale=scale)
+    assert_as_exact(inputs, (direction, 0.05, 2.0))
+
+
+@pytest.mark.slow
+@triton_needed
+@many_sizes
+@given(
+    inputs_of_many_sizes(),
+    st.sampled_from(DIRECTIONS),
+    st.sampled_from([0.05, 0.5]),
+    st.sampled_from([0.5, 1.0, 2.0]),
+)
+def test_head_kl__kernel_is_as_exact_as_plain_pytorch_at_many_sizes(inputs, direction, floor, temperature):
+    assert_as_exact(inputs, (direction, floor, temperature))

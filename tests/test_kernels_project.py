@@ -1,0 +1,123 @@
+"""kernels/project.py: the kernels, in Triton's interpreter or on a GPU. test_surgery.py has the formula."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+from conftest import DEVICE, assert_as_exact_as_pytorch, lengths, many_sizes, normal, seeds, triton_needed
+from kernels.project import project, project_adamw, project_adamw_ref, project_ref
+
+sizes = lengths(16, 1024, 2048)  # about a block's
+scales = st.sampled_from([0.0, 1e-30, 1e-10, 1.0, 1e10])
+
+
+def schedule_at(t):
+    """Learning rate, bias corrections and number of update t, as project_adamw reads them."""
+    return torch.tensor([1e-2, 1 - 0.9**t, 1 - 0.999**t, t], device=DEVICE)
+
+
+@triton_needed
+@many_sizes
+@given(seeds, sizes, scales, scales, st.booleans())
+def test_project__kernels_are_as_exact_as_plain_pytorch(seed, P, scale_g, scale_u, conflict):
+    gen = torch.Generator().manual_seed(seed)
+    u = normal(gen, P, scale=scale_u)
+    g = normal(gen, P, scale=scale_g)
+    if scale_u:
+        g += (-1.0 if conflict else 1.0) * (u / scale_u * scale_g)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "on_cpu", True)
+        got = project(g, u)
+    reference = project_ref(g, u)
+    exact = project_ref(g.double(), u.double())
+    size = g.abs().max().item()
+    assert_as_exact_as_pytorch([got], [reference], [exact], ["g'"], torch.float32, least=size)
+    if g.double() @ u.double() >= 0:
+        assert torch.equal(got, g)
+
+
+@triton_needed
+@many_sizes
+@given(
+    seed=seeds,
+    P=sizes,
+    scale=st.sampled_from([1e-10, 1.0, 1e10]),
+    t=st.integers(1, 1000),
+    kappa=st.sampled_from([None, -0.4, 0.0]),
+    on=st.sampled_from([None, True, False]),
+    beta=st.sampled_from([0.0, 0.9]),
+    operated=st.booleans(),
+)
+def test_project_adamw__kernels_are_as_exact_as_plain_pytorch(seed, P, scale, t, kappa, on, beta, operated):
+    gen = torch.Generator().manual_seed(seed)
+    theta = normal(gen, P)
+    u = normal(gen, P, scale=scale)
+    m = normal(gen, P, scale=1e-3)
+    v = normal(gen, P, scale=1e-3).square()
+    g = normal(gen, P, scale=scale) - 0.5 * u
+    options = {"beta": beta, "weight_decay": 0.1}
+    if kappa is not None:
+        options["kappa"] = torch.tensor(kappa, device=DEVICE)
+    if on is not None:
+        options["on"] = torch.tensor(on, device=DEVICE)
+
+    def run(f, dtype):
+        """Three groups of results: of AdamW, of g's size, and the numbers of the projection."""
+        state = {"theta": theta, "u": u, "m": m, "v": v}
+        state = {name: x.to(dtype, copy=True) for name, x in state.items()}
+        adamw = [state["theta"], state["m"], state["v"]]
+        alive = torch.tensor(True, device=DEVICE)
+        args = {"schedule": schedule_at(t), "alive": alive, **options}
+        stats = f(g=g.to(dtype), **(state if operated else state | {"u": None}), **args)
+        assert alive
+        gu, uu, norm, norm_after, removed = stats
+        return adamw, [state["u"], norm_after], [gu, uu, norm, removed]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "on_cpu", True)
+        got = run(project_adamw, torch.float32)
+    reference = run(project_adamw_ref, torch.float32)
+    exact = run(project_adamw_ref, torch.float64)
+    names = (("theta", "m", "v"), ("u", "|g'|"), ("<g, u>", "<u, u>", "|g|", "kappa"))
+    least = (0.0, g.norm().item(), 0.0)
+    for i in range(3):
+        assert_as_exact_as_pytorch(got[i], reference[i], exact[i], names[i], torch.float32, least[i])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("f", [pytest.param(project_adamw, marks=triton_needed), project_adamw_ref])
+def test_project_adamw__changes_nothing_from_a_gradient_that_is_not_finite_on(bad, f, monkeypatch):
+    monkeypatch.setattr(kernels, "on_cpu", True)
+    state = [torch.randn(1500, device=DEVICE).abs() for _ in range(4)]
+    before = [x.clone() for x in state]
+    theta, u, m, v = state
+    alive = torch.tensor(True, device=DEVICE)
+    schedule = torch.tensor([1e-2, 0.1, 0.001, 1], device=DEVICE)
+    for g in (torch.full_like(u, bad), torch.ones_like(u)):
+        f(theta, g, u, m, v, schedule, alive)
+        assert not alive
+        assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+
+
+def test_project_adamw__is_projection_then_clipping_then_pytorchs_adamw():
+    """Over five updates in turn, on this machine's own path."""
+    torch.manual_seed(0)
+    theta = torch.randn(50)
+    u = torch.zeros(50)
+    m = torch.zeros(50)
+    v = torch.zeros(50)
+    last = torch.zeros(50)
+    wanted = torch.nn.Parameter(theta.clone())
+    optimizer = torch.optim.AdamW([wanted], lr=1e-2, weight_decay=0.1)
+    for t in range(1, 6):
+        g = torch.randn(50) - 0.3 * last
+        schedule = schedule_at(t).cpu()
+        project_adamw(theta, g, u, m, v, schedule, torch.tensor(True), clip=2.0, weight_decay=0.1)
+        last = project_ref(g, last)
+        wanted.grad = last.clone()
+        torch.nn.utils.clip_grad_norm_([wanted], 2.0)
+        optimizer.step()
+        assert torch.allclose(u, last, atol=1e-6)
+        assert torch.allclose(theta, wanted, atol=1e-5)
