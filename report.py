@@ -113,13 +113,18 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
         differs = [len(set(column)) > 1 for column in zip(*parts.values(), strict=True)]
         for name, path in parts.items():
             parts[name] = [part for part, keep in zip(path, differs, strict=True) if keep]
-    labels = {}
-    for name, path in parts.items():
-        label = "/".join(path)
-        if len(label) > NAME_LENGTH:
-            label = f"{label[: NAME_LENGTH // 2]}…{label[1 - NAME_LENGTH // 2 :]}"
-        labels[name] = label.replace("$", r"\$")
-    return labels
+    labels = ["/".join(path) for path in parts.values()]
+    cut = [_cut(label) for label in labels]
+    if len(set(cut)) == len(labels):
+        labels = cut
+    return {name: label.replace("$", r"\$") for name, label in zip(parts, labels, strict=True)}
+
+
+def _cut(label):
+    """A long label without its middle."""
+    if len(label) <= NAME_LENGTH:
+        return label
+    return f"{label[: NAME_LENGTH // 2]}…{label[1 - NAME_LENGTH // 2 :]}"
 
 
 def add_legend(ax: "Axes", **options: Any) -> None:
@@ -477,7 +482,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(tag, content, like):
     align = " class=text" if isinstance(like, str) else ""
-    return f"<{tag}{align}>{html.escape(log.cell(content))}</{tag}>"
+    text = html.escape(log.cell(content)).replace("/", "/<wbr>")  # a dataset's name may break there
+    return f"<{tag}{align}>{text}</{tag}>"
 
 
 def svg(panel: Panel) -> str:
