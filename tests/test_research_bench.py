@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 
+import forked
 from conftest import ROOT
 from research import bench
 from support import UserError
