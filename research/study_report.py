@@ -113,9 +113,9 @@ class Section(NamedTuple):
 
 
 def report(path: Path, compression: float, evaluated_steps: int) -> None:
-    """Print the tables of a CSV, draw the figures beside it, write the page: docs/study.md, or beside another
-    CSV.
+    """Print a CSV's tables, draw its figures beside it, write the page.
 
+    The page is docs/study.md for the study's own CSV, and lies beside any other.
     compression, evaluated_steps: of the runs that the tables of scores and KLs are of. Raises UserError where
     the CSV holds no run.
     """
