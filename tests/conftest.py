@@ -86,6 +86,11 @@ def make_dataset(name, lengths, obs_dim=3, act_dim=2, seed=0, spec="Hopper-v5", 
     return episodes
 
 
+def slow(*values):
+    """Values to parametrize a test by that make it slow."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def result(out_dir):
     """What a run ends with: its weights' bytes, and its log without the column of seconds."""
     rows = [line.split(",") for line in (out_dir / "log.csv").read_text().splitlines()]

@@ -14,10 +14,10 @@ import pytest
 import data
 import forked
 import model as dt
-from conftest import ROOT, make_dataset
+from conftest import ROOT, make_dataset, slow
 from support import environments, files
 
-TINY = "--batch-size 16 --eval-episodes 2 --device cpu"
+TINY = "--batch-size 16 --eval-episodes 1 --device cpu"
 SILENT = "--batch-size 16 --eval-episodes 0 --device cpu"  # no evaluation
 MAIN_JOB = f"distill.py --steps 200 --teacher-steps 40 --log-interval 50 --n-embd 16 {TINY}"
 README = (ROOT / "README.md").read_text()
@@ -105,13 +105,13 @@ def test_teacher__learns_and_can_be_evaluated(home):
     model, meta = dt.load(home / "out/teacher-ant")
     assert list(model.cfg.obs_dims) == [27]
     assert "teacher of ant is there" in forked.python(command, home)
-    forked.python("evaluate.py out/teacher-ant --eval-episodes 2 --target median --device cpu", home)
+    forked.python("evaluate.py out/teacher-ant --eval-episodes 1 --target median --device cpu", home)
     target = tasks_of(home / "out/teacher-ant", "evaluation.json")["ant"]["target"]
     assert target == meta["tasks"][0]["targets"]["median"]
 
 
 def test_evaluate__gives_what_training_reported_for_the_same_seeds(main_job, home):
-    forked.python("evaluate.py out/student --eval-episodes 2 --device cpu", home)
+    forked.python("evaluate.py out/student --eval-episodes 1 --device cpu", home)
     again = tasks_of(home / "out/student", "evaluation.json")
     for name, metrics in tasks_of(home / "out/student").items():
         for key in ("return_mean", "retention"):
@@ -162,24 +162,37 @@ def test_distill__takes_any_minari_dataset_by_its_id(main_job, home):
     assert list(tasks_of(home / "out/by-id-student")) == ["walker2d"]
 
 
-def test_distill__mixes_discrete_actions_with_continuous_ones(main_job, home):
-    collect = "examples/collect_cartpole.py"
-    assert "cartpole/mixed-v0: 60 episodes" in forked.python(f"{collect} --episodes 60", home)
-    refusal = "there is a dataset cartpole/mixed-v0 already; give another --id"
-    assert refusal in forked.python(collect, home, code=2)
-    assert "actions 2, discrete" in forked.python("data.py --dataset cartpole/mixed-v0", home)
+@pytest.fixture(scope="module")
+def cartpole(home):
+    """A dataset of discrete actions, and a teacher of it."""
+    printed = forked.python("examples/collect_cartpole.py --episodes 60", home)
+    assert "cartpole/mixed-v0: 60 episodes" in printed
     forked.python(f"teacher.py --dataset cartpole/mixed-v0 --steps 100 --n-layer 1 --n-embd 32 {TINY}", home)
-    for loss, curriculum in (("kl", "novelty"), ("mse", "novelty"), ("nll", "all")):
-        method = f"--loss {loss} --curriculum {curriculum} --surgery pcgrad"
-        options = f"--steps 60 --n-embd 16 {method} --out-dir out/mixed-{loss} {TINY}"
-        forked.python(f"distill.py --envs hopper --datasets cartpole/mixed-v0 {options}", home)
-        log = files.read_csv(home / f"out/mixed-{loss}/log.csv")
-        tasks = tasks_of(home / f"out/mixed-{loss}")
-        for name in tasks:
-            kl = log[f"heldout_kl_{name}"]
-            assert kl[59] < 0.7 * kl[0], (loss, name)
-    assert tasks["cartpole/mixed-v0"]["return_mean"] >= 8
-    forked.python("evaluate.py out/mixed-kl --eval-episodes 2 --device cpu", home)
+
+
+def test_collect_cartpole__refuses_to_replace_a_dataset(cartpole, home):
+    printed = forked.python("examples/collect_cartpole.py", home, code=2)
+    assert "there is a dataset cartpole/mixed-v0 already; give another --id" in printed
+
+
+def test_data__says_that_actions_are_discrete(cartpole, home):
+    assert "actions 2, discrete" in forked.python("data.py --dataset cartpole/mixed-v0", home)
+
+
+@pytest.mark.parametrize("loss", ["kl", *slow("mse", "nll")])
+def test_distill__mixes_discrete_actions_with_continuous_ones(main_job, cartpole, home, loss):
+    curriculum = "all" if loss == "nll" else "novelty"
+    method = f"--loss {loss} --curriculum {curriculum} --surgery pcgrad"
+    out = home / f"out/mixed-{loss}"
+    options = f"--steps 60 --n-embd 16 {method} --out-dir {out} {TINY}"
+    forked.python(f"distill.py --envs hopper --datasets cartpole/mixed-v0 {options}", home)
+    log = files.read_csv(out / "log.csv")
+    for name, metrics in tasks_of(out).items():
+        kl = log[f"heldout_kl_{name}"]
+        assert kl[59] < 0.7 * kl[0], name
+        if name == "cartpole/mixed-v0":
+            assert metrics["return_mean"] >= 8
+    forked.python(f"evaluate.py {out} --eval-episodes 1 --device cpu", home)
 
 
 # ---- third-party data: examples/collect_trpo.py ------------------------------------------------------------
@@ -332,11 +345,9 @@ def changes(text):
     return found
 
 
-def test_diffs_of_the_docs__apply_and_their_commands_run(main_job, home, tmp_path):
+def test_diffs_of_the_docs__apply_and_their_commands_run(main_job, cartpole, home, tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "results"))
-    if "cartpole/mixed-v0" not in minari.list_local_datasets():
-        forked.python("examples/collect_cartpole.py --episodes 20", home)
     assert len(changes(README)) == 1
     assert len(changes(EXTENDING)) == 3
     for i, (command, diff) in enumerate(changes(README) + changes(EXTENDING)):
@@ -379,7 +390,7 @@ ELSEWHERE = {  # commands that take long, or need another package: where they ar
 
 @pytest.mark.slow
 def test_readme__has_commands_that_run_in_its_order(home, tmp_path):
-    shutil.rmtree(f"{os.environ['MINARI_DATASETS_PATH']}/cartpole", ignore_errors=True)  # an earlier test's
+    shutil.rmtree(f"{os.environ['MINARI_DATASETS_PATH']}/cartpole", ignore_errors=True)  # other tests'
     for name, O, A in (("hopper", 11, 3), ("ant", 27, 8)):  # stand-ins for those that would be downloaded
         spec = environments.make_env(data.ENVS[name].id, data.ENVS[name].options).spec
         make_dataset(f"mujoco/{name}/medium-v0", [9, 12, 7], obs_dim=O, act_dim=A, spec=spec)

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or find the disk full end as if nothing had happened, to the bit."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import data
 import distill
 import forked
 import teacher
-from conftest import make_dataset, result
+from conftest import make_dataset, result, slow
 from support import UserError, cli, files, minari_files, run_directory
 from support.checkpoint import Checkpoint
 
@@ -39,7 +40,6 @@ VARIANTS = {  # options of distill.py
     "pcgrad": {"surgery": "pcgrad", "curriculum": "uniform"},
     "estimate": {"surgery": "previous", "alignment_weight": 1.0, "alignment": "estimate"},
 }
-NAMES = ["teacher", *VARIANTS]
 
 
 # ---- runs in forked processes ------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{name: (Run, its result when nothing interrupts it)}."""
+    """runs(name): a Run, and its result when nothing interrupts it."""
     home = tmp_path_factory.mktemp("resume")
     for i, name in enumerate(DATASETS):
         make_dataset(name, [30, 25, 40, 20], obs_dim=3 + i, act_dim=1 + i, seed=i)
@@ -113,20 +113,22 @@ def runs(tmp_path_factory):
     runs = {"teacher": Run(run_teacher, dataset=DATASETS[0], dropout=0.1, **TINY)}
     for name, options in VARIANTS.items():
         runs[name] = Run(run_distill, teachers=teachers, **options, **TINY)
-    results = {}
-    for name, run in runs.items():
-        run.finish(home / name)
-        results[name] = (run, result(home / name))
-    return results
+
+    @functools.cache
+    def run_and_result(name):
+        runs[name].finish(home / name)
+        return runs[name], result(home / name)
+
+    return run_and_result
 
 
 # ---- stopped and killed ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["teacher", "student", *slow("pcgrad", "estimate")])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_run__resumes_to_the_same_bits(runs, name, signum, tmp_path):
-    run, expected = runs[name]
+    run, expected = runs(name)
     out = tmp_path / "run"
     p = run.start(out)
     while not (out / "log.csv").exists():
@@ -147,14 +149,11 @@ def test_stopped_run__resumes_to_the_same_bits(runs, name, signum, tmp_path):
     assert not (out / Checkpoint.NAME).exists()
 
 
-N_KILLS = [pytest.param(3, id="3 kills"), pytest.param(25, id="25 kills", marks=pytest.mark.slow)]
-
-
 @pytest.mark.parametrize("name", ["teacher", "student"])
-@pytest.mark.parametrize("n_kills", N_KILLS)
+@pytest.mark.parametrize("n_kills", [3, *slow(25)])
 def test_killed_run__resumes_to_the_same_bits(runs, name, n_kills, tmp_path):
     """SIGKILL at moments spread over a whole run, from before its first file to after its last."""
-    run, expected = runs[name]
+    run, expected = runs(name)
     start = time.monotonic()
     run.finish(tmp_path / "whole")
     seconds = time.monotonic() - start
@@ -175,9 +174,9 @@ def test_killed_run__resumes_to_the_same_bits(runs, name, n_kills, tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("at", range(2, 12))
+@pytest.mark.parametrize("at", [6, 7, *slow(2, 3, 4, 5, 8, 9, 10, 11)])
 def test_run_killed_in_writing_a_file__resumes_to_the_same_bits(runs, call, at, tmp_path):
-    run, expected = runs["teacher"]
+    run, expected = runs("teacher")
     p = run.start(tmp_path / "run", kill_at=(call, at))
     p.join(30)
     assert p.exitcode == -signal.SIGKILL
@@ -189,7 +188,7 @@ def test_run_killed_in_writing_a_file__resumes_to_the_same_bits(runs, call, at, 
 @pytest.fixture
 def killed(runs, tmp_path):
     """The teacher's run, and a folder where it was killed after its second checkpoint's flush."""
-    run, _ = runs["teacher"]
+    run, _ = runs("teacher")
     out = tmp_path / "run"
     run.start(out, kill_at=("replace", 6)).join(30)
     return run, out
@@ -201,7 +200,7 @@ def test_resume__says_that_it_resumes(killed):
 
 
 def test_resume__begins_anew_where_there_is_nothing_to_resume(runs, tmp_path):
-    run, _ = runs["teacher"]
+    run, _ = runs("teacher")
     assert "resumed from" not in run.finish(tmp_path / "other", resume=True)
 
 
@@ -255,7 +254,7 @@ def test_resume_with_overwrite__goes_on_with_the_same_settings_and_begins_anew_w
 
 
 def test_second_run_in_a_directory__names_the_first_but_not_a_dead_one(runs, tmp_path):
-    run, expected = runs["teacher"]
+    run, expected = runs("teacher")
     out = tmp_path / "run"
     p = run.start(out, steps=100_000)
     while not (out / "log.csv").exists():
@@ -282,11 +281,12 @@ def collect_and_read(home):
     (home / "steps").write_text(str(arrays["lengths"].sum()))
 
 
-def test_killed_collector__leaves_nothing_that_is_taken_for_a_whole_dataset(tmp_path):
+@pytest.mark.parametrize("n_kills", [2, *slow(5)])
+def test_killed_collector__leaves_nothing_that_is_taken_for_a_whole_dataset(n_kills, tmp_path):
     rng = random.Random(0)
     longest = 0.3  # seconds that a collector needs
     steps = set()
-    for i in range(6):
+    for i in range(1 + n_kills):
         home = tmp_path / str(i)
         home.mkdir()
         p = forked.start(collect_and_read, home, output=home / "output")
@@ -325,7 +325,7 @@ def call_before_checkpoints(monkeypatch, function):
 
 
 def test_full_disk__costs_checkpoints_and_nothing_else(runs, tmp_path, monkeypatch, capsys):
-    run, expected = runs["teacher"]
+    run, expected = runs("teacher")
     real = os.fsync
     n = 0
 
@@ -357,7 +357,7 @@ def small_disk(tmp_path):
 
 
 def test_really_full_disk__keeps_the_earlier_checkpoint(runs, small_disk, monkeypatch, capsys):
-    run, expected = runs["teacher"]
+    run, expected = runs("teacher")
     saved = []
 
     def fill_and_free(step):
@@ -383,7 +383,7 @@ def fill(path):
 
 
 def test_directory_lost_during_a_run__is_made_again_with_the_checkpoint(runs, tmp_path, monkeypatch):
-    run, (weights, _) = runs["teacher"]
+    run, (weights, _) = runs("teacher")
 
     def lose(step):
         if step == 20:
@@ -396,7 +396,7 @@ def test_directory_lost_during_a_run__is_made_again_with_the_checkpoint(runs, tm
 
 def test_directory_that_becomes_read_only__has_its_model_kept_elsewhere(runs, tmp_path, monkeypatch, capsys):
     """Root can write anywhere: so the refusal is planted."""
-    run, _ = runs["teacher"]
+    run, _ = runs("teacher")
     out = tmp_path / "run"
     real = open
 

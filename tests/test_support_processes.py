@@ -18,7 +18,7 @@ import forked
 import model as dt
 import report
 import teacher
-from conftest import ROOT, make_dataset, result
+from conftest import ROOT, make_dataset, result, slow
 from support import cli, files, processes
 from support.checkpoint import Checkpoint
 
@@ -131,14 +131,13 @@ VARIANTS = {
     "live": {"targets": "live", "surgery": "previous", "curriculum": "uniform"},
     "host": {"data_device": "host"},
 }
-JOBS = [(2, "default")]
-JOBS += [pytest.param(2, name, marks=pytest.mark.slow) for name in VARIANTS if name != "default"]
-JOBS += [pytest.param(4, "default", marks=pytest.mark.slow)]
+OTHERS = [(2, "exact"), (2, "argmax"), (2, "pcgrad"), (2, "live"), (2, "host"), (4, "default")]
 
 
-@pytest.mark.parametrize(("world", "variant"), JOBS)
-def test_job__agrees_to_the_bit_in_every_update_and_with_one_process(world, variant, teachers, tmp_path):
+@pytest.mark.parametrize("world_and_variant", [(2, "default"), *slow(*OTHERS)], ids=str)
+def test_job__agrees_to_the_bit_in_every_update_and_with_one_process(world_and_variant, teachers, tmp_path):
     """One process with as many windows as the job's together gives the same, to rounding."""
+    world, variant = world_and_variant
     options = {"teachers": teachers, **TINY, **VARIANTS[variant]}
     job(world, "distill", tmp_path / "many", **options)
     job(1, "distill", tmp_path / "one", **{**options, "batch_size": world * TINY["batch_size"]})
