@@ -78,6 +78,12 @@ def test_clipped__is_the_share_of_u_between_minus_one_and_one(uu):
     assert alignment.clipped(c, torch.tensor(uu)).tolist() == [-1.0, -0.5, 0.0, 0.25, 1.0]
 
 
+def test_estimate__is_zero_where_the_update_moved_nothing_along_u():
+    u = torch.tensor([1.0, 0.0])
+    for delta in (torch.zeros(2), torch.tensor([0.0, 1.0])):
+        assert alignment.estimate(torch.ones(2), torch.tensor([1.0, 2.0]), u, delta).tolist() == [0.0, 0.0]
+
+
 def test_clipped__is_zero_before_the_first_update():
     assert alignment.clipped(torch.tensor([0.0, 1.0]), torch.tensor(0.0)).tolist() == [0.0, 0.0]
 

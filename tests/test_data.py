@@ -187,6 +187,16 @@ def test_sample__gives_the_shares_on_average():
     assert torch.allclose(counts / counts.sum(), shares, atol=0.01)
 
 
+def test_sample__draws_from_the_generator_that_it_is_given():
+    w = windows_of(3)
+    shares = torch.tensor([0.2, 0.3, 0.5])
+    first = w.sample(64, shares, generator(1))
+    again = w.sample(64, shares, generator(1))
+    other = w.sample(64, shares, generator(2))
+    assert torch.equal(first.rows, again.rows)
+    assert not torch.equal(first.rows, other.rows)
+
+
 def test_sample__takes_a_one_hot_shares_windows_alone():
     w = windows_of(3)
     for i in range(3):

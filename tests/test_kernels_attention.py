@@ -68,6 +68,33 @@ def test_attention__of_a_window_without_valid_tokens_is_zero_and_so_are_its_grad
     assert not qkv.grad.any()
 
 
+@pytest.mark.parametrize("keep", [EVERY, STATES], ids=["every token", "states"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_attention_ref__drops_weights_after_the_softmax_and_gives_zeros_where_masked(keep, p):
+    B = 2
+    T = 6
+    n_head = 2
+    hs = 3
+    torch.manual_seed(0)
+    qkv = torch.randn(B, T, 3 * n_head * hs, dtype=torch.float64)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    torch.manual_seed(1)
+    got = attention_ref(qkv, mask, n_head, p, keep)
+    torch.manual_seed(1)
+    queries = torch.arange(T)[keep]
+    factors = torch.nn.functional.dropout(torch.ones(B, n_head, len(queries), T, dtype=torch.float64), p)
+    wanted = torch.zeros(B, len(queries), n_head * hs, dtype=torch.float64)
+    q, k, v = qkv.unflatten(-1, (3, n_head, hs)).permute(2, 0, 3, 1, 4)
+    for b, i in mask[:, keep].nonzero().tolist():
+        seen = mask[b] & (torch.arange(T) <= queries[i])
+        for n in range(n_head):
+            weights = (k[b, n, seen] @ q[b, n, queries[i]] / hs**0.5).softmax(0)
+            y = (weights * factors[b, n, i, seen]) @ v[b, n, seen]
+            wanted[b, i, n * hs : (n + 1) * hs] = y
+    assert torch.allclose(got, wanted, rtol=1e-9)
+    assert torch.equal(attention_ref(qkv, mask, n_head), attention_ref(qkv, mask, n_head, 0.0, EVERY))
+
+
 # ---- as exact as plain PyTorch: output, forward mode and gradient ------------------------------------------
 
 

@@ -20,6 +20,7 @@ from conftest import (
 )
 from kernels.kl import (
     DIRECTIONS,
+    LOG_STD,
     bounded,
     categorical_divergence,
     divergence,
@@ -190,6 +191,72 @@ def test_head_kl__is_the_kl_of_the_heads_outputs():
     sums, counts = head_kl(h, weight, bias, *target, *rest)
     assert torch.allclose(sums, wanted_sums, rtol=1e-5)
     assert torch.equal(counts, wanted_counts)
+
+
+ACT_DIMS = torch.tensor([2, 3, 4])
+DISCRETE = torch.tensor([False, True, False])
+
+
+def head_of_three_tasks(B=9, K=4, C=5, A=4):
+    """A head of three tasks, teachers' outputs, mask and task, as head_kl_ref takes them."""
+    torch.manual_seed(0)
+    h = torch.randn(B, K, C, dtype=torch.float64)
+    weight = torch.randn(3, C, 2 * A, dtype=torch.float64)
+    bias = torch.randn(3, 2 * A, dtype=torch.float64)
+    t_mean = torch.randn(B, K, A, dtype=torch.float64)
+    t_log_std = torch.rand(B, K, A, dtype=torch.float64) - 2
+    mask = torch.rand(B, K) < 0.7
+    return h, weight, bias, t_mean, t_log_std, mask, torch.arange(B) % 3
+
+
+def ordered(direction, student, teacher):
+    return kl_divergence(student, teacher) if direction == "reverse" else kl_divergence(teacher, student)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("discrete", [None, DISCRETE], ids=["Gaussian", "mixed"])
+def test_head_kl_ref__is_a_loop_over_tokens_of_torch_distributions(direction, discrete):
+    floor = 0.1
+    temperature = 1.5
+    h, weight, bias, t_mean, t_log_std, mask, task = head_of_three_tasks()
+    sums = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(3, dtype=torch.float64)
+    for b, k in mask.nonzero().tolist():
+        i = int(task[b])
+        A = int(ACT_DIMS[i])
+        x = h[b, k] @ weight[i] + bias[i]
+        if discrete is not None and discrete[i]:
+            student = Categorical(logits=x[:A])
+            teacher = Categorical(logits=t_mean[b, k, :A] / temperature)
+            sums[i] += ordered(direction, student, teacher)
+        else:
+            log_std = LOG_STD[0] + (LOG_STD[1] - LOG_STD[0]) * torch.sigmoid(x[4 : 4 + A])
+            student = Normal(x[:A].tanh(), ((2 * log_std).exp() + floor**2).sqrt())
+            sigma = t_log_std[b, k, :A].exp() * temperature
+            teacher = Normal(t_mean[b, k, :A], (sigma**2 + floor**2).sqrt())
+            sums[i] += ordered(direction, student, teacher).mean()
+        counts[i] += 1
+    options = (direction, floor, temperature, discrete)
+    got = head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, ACT_DIMS, *options)
+    assert torch.allclose(got[0], sums, rtol=1e-9)
+    assert torch.equal(got[1], counts)
+
+
+def test_references__default_to_the_reverse_kl_without_floor_or_temperature():
+    h, weight, bias, t_mean, t_log_std, mask, task = head_of_three_tasks()
+    mean = h[..., :4]
+    log_std = t_log_std.flip(0)
+    gaussian = (mean, log_std, t_mean, t_log_std)
+    logp = mean.log_softmax(-1)
+    t_logp = t_mean.log_softmax(-1)
+    plain = ("reverse", 0.0, 1.0)
+    assert torch.equal(divergence(*gaussian), divergence(*gaussian, *plain))
+    assert torch.equal(
+        categorical_divergence(logp, t_logp), categorical_divergence(logp, t_logp, "reverse", 1.0)
+    )
+    for f, args in ((policy_kl, gaussian), (head_kl_ref, (h, weight, bias, t_mean, t_log_std))):
+        args = (*args, mask, task, ACT_DIMS)
+        assert torch.equal(f(*args)[0], f(*args, *plain, None)[0])
 
 
 def random_inputs(seed, B, K, C, A, N, dtype, scale=1.0, valid=0.7):

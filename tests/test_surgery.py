@@ -280,6 +280,16 @@ def test_step__reports_the_sum_where_the_method_takes_every_teachers_gradient(mo
 
 
 @ways
+def test_step__reports_the_cosine_of_tiny_gradients_too(way, monkeypatch):
+    state = vectors(40)
+    g = torch.randn(40)
+    wanted = torch.cosine_similarity(g, state["u"], dim=0)
+    state["u"] *= 1e-6
+    step, _ = run(way, "none", state, 1e-6 * g, monkeypatch, schedule=SCHEDULE)
+    assert torch.allclose(step.cosine, wanted, rtol=1e-4)
+
+
+@ways
 def test_step__has_a_cosine_of_zero_before_the_first_update(way, monkeypatch):
     state = vectors(40) | {"u": torch.zeros(40)}
     step, _ = run(way, "previous", state, torch.randn(40), monkeypatch, schedule=SCHEDULE)
