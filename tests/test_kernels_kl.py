@@ -323,8 +323,28 @@ def assert_as_exact(inputs, options):
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-2, 4.0])
 def test_head_kl__kernel_is_as_exact_as_plain_pytorch(dtype, direction, scale):
-    inputs = random_inputs(0, B=7, K=5, C=17, A=3, N=3, dtype=dtype, scale=scale)
+    inputs = random_inputs(0, B=11, K=3, C=17, A=3, N=3, dtype=dtype, scale=scale)
     assert_as_exact(inputs, (direction, 0.05, 2.0))
+
+
+@triton_needed
+def test_head_kl__kernel_is_as_exact_as_plain_pytorch_at_close_policies(monkeypatch):
+    """Student: mean 0, variance 1. Teacher: mean 0 and variances where the kernel's series is least exact."""
+    monkeypatch.setattr(kernels, "on_cpu", True)
+    h = torch.zeros(8, 16, 1, device=DEVICE)
+    weight = torch.zeros(1, 1, 2, device=DEVICE)
+    bias = torch.tensor([[0.0, 100.0]], device=DEVICE)  # log_std is at its upper bound, 0
+    t_mean = torch.zeros(8, 16, 1, device=DEVICE)
+    ratio = torch.linspace(0.5001, 0.51, 8 * 16, device=DEVICE)  # of the variances; the series begins at 0.5
+    t_log_std = -ratio.log().view(8, 16, 1) / 2
+    mask = torch.ones(8, 16, dtype=torch.bool, device=DEVICE)
+    task = torch.zeros(8, dtype=torch.long, device=DEVICE)
+    rest = (mask, task, torch.ones(1, dtype=torch.long, device=DEVICE))
+    inputs = (h, weight, bias, t_mean, t_log_std)
+    got, _ = head_kl(*inputs, *rest)
+    reference, _ = head_kl_ref(*inputs, *rest)
+    exact, _ = head_kl_ref(*(x.double() for x in inputs), *rest)
+    assert_as_exact_as_pytorch([got], [reference], [exact], ["KL"], torch.float32)
 
 
 @pytest.mark.slow
