@@ -3,6 +3,7 @@
 Nothing in them is executed, and nothing is written elsewhere.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -86,6 +87,7 @@ VALUES = st.sampled_from([*NUMBERS, "3", "../../x", None, True, [], {}, [[]], [1
 KEYS = st.sampled_from(["n_embd", "obs_dims", "name", "../x"])
 LISTS = st.lists(VALUES, max_size=4)
 JUNK = st.one_of(VALUES, st.text(max_size=20), LISTS, st.dictionaries(KEYS, VALUES, max_size=3))
+JUNK = JUNK.map(copy.deepcopy)  # a test may write into it
 LENGTHS = st.sampled_from([0, 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1])
 
 
