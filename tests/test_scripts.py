@@ -399,8 +399,8 @@ def test_readme__has_commands_that_run_in_its_order(home, tmp_path):
     listed = commands(listed.split("\n## ")[0])
     assert len(smoke) == 1
     assert len(listed) >= 17
-    run_readme_command(smoke[0], tmp_path)
-    shutil.rmtree(tmp_path / "out")  # as README says: its teachers are tiny
+    (tmp_path / "out/smoke").mkdir(parents=True)  # a folder of its own: no full run must reuse its teachers
+    run_readme_command(smoke[0].replace("../../", ""), tmp_path / "out/smoke")
     for command in listed:
         run_readme_command(command, tmp_path)
     assert (tmp_path / "out/student/report.html").exists()
