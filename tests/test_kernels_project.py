@@ -121,3 +121,45 @@ def test_project_adamw__is_projection_then_clipping_then_pytorchs_adamw():
         optimizer.step()
         assert torch.allclose(u, last, atol=1e-6)
         assert torch.allclose(theta, wanted, atol=1e-5)
+
+
+def updated(**options):
+    """theta, u and the five numbers after project_adamw_ref's update; then g, in conflict with u, and u."""
+    torch.manual_seed(0)
+    theta = torch.randn(50)
+    u = torch.randn(50)
+    g = torch.randn(50) - 2 * u
+    state = {"theta": theta, "m": torch.zeros(50), "v": torch.zeros(50)}
+    state["u"] = u.clone() if options.pop("surgery", True) else None
+    schedule = schedule_at(1).cpu()
+    stats = project_adamw_ref(g=g, schedule=schedule, alive=torch.tensor(True), **state, **options)
+    return theta, state["u"], stats, g, u
+
+
+def test_project_adamw_ref__defaults_are_no_average_and_no_weight_decay():
+    theta, u, stats, *_ = updated()
+    options = {"clip": 0.25, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "beta": 0.0}
+    for x, y in zip(updated(**options), (theta, u, stats), strict=False):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kappa": torch.tensor(-0.5)}, {"on": torch.tensor(True)}, {"on": torch.tensor(False)}],
+    ids=["conflict", "kappa", "on", "off"],
+)
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_project_adamw_ref__averages_what_is_left_and_reports_five_numbers(options, beta):
+    _, next_u, stats, g, u = updated(beta=beta, **options)
+    k = float(options.get("kappa", g @ u / (u @ u))) * float(options.get("on", 1.0))
+    left = g - k * u
+    assert torch.allclose(next_u, beta * u + (1 - beta) * left, atol=1e-5)
+    wanted = torch.stack((g @ u, u @ u, g.norm(), left.norm(), torch.tensor(k)))
+    assert torch.allclose(stats, wanted, rtol=1e-5)
+    assert stats.dtype == torch.float32
+
+
+def test_project_adamw_ref__without_surgery_reports_no_overlap():
+    _, next_u, stats, g, _ = updated(surgery=False)
+    assert next_u is None
+    assert torch.allclose(stats, torch.stack((g[0] * 0, g[0] * 0, g.norm(), g.norm(), g[0] * 0)))
