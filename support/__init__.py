@@ -8,9 +8,11 @@ run_directory  a run's folder: settings, lock, what may be overwritten
 signals        SIGTERM and SIGINT, which wait for the end of an update
 checkpoint     a training that can be stopped and resumed
 log            log.csv, TensorBoard, Weights & Biases, tables, seconds by phase
+update_log     a student's log.csv
 training       learning-rate schedule, CUDA graphs
 environments   making environments, sizes of their spaces
 minari_files   a Minari dataset as arrays: download, isolated reader, cache
+host_table     data too large for the training device
 collect        the built-in datasets, collected with the policies in behaviours/
 """
 
