@@ -163,3 +163,18 @@ def test_project_adamw_ref__without_surgery_reports_no_overlap():
     _, next_u, stats, g, _ = updated(surgery=False)
     assert next_u is None
     assert torch.allclose(stats, torch.stack((g[0] * 0, g[0] * 0, g.norm(), g.norm(), g[0] * 0)))
+
+
+def test_project_adamw_ref__clips_tiny_gradients_as_pytorch_does():
+    """1e-6 beside the norm, torch.nn.utils.clip_grad_norm_'s, counts here; in float64, numbers included."""
+    g = torch.full((4,), 1e-5, dtype=torch.float64)
+    theta = torch.nn.Parameter(torch.zeros_like(g))
+    theta.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_([theta], 1e-6)
+    m = torch.zeros_like(g)
+    schedule = schedule_at(1).cpu().double()
+    v = torch.zeros_like(g)
+    stats = project_adamw_ref(theta.data, g, None, m, v, schedule, torch.tensor(True), clip=1e-6)
+    assert torch.allclose(m, 0.1 * theta.grad, rtol=1e-9, atol=0)
+    assert stats.dtype == torch.float64
+    assert torch.allclose(stats[2:4], g.norm().expand(2), rtol=1e-12, atol=0)

@@ -280,13 +280,15 @@ def test_step__reports_the_sum_where_the_method_takes_every_teachers_gradient(mo
 
 
 @ways
-def test_step__reports_the_cosine_of_tiny_gradients_too(way, monkeypatch):
+def test_step__reports_cosine_and_norms_of_tiny_gradients_too(way, monkeypatch):
     state = vectors(40)
     g = torch.randn(40)
     wanted = torch.cosine_similarity(g, state["u"], dim=0)
     state["u"] *= 1e-6
     step, _ = run(way, "none", state, 1e-6 * g, monkeypatch, schedule=SCHEDULE)
     assert torch.allclose(step.cosine, wanted, rtol=1e-4)
+    assert torch.allclose(step.norm, 1e-6 * g.norm())
+    assert torch.allclose(step.norm_after, 1e-6 * g.norm())
 
 
 @ways
