@@ -242,6 +242,17 @@ def test_head_kl_ref__is_a_loop_over_tokens_of_torch_distributions(direction, di
     assert torch.equal(got[1], counts)
 
 
+def test_policies__of_categoricals_are_log_probabilities_of_their_own_actions_and_zeros():
+    x = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    task = torch.tensor([1, 0, 1])  # teacher 1 has three discrete actions
+    first, second = policies(x, task, ACT_DIMS, DISCRETE)
+    assert torch.allclose(first[::2, :, :3], x[::2, :, :3].log_softmax(-1))
+    assert (first[::2, :, 3].exp() == 0).all()
+    assert not second[::2].any()
+    assert torch.equal(first[1], x[1, :, :4].tanh())
+    assert torch.equal(second[1], bounded(x[1, :, 4:]))
+
+
 def test_references__default_to_the_reverse_kl_without_floor_or_temperature():
     h, weight, bias, t_mean, t_log_std, mask, task = head_of_three_tasks()
     mean = h[..., :4]
