@@ -531,7 +531,10 @@ def _block_tangent(
     lse_i = tl.load(lse + pair.to(tl.int64) * T + i, mask=i < T, other=float("inf"))
     ty = tl.zeros((BM, D), tl.float32)
     mean_ts = tl.zeros((BM,), tl.float32)
+    total_w = tl.zeros((BM,), tl.float32)  # 1 but for rounding, which grows with the scores
     for reading in tl.static_range(2):
+        if reading == 1:
+            mean_ts = mean_ts / tl.where(total_w == 0.0, 1.0, total_w)
         for n in range(m + 1):
             j = n * BM + tl.arange(0, BM)
             k = _load_rows(base + C, j, row_stride, T, hs, D, DOT)
@@ -541,6 +544,7 @@ def _block_tangent(
             ts = _scores_tangent(q, k, tq, tk, scale, PRECISION)
             if reading == 0:
                 mean_ts += tl.sum(w * ts, 1)
+                total_w += tl.sum(w, 1)
             else:
                 v = _load_rows(base + 2 * C, j, row_stride, T, hs, D, DOT)
                 tv = _load_rows(tangent_base + 2 * C, j, 3 * C, T, hs, D, DOT)
