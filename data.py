@@ -149,9 +149,7 @@ def task_name(id_: str) -> str:
 @dataclasses.dataclass
 class Dataset:
     task: Task
-    train: (
-        np.ndarray
-    )  # (S, O + A + 2) float32, rows as above; episodes in the order of their returns, lowest first
+    train: np.ndarray  # (S, O + A + 2) float32, rows as above; episodes by return, lowest first
     held_out: np.ndarray  # the same of the episodes never trained on
     returns: np.ndarray  # (E,) of every episode
     lengths: np.ndarray  # (E,)
@@ -301,9 +299,8 @@ class Windows:
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
         n_columns = self.O + self.A + 2 + 2 * self.A * targets
         shape = (int(self.size.sum()), n_columns)
-        too_large = processes.broadcast_int(
-            4 * math.prod(shape) > free_bytes(device) / 2
-        )  # one answer for a job
+        # all processes of a job act on rank 0's answer
+        too_large = processes.broadcast_int(4 * math.prod(shape) > free_bytes(device) / 2)
         self.host = None
         if where == "host" or (where == "auto" and too_large):
             self.host = HostTable(shape, self.size.device)

@@ -407,9 +407,8 @@ def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows)
     half = max(1, windows.K // 2)
     t = table[:, -2 * A - 1].to(windows.size.device).long()  # timestep of each row
     last_of_episode = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])
-    ends = (
-        ((t % half == half - 1) | last_of_episode).nonzero().flatten()
-    )  # a window for every `half` timesteps
+    # last rows of the windows: one for every `half` timesteps
+    ends = ((t % half == half - 1) | last_of_episode).nonzero().flatten()
     task = torch.searchsorted(windows.offset, ends, right=True) - 1
     parts = torch.arange(len(ends), device=t.device).split(256)[processes.rank() :: processes.world()]
     silent = True if processes.rank() else None

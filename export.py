@@ -68,13 +68,8 @@ class Step(torch.nn.Module):
         self.actor = Actor(model, index, episodes=1, max_steps=1)
         self.actor.restart(slice(None))  # every row of a batch has a timestep of its own
         _, _, nh, rows, hs = self.actor.caches[0].shape
-        self.shape = (
-            2,
-            len(self.actor.caches),
-            nh,
-            rows,
-            hs,
-        )  # of an episode's memory: keys and values by block
+        # of an episode's memory: keys and values by block
+        self.shape = (2, len(self.actor.caches), nh, rows, hs)
 
     def forward(
         self, observation: Tensor, return_to_go: Tensor, last_action: Tensor, timestep: Tensor, memory: Tensor

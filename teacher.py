@@ -208,9 +208,8 @@ def make_learner(cfg: Config, dataset: data.Dataset, windows: data.Windows) -> L
     model = dt.DecisionTransformer(dt.ModelConfig.of([task], **sizes)).to(device)
     model.bfloat16 = machine.bfloat16(cfg)
     if processes.rank():
-        torch.manual_seed(
-            cfg.seed + 2**32 * processes.rank()
-        )  # for dropout's masks, which differ among processes
+        # for dropout's masks, which differ among processes
+        torch.manual_seed(cfg.seed + 2**32 * processes.rank())
     print(
         f"{task.name}: {len(dataset.lengths)} episodes, {dataset.lengths.sum():,} steps; "
         f"teacher of {model.n_params:,} parameters on {device}, "

@@ -55,3 +55,12 @@ def test_pages__have_returns_that_are_printed(printed, page):
     """Every mean ± standard deviation."""
     found = re.findall(r"\d+ ± \d+", (ROOT / page).read_text())
     assert [text for text in found if text not in printed] == []
+
+
+def test_readme__has_the_last_lines_of_the_smoke_run():
+    log = (ROOT / "research/results/smoke.log").read_text().splitlines()
+    command = log[0].removeprefix("$ ")
+    text = (ROOT / "README.md").read_text()
+    assert f"{command}\n" in text
+    shown = text.split("`research/results/smoke.log`):\n\n```\n")[1].split("\n```")[0].splitlines()
+    assert shown == log[-3 - len(shown) : -3]  # what `time` printed comes after
