@@ -30,6 +30,7 @@ import data
 import evaluate
 import kernels
 import model as dt
+import muon
 import report
 import surgery
 import teacher
@@ -54,6 +55,7 @@ class Config:
     n_layer: int = 2  # transformer blocks
     n_head: int = 1  # attention heads
     n_embd: int = 64  # channels
+    tokens: Literal[1, 3] = 3  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
     # method
     curriculum: Curricula = "novelty"  # which teacher next
     novelty_power: float = 2.0  # shares ~ KL^power; inf: argmax of KL, 0: equal shares
@@ -72,9 +74,10 @@ class Config:
     # optimisation
     steps: int = 4000  # updates
     batch_size: int = 64  # windows per update and process, of all teachers together
-    lr: float = 8e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
+    optimizer: Literal["muon", "adamw"] = "adamw"  # of the blocks' matrices; all else: AdamW
+    lr: float = 8e-3  # peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
-    weight_decay: float = 1e-4  # AdamW's, times the learning rate
+    weight_decay: float = 1e-4  # times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient
     # run
     out_dir: str = "out/student"  # the run's directory
@@ -227,7 +230,7 @@ class Learner:
         if self.cfg.surgery in surgery.EACH:
             rows = []
             for i in losses.share.nonzero().flatten():
-                g_i = torch.autograd.grad(losses.local[i], self.student.parameters(), retain_graph=True)
+                g_i = torch.autograd.grad(losses.local[i], self.parameters, retain_graph=True)
                 rows.append(torch.cat([x.reshape(-1) for x in g_i]))
             g = torch.stack(rows)
         else:
@@ -245,7 +248,7 @@ class Learner:
         return surgery.per_teacher(c, losses.share, self.u @ self.u)
 
     def operate_and_descend(self, g: Tensor, kappa: Tensor | None) -> surgery.Step:
-        """Surgery, clipping and AdamW, in place of theta, u, m and v."""
+        """Surgery, clipping, Muon and AdamW, in place of theta, u, m and v."""
         return surgery.step(
             self.cfg.surgery,
             self.theta,
@@ -259,6 +262,7 @@ class Learner:
             schedule=self.schedule[self.done][0],
             clip=self.cfg.grad_clip,
             weight_decay=self.cfg.weight_decay,
+            shapes=self.matrices,
         )
 
     def remember(self, losses: Losses, step: surgery.Step, a: Tensor) -> None:
@@ -280,8 +284,10 @@ class Learner:
         device = self.windows.size.device
         N = len(self.student.cfg.act_dims)
         self.theta = dt.flatten(self.student)  # (P,)
+        self.parameters = list(dt.flat_order(self.student).values())
+        self.matrices = muon.shapes(self.student) if cfg.optimizer == "muon" else []
         self.u = torch.zeros_like(self.theta.data)  # (P,) the previous update's gradient, after surgery
-        self.m = torch.zeros_like(self.theta.data)  # (P,) AdamW's moments
+        self.m = torch.zeros_like(self.theta.data)  # (P,) the optimiser's moments
         self.v = torch.zeros_like(self.theta.data)
         batch = self.windows.spread(cfg.probe_windows)
         with torch.no_grad():
@@ -520,6 +526,7 @@ def make_student(
         "n_layer": cfg.n_layer,
         "n_head": cfg.n_head,
         "n_embd": cfg.n_embd,
+        "tokens": cfg.tokens,
         "context": teachers[0].cfg.context,
     }
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)

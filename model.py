@@ -4,7 +4,7 @@ One class for teacher and student: a student has several tasks, one trunk, and f
 embeddings and head. Used by teacher.py, distill.py and all that act with a saved model.
 
 Notation, the same in every file:
-    B windows, K timesteps of context, T = 3K tokens (R, s, a), C channels, nh heads, hs = C / nh
+    B windows, K timesteps of context, T tokens: 3K (R, s, a) or K; C channels, nh heads, hs = C / nh
     N tasks, O and A observation and action dimension, P parameters
     rtg      return-to-go, divided by the task's rtg_scale
     states   normalised with the task's obs_mean and obs_std
@@ -42,6 +42,7 @@ class ModelConfig:
     n_head: int = 1
     n_embd: int = 128  # C
     context: int = 20  # K
+    tokens: int = 3  # of a timestep: 3, Chen et al.'s R_t, s_t and a_t; or 1, the sum of R_t, s_t and a_{t-1}
     dropout: float = 0.0
     discrete: tuple[bool, ...] = ()  # whether each task's actions are; none given: no task's are
 
@@ -191,7 +192,8 @@ class DecisionTransformer(nn.Module):
         (B, K) integers, mask (B, K) bool.
         """
         x, token_mask = self._embed(task, states, actions, rtg, timesteps, mask)
-        state_tokens = slice(1, None, 3)  # they have seen R_t and s_t, not a_t
+        # they have seen R_t and s_t, not a_t
+        state_tokens = slice(1, None, 3) if self.cfg.tokens == 3 else slice(None)
         if self.bfloat16 and self.training:
             x = x.bfloat16()
         for block in self.blocks[:-1]:
@@ -201,7 +203,7 @@ class DecisionTransformer(nn.Module):
         return x if hidden else self.policy(x, task)
 
     def _embed(self, task, states, actions, rtg, timesteps, mask):
-        """Tokens (B, 3K, C) and which of them are valid, (B, 3K)."""
+        """Tokens (B, T, C) and which of them are valid, (B, T)."""
         B, K = mask.shape
         # what is masked must not matter, not even as NaN times zero in a gradient: cleared before anything is
         # computed
@@ -211,12 +213,16 @@ class DecisionTransformer(nn.Module):
         timesteps = timesteps.masked_fill(~mask, 0)
         place = (mask.cumsum(1) - 1).clamp_min(0)
         t = self.embed_time(waves(timesteps.to(rtg.dtype))) + self.embed_place(place)
-        r = self.embed_rtg(rtg[..., None], task) + t
-        s = self.embed_state(states, task) + t
-        a = self.embed_action(actions, task) + t
-        x = torch.stack((r, s, a), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)
-        x = dropout(self.ln_in(x), self.cfg.dropout if self.training else 0.0)
-        return x, mask.repeat_interleave(3, dim=1)
+        r = self.embed_rtg(rtg[..., None], task)
+        s = self.embed_state(states, task)
+        if self.cfg.tokens == 3:
+            a = self.embed_action(actions, task)
+            x = torch.stack((r + t, s + t, a + t), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)
+            mask = mask.repeat_interleave(3, dim=1)
+        else:
+            previous = F.pad(actions, (0, 0, 1, 0))[:, :-1]  # a_{t-1}; zeros at a window's first timestep
+            x = r + s + self.embed_action(previous, task) + t
+        return dropout(self.ln_in(x), self.cfg.dropout if self.training else 0.0), mask
 
     def policy(self, x: Tensor, task: int | Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` returns, of hidden states x (B, K, C)."""
@@ -235,13 +241,27 @@ class DecisionTransformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+# a block's matrices, by groups of one shape: q, k and v lie one below the other in qkv
+MATRICES = {"qkv": 1, "proj": 1, "fc": 2, "out": 3}
+
+
+def flat_order(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, in the order of the flat vectors: the blocks' matrices last, group by group."""
+
+    def group(name: str) -> int:
+        layer, kind = name.split(".")[-2:] if "." in name else ("", name)
+        return MATRICES.get(layer, 0) if kind == "weight" else 0
+
+    return dict(sorted(model.named_parameters(), key=lambda item: group(item[0])))
+
+
 def flatten(model: nn.Module) -> nn.Parameter:
     """Move all parameters into one flat buffer, their gradients into another: theta (P,) with theta.grad
     (P,).
 
     Each parameter becomes a view, so that surgery, clipping and the optimiser are single vector operations.
     """
-    parameters = list(model.parameters())
+    parameters = list(flat_order(model).values())
     theta = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
     theta.grad = torch.zeros_like(theta)
     values = unflatten(model, theta.data).values()
@@ -254,7 +274,7 @@ def flatten(model: nn.Module) -> nn.Parameter:
 
 def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     """theta (P,) -> {parameter name: view of its shape}, the inverse of flatten's concatenation."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in flat_order(model).items()}
     pieces = theta.split([shape.numel() for shape in shapes.values()])
     return {name: x.view(shape) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}
 
@@ -324,14 +344,25 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Decision
         if hashlib.blake2b(blob).hexdigest() != meta["blake2b"]:
             raise ValueError("model.safetensors is not the file that model.json was written for")
         weights = safetensors.torch.load(blob)
+        _check_layout(meta["config"])
         cfg = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
         _check_sizes(cfg, meta["config"], weights)
         model = DecisionTransformer(cfg)
         model.load_state_dict(weights)
+    except UserError as e:
+        raise UserError(f"the model in {path} is {e}") from None
     except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise UserError(f"the model in {path} is damaged ({reason}); train it again") from None
     return model.to(device).eval(), meta
+
+
+def _check_layout(config):
+    """Raise UserError where model.json gives a model that this version does not know."""
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = {k: v for k, v in config.items() if k not in known or (k == "tokens" and v not in (1, 3))}
+    if unknown:
+        raise UserError(f"of another layout ({unknown}); load it with the version that wrote it")
 
 
 def _check_sizes(cfg, given, weights):

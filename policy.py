@@ -63,17 +63,18 @@ def _fold(weight, bias, norm):
 class Phase(NamedTuple):
     """Where a timestep falls in the two windows (see Actor), if it is the same one in all episodes."""
 
-    place: Tensor  # (2, 3C) place embeddings of its tokens in both windows
-    rows: Tensor  # (6,) of the cache, for the keys and values of its tokens
-    mask: Tensor  # (1, 1, 6, cache rows) added to attention's logits: 0 where a token sees a row, else -inf
-    acting: int  # which of the six tokens acts: s_t of the older window
+    place: Tensor  # (2, nC) place embeddings of its n tokens in both windows
+    before: Tensor  # (2, 1) 0 where the window begins: the action before is outside of it
+    rows: Tensor  # (2n,) of the cache, for the keys and values of its tokens
+    mask: Tensor  # (1, 1, 2n, cache rows) added to attention's logits: 0 where a token sees a row, else -inf
+    acting: int  # which of the 2n tokens acts: the last of the older window
 
     def write(self, cache: Tensor, keys_values: Tensor) -> Tensor:
-        """The cache (2, E, nh, rows, hs) with keys_values (2, E, nh, 6, hs) in their rows."""
+        """The cache (2, E, nh, rows, hs) with keys_values (2, E, nh, 2n, hs) in their rows."""
         return cache.index_copy_(3, self.rows, keys_values)
 
     def select(self, x: Tensor, dim: int) -> Tensor:
-        """Of x, which has the six tokens as its axis `dim`, the one that acts; the axis stays."""
+        """Of x, which has the 2n tokens as its axis `dim`, the one that acts; the axis stays."""
         return x.narrow(dim, self.acting, 1)
 
 
@@ -83,9 +84,10 @@ class PhasePerEpisode(NamedTuple):
     index_copy_ takes one index for all episodes; so rows are one-hot here, and written by a product.
     """
 
-    place: Tensor  # (E, 2, 3C)
-    rows: Tensor  # (E, 1, cache rows, 6) one-hot
-    mask: Tensor  # (E, 1, 6, cache rows)
+    place: Tensor  # (E, 2, nC)
+    before: Tensor  # (E, 2, 1)
+    rows: Tensor  # (E, 1, cache rows, 2n) one-hot
+    mask: Tensor  # (E, 1, 2n, cache rows)
     acting: Tensor  # (E,)
     others: Tensor  # (E, 1, cache rows, 1) 0 for these rows, 1 for all others
 
@@ -99,32 +101,29 @@ class PhasePerEpisode(NamedTuple):
         return x.gather(dim, index.expand(shape))
 
 
-def _phases(place, H):
-    """The 3H phases, in their order, from the place embeddings (K, 3C)."""
+def _phases(place, H, n):
+    """The 3H phases, in their order, from the place embeddings (K, nC)."""
     K = len(place)
-    n = 3 * K + 1  # cache rows of a window: at its place p, 3p is for a_{t-1}, 3p + 1 for R_t, 3p + 2 for s_t
-    sees = torch.ones(n, n, dtype=torch.bool, device=place.device).tril()
-    sees[1:, 0] = False  # the action before a window's first timestep is outside of it
-    three = torch.arange(3, device=place.device)
+    # a window's cache rows: those of its place p begin at n p, for a_{t-1}, R_t and s_t, or for their sum
+    sees = torch.ones(n * K, n * K, dtype=torch.bool, device=place.device).tril()
+    if n == 3:
+        sees[1:, 0] = False  # the action before a window's first timestep is outside of it
     phases = []
     for t in range(3 * H):
         places = (t, t) if t < H else (t % (2 * H), (t - H) % (2 * H))
         if K == 1:
             places = (0, 0)  # both windows begin anew every timestep
+        before = place.new_tensor([[p > 0] for p in places])
         rows = []
-        mask = place.new_full((2, 3, 2, n), -torch.inf)  # window and token, window and row
+        mask = place.new_full((2, n, 2, n * K), -torch.inf)  # window and token, window and row
         for window, p in enumerate(places):
-            tokens = 3 * p + three
-            rows.append(window * n + tokens)
+            tokens = n * p + torch.arange(n, device=place.device)
+            rows.append(window * n * K + tokens)
             mask[window, :, window].masked_fill_(sees[tokens], 0.0)
-        older = int(places[1] > places[0])
-        phases.append(Phase(place[list(places)], torch.cat(rows), mask.view(1, 1, 6, 2 * n), 3 * older + 2))
+        acting = n - 1 + n * int(places[1] > places[0])
+        mask = mask.view(1, 1, 2 * n, -1)
+        phases.append(Phase(place[list(places)], before, torch.cat(rows), mask, acting))
     return phases
-
-
-def _token_timesteps(timesteps):
-    """(n,) -> (n, 3): the timesteps, or places, of the tokens a_{t-1}, R_t and s_t."""
-    return (timesteps[:, None] - torch.tensor([1, 0, 0], device=timesteps.device)).clamp_min(0)
 
 
 # ---- acting in the model's units -------------------------------------------------------------------------
@@ -133,13 +132,13 @@ def _token_timesteps(timesteps):
 class Actor:
     """A model acting in E episodes of one task, with cached keys and values: call `act` once a timestep.
 
-    Tokens. A timestep adds three tokens: a_{t-1}, R_t and s_t. Only these are computed; they attend to the
-    cached keys and values of the tokens before.
+    Tokens. A timestep adds n tokens: a_{t-1}, R_t and s_t, or one that is their sum. Only these are computed;
+    they attend to the cached keys and values of the tokens before.
 
     Windows. A token's hidden states depend on where its window begins, so a cache can't slide along with it.
     There are two windows instead, H = K // 2 timesteps apart. Every H timesteps the older one begins anew,
     and the other, now the older, acts: on the last H + 1 to 2H timesteps, or on all where there are fewer.
-    Its output is that of model.forward() on a window that begins there. The tokens of both windows, 3 + 3,
+    Its output is that of model.forward() on a window that begins there. The tokens of both windows, n + n,
     are one batch; the mask keeps the windows apart.
 
     Phases. A phase says where a timestep falls in the two windows: its place embeddings, cache rows and mask.
@@ -164,25 +163,35 @@ class Actor:
         embeddings = (model.embed_action, model.embed_rtg, model.embed_state)
         sizes = (A, 1, O)
         weights = [e.weight[task, :size] for e, size in zip(embeddings, sizes, strict=True)]
-        self.embed = torch.block_diag(*weights)  # (A + 1 + O, 3C): the three tokens in one product
-        self.embed_bias = torch.stack([e.bias[task] for e in embeddings])  # (3, C)
+        biases = torch.stack([e.bias[task] for e in embeddings])  # (3, C)
+        if cfg.tokens == 3:
+            self.embed = torch.block_diag(*weights)  # (A + 1 + O, 3C): the three tokens in one product
+            self.embed_bias = biases
+        else:
+            self.embed = torch.cat(weights)  # (A + 1 + O, C)
+            self.embed_bias = biases.sum(0, keepdim=True)
         self.embed_time = model.embed_time
         self.ln_in = (model.ln_in.weight, model.ln_in.bias)
         self.blocks = [BlockWeights.of(block) for block in model.blocks]
         self.head = _fold(model.head.weight[task, :, :A], model.head.bias[task, :A], model.ln_out)
 
-        self.time = self.time_embeddings(torch.arange(max(K, max_steps), device=device))  # (max_steps, 3C)
-        place = model.embed_place.weight[_token_timesteps(torch.arange(K, device=device))]
+        self.time = self.time_embeddings(torch.arange(max(K, max_steps), device=device))  # (max_steps, nC)
+        place = model.embed_place.weight[self._token_timesteps(torch.arange(K, device=device))]
         self.half = max(1, K // 2)  # H
-        self.phases = _phases(place.flatten(1), self.half)
+        self.phases = _phases(place.flatten(1), self.half, cfg.tokens)
         rows = self.phases[0].mask.shape[-1]
         shape = (2, episodes, cfg.n_head, rows, C // cfg.n_head)  # keys and values
         self.caches = [place.new_zeros(shape) for _ in self.blocks]
 
     def time_embeddings(self, timesteps: Tensor) -> Tensor:
-        """(n,) -> (n, 3C): what of the tokens' embeddings depends on the timestep alone, and biases."""
-        waves = dt.waves(_token_timesteps(timesteps).to(self.embed_bias.dtype))
+        """(E,) -> (E, nC): what of the tokens' embeddings depends on the timestep alone, and biases."""
+        waves = dt.waves(self._token_timesteps(timesteps).to(self.embed_bias.dtype))
         return (self.embed_time(waves) + self.embed_bias).flatten(1)
+
+    def _token_timesteps(self, timesteps):
+        """(E,) -> (E, n): the timesteps, or places, of a_{t-1}, R_t and s_t; or of their sum."""
+        back = [1, 0, 0] if self.cfg.tokens == 3 else [0]
+        return (timesteps[:, None] - torch.tensor(back, device=timesteps.device)).clamp_min(0)
 
     @torch.inference_mode()
     def act(self, states: Tensor, rtg: Tensor, actions: Tensor) -> Tensor:
@@ -193,11 +202,12 @@ class Actor:
         return self.step(self.time[self.t], states, rtg, actions)
 
     def step(self, time: Tensor, states: Tensor, rtg: Tensor, actions: Tensor) -> Tensor:
-        """`act` as export.py traces it: with the time embeddings given, (3C,) or (E, 3C)."""
+        """`act` as export.py traces it: with the time embeddings given, (nC,) or (E, nC)."""
         C = self.cfg.n_embd
         phase = self._phase()
-        x = torch.addmm(time, torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, 3C)
-        x = (x[:, None] + phase.place).view(-1, C)  # (6E, C)
+        others = torch.cat((rtg[:, None], states), 1)[:, None].expand(-1, 2, -1)
+        x = torch.cat((actions[:, None] * phase.before, others), 2) @ self.embed  # (E, 2, nC), of each window
+        x = (x + (time.view(-1, 1, time.shape[-1]) + phase.place)).view(-1, C)  # (2nE, C)
         x = torch.layer_norm(x, (C,), *self.ln_in)
         for i in range(len(self.blocks)):
             x = self._block(i, x, phase)
@@ -212,22 +222,23 @@ class Actor:
         if isinstance(t, int):
             return self.phases[t if t < H else H + (t - H) % (2 * H)]
         index = torch.where(t < H, t, H + (t - H) % (2 * H))
-        place, rows, mask, acting = [table[index] for table in self.phase_tables]
-        return PhasePerEpisode(place, rows, mask, acting, others=1 - rows.sum(-1, keepdim=True))
+        place, before, rows, mask, acting = [table[index] for table in self.phase_tables]
+        return PhasePerEpisode(place, before, rows, mask, acting, others=1 - rows.sum(-1, keepdim=True))
 
     def _block(self, i, x, phase):
-        """The i-th block, x (6E, C) -> (6E, C); the last one -> (E, C), the acting tokens' outputs alone."""
+        """The i-th block, x (2nE, C) -> (2nE, C); the last one -> (E, C), the acting tokens alone."""
         C = self.cfg.n_embd
         nh = self.cfg.n_head
+        n = self.cfg.tokens
         w = self.blocks[i]
         qkv = torch.addmm(w.qkv_bias, torch.layer_norm(x, (C,)), w.qkv)
-        qkv = qkv.view(-1, 6, 3, nh, C // nh).permute(2, 0, 3, 1, 4)  # (3, E, nh, 6, hs)
+        qkv = qkv.view(-1, 2 * n, 3, nh, C // nh).permute(2, 0, 3, 1, 4)  # (3, E, nh, 2n, hs)
         q = qkv[0]
         mask = phase.mask
         self.caches[i] = phase.write(self.caches[i], qkv[1:])
         k, v = self.caches[i]  # (E, nh, rows, hs)
         if i == len(self.blocks) - 1:
-            x = phase.select(x.view(-1, 6, C), 1).squeeze(1)  # (E, C)
+            x = phase.select(x.view(-1, 2 * n, C), 1).squeeze(1)  # (E, C)
             q = phase.select(q, 2)
             mask = phase.select(mask, 2)
         y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(-1, C)
@@ -254,12 +265,12 @@ class Actor:
         self.t[rows] = 0
 
     def _stacked_phases(self):
-        """place, rows, mask and acting of PhasePerEpisode, to be indexed by phase."""
-        place, rows, mask, acting = zip(*self.phases, strict=True)
+        """place, before, rows, mask and acting of PhasePerEpisode, to be indexed by phase."""
+        place, before, rows, mask, acting = zip(*self.phases, strict=True)
         every_row = torch.arange(mask[0].shape[-1], device=self.time.device)
         one_hot = torch.stack(rows)[:, None, None] == every_row[:, None]
         acting = torch.tensor(acting, device=self.time.device)
-        return torch.stack(place), one_hot.to(mask[0].dtype), torch.cat(mask), acting
+        return torch.stack(place), torch.stack(before), one_hot.to(mask[0].dtype), torch.cat(mask), acting
 
 
 # ---- acting in the environment's units -------------------------------------------------------------------

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.project import project, project_adamw  # project: g - min(0, <g, u>) / <u, u> u
+import muon
+from kernels.project import project  # g - min(0, <g, u>) / <u, u> u
 
 
 def none(g: Tensor, u: Tensor, kappa: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def per_teacher(c: Tensor, shares: Tensor, uu: Tensor) -> Tensor:
 
 METHODS = {"none": none, "previous": previous, "pcgrad": pcgrad}
 EACH = ("pcgrad",)  # those that take every teacher's gradient
-FUSED = ("none", "previous")  # those that one call of kernels.project.project_adamw does, AdamW included
+FUSED = ("none", "previous")  # those that one call of muon.step does, the update included
 
 
 class Step(NamedTuple):
@@ -86,16 +87,16 @@ def step(
     *,
     fused: bool,
     alive: Tensor,
-    **adamw,
+    **options,
 ) -> Step:
-    """Surgery by METHODS[name], clipping and AdamW, in place of theta, u, m and v (P,).
+    """Surgery by METHODS[name], clipping, Muon and AdamW, in place of theta, u, m and v (P,).
 
     g (P,), or (n, P) for names in EACH. fused: on a GPU two launches do it all, for names in FUSED.
-    alive and adamw: see kernels.project.project_adamw_ref.
+    alive and options: see muon.step.
     """
     if fused:
         on = torch.zeros_like(alive) if name == "none" else None
-        stats = project_adamw(theta, g, u, m, v, alive=alive, kappa=kappa, on=on, **adamw)
+        stats = muon.step(theta, g, u, m, v, alive=alive, kappa=kappa, on=on, **options)
         gu, uu, norm, norm_after, removed = stats
         changed = removed != 0
     else:
@@ -106,6 +107,6 @@ def step(
         g, next_u = METHODS[name](g, u, kappa)
         norm_after = g.norm()
         changed = (g != total).any()
-        project_adamw(theta, g, None, m, v, alive=alive, **adamw)
+        muon.step(theta, g, None, m, v, alive=alive, **options)
         u.copy_(torch.where(alive, next_u, u))
     return Step(changed, gu / (norm * uu.sqrt()).clamp_min(1e-30), norm, norm_after)

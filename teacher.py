@@ -22,7 +22,7 @@ import data
 import evaluate
 import kernels
 import model as dt
-from kernels.project import project_adamw
+import muon
 from support import UserError, cli, files, log, machine, processes, run_directory, training
 from support.checkpoint import Checkpoint
 
@@ -37,13 +37,15 @@ class Config:
     n_layer: int = 3  # transformer blocks
     n_head: int = 1  # attention heads
     n_embd: int = 128  # channels
+    tokens: Literal[1, 3] = 3  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
     dropout: float = 0.0  # share of activations
     # optimisation
     steps: int = 5000  # updates
     batch_size: int = 32  # windows per update and process
-    lr: float = 3e-3  # AdamW's peak, after linear warm-up; then linear decay to zero
+    optimizer: Literal["muon", "adamw"] = "adamw"  # of the blocks' matrices; all else: AdamW
+    lr: float = 3e-3  # peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
-    weight_decay: float = 1e-4  # AdamW's, times the learning rate
+    weight_decay: float = 1e-4  # times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient
     # run
     out_dir: str = ""  # the run's directory; default: out/teacher-<task>
@@ -104,7 +106,8 @@ class Learner:
         self.share = torch.ones(1, device=device)  # of the only task
         self.schedule = training.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
         self.theta = dt.flatten(model)  # (P,)
-        self.m = torch.zeros_like(self.theta.data)  # (P,) AdamW's moments
+        self.matrices = muon.shapes(model) if cfg.optimizer == "muon" else []
+        self.m = torch.zeros_like(self.theta.data)  # (P,) the optimiser's moments
         self.v = torch.zeros_like(self.theta.data)
         self.done = torch.zeros(1, dtype=torch.long, device=device)  # updates
         self.alive = torch.ones((), dtype=torch.bool, device=device)  # no gradient so far was infinite or NaN
@@ -130,7 +133,7 @@ class Learner:
         (loss * (n_tokens / all_tokens)).backward()  # of the mean over all processes' tokens
         processes.all_reduce(self.theta.grad)
         with torch.no_grad():
-            norm = project_adamw(
+            norm = muon.step(
                 self.theta,
                 self.theta.grad,
                 None,
@@ -140,6 +143,7 @@ class Learner:
                 self.alive,
                 clip=self.cfg.grad_clip,
                 weight_decay=self.cfg.weight_decay,
+                shapes=self.matrices,
             )[2]
             self.record[self.done % self.cfg.log_interval] = torch.stack((total / all_tokens, norm))
             self.done.add_(1)
@@ -204,7 +208,7 @@ def make_learner(cfg: Config, dataset: data.Dataset, windows: data.Windows) -> L
     device = windows.size.device
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    sizes = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "context", "dropout")}
+    sizes = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "tokens", "context", "dropout")}
     model = dt.DecisionTransformer(dt.ModelConfig.of([task], **sizes)).to(device)
     model.bfloat16 = machine.bfloat16(cfg)
     if processes.rank():

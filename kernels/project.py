@@ -2,12 +2,12 @@
 
     g' = g - min(0, <g, u>) / <u, u> u          u = 0: g
     u <- beta u + (1 - beta) g'
-    theta <- AdamW(theta, g' min(1, clip / |g'|))
+    theta <- AdamW(theta, g' min(1, clip / |g'|))    the first n_adamw numbers; the rest: see muon.py
 
 The projection is PCGrad's (arXiv 2001.06782), against one reference as in A-GEM (arXiv 1812.00420). AdamW is
 arXiv 1711.05101.
 
-surgery.py calls both public functions, teacher.py `project_adamw`. The kernels update in two launches,
+surgery.py calls `project`, muon.py `project_adamw`. The kernels update in two launches,
 whatever the number of parameter tensors, and read nothing back to the CPU. The first takes <g, u>, <u, u> and
 <g, g> in one pass (8P bytes); the second does the rest (20P bytes in, 16P out). Sums are taken in float64, so
 that scales whose squares leave float32's range need no care.
@@ -23,6 +23,7 @@ import kernels
 from kernels import tl, triton
 
 BLOCK = 1024  # numbers that a program takes at a time
+MOMENTUM = 0.95  # Muon's
 
 
 def dot(x: Tensor, y: Tensor) -> float:
@@ -80,12 +81,15 @@ def project_adamw_ref(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    n_adamw: int | None = None,  # how many numbers AdamW updates, from the first; None: all
 ) -> Tensor:
     """One update of theta, u, m and v in place. Returns (5,): <g, u>, <u, u>, |g|, |g'|, and k.
 
     k u is what was removed from g, with k = kappa or g's own; surgery per teacher gives kappa. A gradient
     that is not finite makes `alive` False, and from then on nothing changes: theta stays the last good one.
     `schedule` is a tensor, so that a captured CUDA graph reads each step's own.
+
+    Beyond n_adamw, theta stays, m becomes Muon's momentum and v Nesterov's sum, which muon.step takes up.
     """
     gg = dot(g, g)
     gu, uu, k = _overlap(g, u, kappa, on)
@@ -101,7 +105,11 @@ def project_adamw_ref(
         new = new * min(clip / (norm_after + 1e-6), 1.0)
         n_steps = [schedule.new_tensor(t - 1)]
         options = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
-        adamw([theta], [new], [m], [v], [], n_steps, fused=True, amsgrad=False, maximize=False, **options)
+        n = len(g) if n_adamw is None else n_adamw
+        first = [[x[:n]] for x in (theta, new, m, v)]
+        adamw(*first, [], n_steps, fused=True, amsgrad=False, maximize=False, **options)
+        m[n:].lerp_(new[n:], 1 - MOMENTUM)
+        v[n:] = new[n:].lerp(m[n:], MOMENTUM)
     return torch.tensor((gu, uu, math.sqrt(gg), norm_after, k), dtype=g.dtype, device=g.device)
 
 
@@ -142,6 +150,7 @@ def _update(
     on,  # () bytes, where SWITCH
     stats,  # (5,) float32: what project_adamw_ref returns
     P,
+    n_adamw,
     programs,
     beta,
     one_beta,  # 1 - beta; as one_b1 and one_b2 from the CPU: float32 would leave five digits of it
@@ -151,6 +160,8 @@ def _update(
     one_b2,
     eps,
     weight_decay,
+    momentum,
+    one_momentum,
     BLOCK: tl.constexpr,
     N: tl.constexpr,  # programs, up to a power of two
     SURGERY: tl.constexpr,
@@ -209,12 +220,13 @@ def _update(
             a = tl.load(m + i, mask=inside, other=0.0)
             b = tl.load(v + i, mask=inside, other=0.0)
             w = tl.load(theta + i, mask=inside, other=0.0)
-            a += one_b1 * (x - a)
-            b = b2 * b + one_b2 * x * x
-            w = w * (1 - lr * weight_decay) - lr * (a / c1) / (tl.sqrt(b / c2) + eps)
+            by_adamw = i < n_adamw
+            a += tl.where(by_adamw, one_b1, one_momentum) * (x - a)
+            b = tl.where(by_adamw, b2 * b + one_b2 * x * x, x + momentum * (a - x))
+            w = w * (1 - lr * weight_decay) - lr * (a / c1) / (tl.sqrt(tl.maximum(b, 0.0) / c2) + eps)
             tl.store(m + i, a, mask=inside)
             tl.store(v + i, b, mask=inside)
-            tl.store(theta + i, w, mask=inside)
+            tl.store(theta + i, w, mask=inside & by_adamw)
         else:
             tl.store(out + i, x, mask=inside)
 
@@ -239,6 +251,7 @@ def _launch(
     betas: tuple[float, float] = (0.0, 0.0),
     eps: float = 0.0,
     weight_decay: float = 0.0,
+    n_adamw: int | None = None,
 ) -> None:
     """Both launches, with arguments of project_adamw_ref: without theta the projection into `out` alone."""
     P = len(g)
@@ -261,8 +274,9 @@ def _launch(
         "SWITCH": on is not None,
         "ADAMW": theta is not None,
     }
-    numbers = (beta, 1 - beta, clip, 1 - b1, b2, 1 - b2, eps, weight_decay)
-    _update[(programs,)](partial, g, *tensors, P, programs, *numbers, **constants)
+    n_adamw = P if n_adamw is None else n_adamw
+    numbers = (beta, 1 - beta, clip, 1 - b1, b2, 1 - b2, eps, weight_decay, MOMENTUM, 1 - MOMENTUM)
+    _update[(programs,)](partial, g, *tensors, P, n_adamw, programs, *numbers, **constants)
 
 
 def project(g: Tensor, u: Tensor) -> Tensor:
@@ -289,12 +303,13 @@ def project_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    n_adamw: int | None = None,
 ) -> Tensor:
     """One update in place; arguments and result (5,) as in project_adamw_ref.
 
     The kernels take float32 on a GPU; else the reference runs.
     """
-    options = (beta, clip, betas, eps, weight_decay)
+    options = (beta, clip, betas, eps, weight_decay, n_adamw)
     if g.dtype != torch.float32 or not kernels.available(theta, g, m, v):
         return project_adamw_ref(theta, g, u, m, v, schedule, alive, kappa, on, *options)
     stats = torch.empty(5, device=g.device)

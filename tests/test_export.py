@@ -270,7 +270,7 @@ def test_main__writes_a_card_with_all_that_acting_needs(hopper):
         "action_type": "float32",
         "action_low": [-1.0] * 3,
         "action_high": [1.0] * 3,
-        "memory": 2 * 2 * 2 * (3 * 7 + 1) * 32,  # keys and values, blocks, windows, rows, channels
+        "memory": 2 * 2 * 2 * 3 * 7 * 32,  # keys and values, blocks, windows, rows, channels
         "batch": "any",
         "parameters_of_the_whole_model": hopper.model.n_params,
         "measured": None,

@@ -49,8 +49,11 @@ def test_project__kernels_are_as_exact_as_plain_pytorch(seed, P, scale_g, scale_
     on=st.sampled_from([None, True, False]),
     beta=st.sampled_from([0.0, 0.9]),
     operated=st.booleans(),
+    share_adamw=st.sampled_from([None, 0.0, 0.7]),  # the rest is Muon's
 )
-def test_project_adamw__kernels_are_as_exact_as_plain_pytorch(seed, P, scale, t, kappa, on, beta, operated):
+def test_project_adamw__kernels_are_as_exact_as_plain_pytorch(
+    seed, P, scale, t, kappa, on, beta, operated, share_adamw
+):
     gen = torch.Generator().manual_seed(seed)
     theta = normal(gen, P)
     u = normal(gen, P, scale=scale)
@@ -58,6 +61,7 @@ def test_project_adamw__kernels_are_as_exact_as_plain_pytorch(seed, P, scale, t,
     v = normal(gen, P, scale=1e-3).square()
     g = normal(gen, P, scale=scale) - 0.5 * u
     options = {"beta": beta, "weight_decay": 0.1}
+    options["n_adamw"] = None if share_adamw is None else int(share_adamw * P)
     if kappa is not None:
         options["kappa"] = torch.tensor(kappa, device=DEVICE)
     if on is not None:

@@ -1,5 +1,6 @@
 """model.py: what may reach an output and what may not, flat parameters, model files."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,8 @@ from kernels import kl
 from support import UserError
 
 CFG = dt.ModelConfig(obs_dims=(3, 5, 4), act_dims=(2, 1, 4), n_layer=2, n_head=2, n_embd=16, context=6)
+ONE_TOKEN = dataclasses.replace(CFG, tokens=1)
+layouts = st.sampled_from([CFG, ONE_TOKEN])
 TASK, STATES, ACTIONS, RTG, TIMESTEPS, MASK = range(6)  # of the model's inputs
 seeds = st.integers(0, 1000)
 
@@ -60,9 +63,9 @@ def test_forward__gives_the_tasks_own_action_size_within_bounds(task):
     assert (log_std <= kl.LOG_STD[1]).all()
 
 
-@given(seeds, st.integers(0, 5), st.sampled_from([None, 0, 2]))
-def test_forward__does_not_see_the_future(seed, k, task):
-    m = make()
+@given(layouts, seeds, st.integers(0, 5), st.sampled_from([None, 0, 2]))
+def test_forward__does_not_see_the_future(cfg, seed, k, task):
+    m = make(cfg)
     x = windows(4, task, seed)
     before = m(*x)
     x[STATES][:, k + 1 :] += 1
@@ -74,9 +77,9 @@ def test_forward__does_not_see_the_future(seed, k, task):
         assert torch.equal(b[:, : k + 1][valid], a[:, : k + 1][valid])
 
 
-@given(seeds, st.integers(1, 5))
-def test_forward__sees_the_past(seed, k):
-    m = make()
+@given(layouts, seeds, st.integers(1, 5))
+def test_forward__sees_the_past(cfg, seed, k):
+    m = make(cfg)
     x = windows(4, None, seed)
     x[MASK][:] = True
     before = m(*x)[0][:, k].clone()
@@ -84,10 +87,10 @@ def test_forward__sees_the_past(seed, k):
     assert not torch.allclose(m(*x)[0][:, k], before)
 
 
-@given(seeds, st.sampled_from([None, 1]), st.sampled_from([float("nan"), float("inf"), 1e30, -3.0]))
-def test_forward__lets_masked_content_change_neither_outputs_nor_gradients(seed, task, junk):
+@given(layouts, seeds, st.sampled_from([None, 1]), st.sampled_from([float("nan"), float("inf"), 1e30, -3.0]))
+def test_forward__lets_masked_content_change_neither_outputs_nor_gradients(cfg, seed, task, junk):
     def outputs(x):
-        m = make()
+        m = make(cfg)
         mean, log_std = m(*x)
         (mean + log_std)[x[MASK]].sum().backward()
         return mean[x[MASK]], log_std[x[MASK]], *[p.grad for p in m.parameters()]
@@ -100,9 +103,9 @@ def test_forward__lets_masked_content_change_neither_outputs_nor_gradients(seed,
     assert all_equal(outputs(x), outputs(y))
 
 
-@given(seeds)
-def test_forward__takes_every_window_of_a_mixed_batch_through_its_own_task(seed):
-    m = make()
+@given(layouts, seeds)
+def test_forward__takes_every_window_of_a_mixed_batch_through_its_own_task(cfg, seed):
+    m = make(cfg)
     x = windows(6, None, seed)
     together = m(*x)
     assert together[0].shape == together[1].shape == (6, 6, 4)
@@ -127,14 +130,28 @@ def test_forward__gives_gradients_to_its_own_tasks_parameters_only():
         assert not heads.weight.grad[[0, 2]].any()
 
 
-@given(seeds, st.integers(1, 5))
-def test_forward__takes_a_padded_window_as_the_window_without_padding(seed, n):
-    m = make()
+@given(layouts, seeds, st.integers(1, 5))
+def test_forward__takes_a_padded_window_as_the_window_without_padding(cfg, seed, n):
+    m = make(cfg)
     x = windows(3, 1, seed)
     x[MASK] = (torch.arange(6) >= 6 - n).expand(3, 6)
     long = m(*x)
     short = m(1, *[v[:, -n:] for v in x[1:]])
     assert all_close([y[:, -n:] for y in long], short)
+
+
+def test_forward__of_one_token_a_timestep_reads_all_that_three_read():
+    """Its token is the sum of R_t, s_t and a_{t-1}, each of which changes the policy; a_t does not."""
+    m = make(ONE_TOKEN)
+    x = windows(4, 1)
+    x[MASK][:] = True
+    before = m(*x)[0]
+    for i, k in ((RTG, 5), (STATES, 5), (ACTIONS, 4)):
+        y = [v.clone() if isinstance(v, Tensor) else v for v in x]
+        y[i][:, k] += 1
+        after = m(*y)[0]
+        assert torch.equal(before[:, :k], after[:, :k])
+        assert not torch.allclose(before[:, 5], after[:, 5])
 
 
 def test_dropout__acts_in_training_only():
@@ -177,10 +194,10 @@ def test_flatten__makes_buffer_and_parameters_the_same_memory():
     assert theta.numel() == m.n_params
     m(*x)[0].sum().backward()
     assert theta.grad.any()
-    assert torch.equal(theta.grad, torch.cat([p.grad.reshape(-1) for p in m.parameters()]))
+    assert torch.equal(theta.grad, torch.cat([p.grad.reshape(-1) for p in dt.flat_order(m).values()]))
     theta.data.zero_()
     assert not any(p.any() for p in m.parameters())
-    assert all_equal(dt.unflatten(m, theta.data).values(), m.parameters())
+    assert all_equal(dt.unflatten(m, theta.data).values(), dt.flat_order(m).values())
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -223,6 +240,19 @@ def test_load__takes_no_weights_of_another_model(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="damaged"):
         dt.load(tmp_path)
+
+
+def test_load__says_so_where_a_file_has_another_layout(tmp_path):
+    dt.save(tmp_path, make(ONE_TOKEN), {"tasks": []})
+    assert dt.load(tmp_path)[0].cfg.tokens == 1
+    meta = json.loads((tmp_path / "model.json").read_text())
+    for change in ({"tokens": 2}, {"rotary": True}):
+        (tmp_path / "model.json").write_text(json.dumps(meta | {"config": meta["config"] | change}))
+        with pytest.raises(UserError, match=f"of another layout.*{next(iter(change))}"):
+            dt.load(tmp_path)
+    del meta["config"]["tokens"]  # a file from before there was a choice
+    (tmp_path / "model.json").write_text(json.dumps(meta))
+    assert dt.load(tmp_path)[0].cfg.tokens == 3
 
 
 def test_load__names_the_command_that_makes_a_missing_model(tmp_path):

@@ -59,13 +59,14 @@ CARTPOLE = data.Task(
 # ---- Actor -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("K, n_head", [(1, 1), (2, 2), (3, 1), (6, 2), (7, 1)])
-def test_actor__acts_as_forward_does_on_the_older_window(f64, K, n_head):
+def test_actor__acts_as_forward_does_on_the_older_window(f64, K, n_head, tokens):
     E = 4
     T = 23
     H = max(1, K // 2)
     task = 1
-    m = make(dt.ModelConfig(**TWO_TASKS, n_head=n_head, context=K))
+    m = make(dt.ModelConfig(**TWO_TASKS, n_head=n_head, context=K, tokens=tokens))
     for p in m.parameters():  # LayerNorms' too, which begin at one and zero
         p.data += 0.1 * torch.randn_like(p)
     states = torch.randn(E, T, 5)
@@ -95,11 +96,11 @@ def test_actor__acts_as_forward_does_on_the_older_window(f64, K, n_head):
             running = running[goes_on]
 
 
-@given(st.integers(0, 1000), st.sampled_from([1, 2, 5, 6]))
-def test_actor__lets_episodes_restart_as_if_each_were_alone(seed, K):
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 5, 6]), st.sampled_from([1, 3]))
+def test_actor__lets_episodes_restart_as_if_each_were_alone(seed, K, tokens):
     rng = np.random.default_rng(seed)
     T = 17
-    m = make(dt.ModelConfig(**TWO_TASKS, n_head=2, context=K), seed)
+    m = make(dt.ModelConfig(**TWO_TASKS, n_head=2, context=K, tokens=tokens), seed)
 
     def actor(episodes):
         return policy.Actor(m, 1, episodes, T)
