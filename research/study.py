@@ -18,6 +18,10 @@ best. Budgets:
     half       half the updates
     acting     `acting_steps` updates, then 20 episodes of each task: retention
 
+The case "defaults" is what distill.py does without options: only evaluated, with no rates tuned. All others
+keep the optimiser and the tokens they were begun with (variants.FIRST_TEACHER and FIRST_STUDENT), so that old
+rows and new ones are of one kind.
+
 Measured are the KL(teacher || student) to each teacher on held-out episodes over training, and retention. The
 report is in study_report.py, the variants in variants.py.
 """
@@ -46,7 +50,19 @@ import model as dt
 import teacher
 from research import study_report, study_rows, variants
 from research.study_rows import Row
-from research.variants import CASES, DEFAULT, EVALUATED, HALF, ROUND_ROBIN, SCORE_COLUMNS, VARIANTS
+from research.variants import (
+    CASES,
+    DEFAULT,
+    DEFAULTS,
+    EVALUATED,
+    FIRST_STUDENT,
+    FIRST_TEACHER,
+    HALF,
+    ROUND_ROBIN,
+    SCORE_COLUMNS,
+    THIRDPARTY,
+    VARIANTS,
+)
 from support import UserError, cli, files, machine
 
 POINTS = 10  # of a curve, after its first
@@ -61,7 +77,11 @@ Spec = dict[str, Any]  # a run to be made: study_rows.KEY, weights, teachers, wo
 
 @dataclasses.dataclass
 class Config:
-    cases: tuple[str, ...] = ("builtin", "conflict")  # sets of tasks; thirdparty, many need their datasets
+    cases: tuple[str, ...] = (
+        DEFAULTS,
+        "builtin",
+        "conflict",
+    )  # sets of tasks; thirdparty, many need their datasets
     only: tuple[str, ...] = ()  # variants; default: all
     without: tuple[str, ...] = ()  # variants to leave out
     budgets: tuple[str, ...] = ("updates", "half", "time", "acting")  # as listed above
@@ -70,7 +90,7 @@ class Config:
     tune_seeds: int = 1  # of the tuning runs: 100, 101, ...
     teachers: int = 3  # trained for each task, on seeds 0, 1, ...
     steps: int = 700  # a student's updates
-    acting_steps: int = 4000  # the same where it is evaluated
+    acting_steps: int = 4000  # the same where it is evaluated, but for the case "defaults"
     compression: float = 15.0  # the teachers' parameters divided by the student's
     sizes: tuple[float, ...] = (5.0, 15.0, 50.0)  # the same, for evaluated default students of built-in tasks
     jobs: int = 2  # runs at a time, one thread each
@@ -118,16 +138,17 @@ def prepare() -> None:
     machine.keep_freed_memory()
 
 
-def teacher_dir(work_dir: str, task: str, seed: int) -> Path:
-    """The run directory of a task's teacher."""
-    return Path(work_dir) / "teachers" / f"{task.replace('/', '-')}-{seed}"
+def teacher_dir(work_dir: str, case: str, task: str, seed: int) -> Path:
+    """The run directory of a task's teacher; all cases but "defaults" share theirs."""
+    kind = "default-teachers" if case == DEFAULTS else "teachers"
+    return Path(work_dir) / kind / f"{task.replace('/', '-')}-{seed}"
 
 
 @functools.lru_cache(1)
 def setup(case: str, seed: int, teachers: int, work_dir: str) -> Setup:
     """Draw one of a task's `teachers` for each task of a case, and load them with their data."""
     rng = np.random.default_rng(seed)
-    directories = [teacher_dir(work_dir, name, int(rng.integers(teachers))) for name in CASES[case]]
+    directories = [teacher_dir(work_dir, case, name, int(rng.integers(teachers))) for name in CASES[case]]
     models, metas = zip(*map(dt.load, directories), strict=True)
     tasks = [data.tasks(meta, path)[0] for meta, path in zip(metas, directories, strict=True)]
     scores = []
@@ -199,9 +220,10 @@ def width(tasks: list[data.Task], context: int, budget: float) -> int:
     return min(range(8, 512, 8), key=distance)
 
 
-def model_config(tasks: list[data.Task], n_embd: int, context: int) -> dt.ModelConfig:
+def model_config(tasks: list[data.Task], n_embd: int, context: int, tokens: int = 3) -> dt.ModelConfig:
     """A student of these tasks."""
-    return dt.ModelConfig.of(tasks, n_layer=distill.Config.n_layer, n_embd=n_embd, context=context)
+    sizes = {"n_layer": distill.Config.n_layer, "n_embd": n_embd, "context": context, "tokens": tokens}
+    return dt.ModelConfig.of(tasks, **sizes)
 
 
 # ---- one run -----------------------------------------------------------------------------------------------
@@ -220,7 +242,7 @@ class Trained(NamedTuple):
 def distil(cfg: distill.Config, s: Setup) -> Trained:
     """Train one student. Where a KL becomes NaN the run is lost: all that is measured afterwards is NaN."""
     torch.manual_seed(cfg.seed)
-    student = dt.DecisionTransformer(model_config(s.tasks, cfg.n_embd, s.windows.K))
+    student = dt.DecisionTransformer(model_config(s.tasks, cfg.n_embd, s.windows.K, cfg.tokens))
     student.bfloat16 = machine.bfloat16(cfg)
     s.windows.top = cfg.top
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -268,6 +290,8 @@ def options_of(spec: Spec) -> dict[str, Any]:
         "device": "cpu",
         "top": 1.0,
     }
+    if spec["case"] != DEFAULTS:
+        options |= FIRST_STUDENT
     return options | VARIANTS[spec["variant"]]
 
 
@@ -365,6 +389,8 @@ def tuning_plan(cfg: Config, rows: list[Row], names: list[str], with_weights: bo
     """The tuning runs of the variants with, or without, fixed weights from a first run."""
     names = [name for name in dict.fromkeys(names) if study_rows.needs_first_run(name) == with_weights]
     for case in cfg.cases:
+        if case == DEFAULTS:
+            continue
         for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + cfg.tune_seeds):
             for name in names:
                 for lr in study_rows.rates(rows, case, name):
@@ -380,7 +406,7 @@ def budget_plan(cfg: Config, rows: list[Row], budget: str) -> Iterator[Spec]:
     for seed in range(cfg.first_seed, cfg.first_seed + n_seeds):
         for case in cfg.cases:
             for name in names:
-                lr = study_rows.best_rate(rows, case, name)
+                lr = distill.Config.lr if case == DEFAULTS else study_rows.best_rate(rows, case, name)
                 spec = spec_of(cfg, rows, case, name, budget=budget, seed=seed, lr=lr)
                 yield from sized(cfg, rows, spec)
 
@@ -404,7 +430,10 @@ def sized(cfg: Config, rows: list[Row], spec: Spec) -> Iterator[Spec]:
     case = spec["case"]
     variant = spec["variant"]
     budget = spec["budget"]
-    if budget == "updates":
+    if case == DEFAULTS:
+        if budget == "acting" and variant in SCORE_COLUMNS.values():
+            yield {**spec, "steps": distill.Config.steps}
+    elif budget == "updates":
         yield spec
     elif budget == "half" and variant in HALF:
         yield {**spec, "steps": cfg.steps // 2}
@@ -435,17 +464,20 @@ def train_teachers(cfg: Config) -> None:
     for case in cfg.cases:
         for name in CASES[case]:
             for seed in range(cfg.teachers):
-                train_teacher_if_missing(name, seed, teacher_dir(cfg.work_dir, name, seed))
+                train_teacher_if_missing(case, name, seed, teacher_dir(cfg.work_dir, case, name, seed))
 
 
-def train_teacher_if_missing(name: str, seed: int, directory: Path) -> None:
-    """Train the teacher of a task with teacher.py's defaults, and fewer updates on third-party data."""
+def train_teacher_if_missing(case: str, name: str, seed: int, directory: Path) -> None:
+    """Train the teacher of a task of a case, with fewer updates on third-party data."""
     if files.read_json(directory / "metrics.json") is not None:
         return
     print(f"no teacher in {directory}: training it", flush=True)
     option = "env" if name in data.ENVS else "dataset"
-    steps = 1500 if name in variants.THIRDPARTY else teacher.Config.steps  # with a quarter of the data
-    options = {option: name, "steps": steps, "seed": seed, "out_dir": str(directory), "resume": True}
+    options = {option: name, "seed": seed, "out_dir": str(directory), "resume": True}
+    if case != DEFAULTS:
+        options |= FIRST_TEACHER
+    if name in THIRDPARTY:
+        options["steps"] = 1500  # with a quarter of the data
     teacher.main(teacher.Config(**options))
 
 

@@ -22,7 +22,13 @@ Surgery = Callable[..., tuple[Tensor, Tensor]]  # (g, u, kappa) -> (g, next u), 
 
 BUILTIN = ("hopper", "halfcheetah", "walker2d", "ant")
 THIRDPARTY = tuple(f"thirdparty/{task}/trpo-replay-v0" for task in BUILTIN)  # docs/results.md: nothing tuned
+DEFAULTS = (
+    "defaults"  # the case whose teachers and students are those of teacher.py's and distill.py's defaults
+)
+FIRST_TEACHER = {"optimizer": "adamw", "tokens": 3, "lr": 3e-3, "steps": 5000}  # of all other cases
+FIRST_STUDENT = {"optimizer": "adamw", "tokens": 3}
 CASES = {
+    DEFAULTS: BUILTIN,
     "builtin": BUILTIN,
     "thirdparty": THIRDPARTY,
     "conflict": ("halfcheetah", "halfcheetah-back"),  # one body, opposed goals
