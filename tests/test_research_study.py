@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import curriculum
+import distill
 import surgery
 import teacher
 from conftest import make_dataset
 from research import study, study_report, study_rows
-from research.variants import CASES
+from research.variants import CASES, DEFAULTS
 from support import UserError, files
 
 TASKS = ("tests/study-0-v0", "tests/study-1-v0")
@@ -39,7 +40,7 @@ def work_dir(tmp_path_factory):
                 eval_episodes=0,
                 device="cpu",
                 seed=seed,
-                out_dir=str(study.teacher_dir(home, name, seed)),
+                out_dir=str(study.teacher_dir(home, "tests", name, seed)),
             )
             teacher.main(cfg)
     return str(home)
@@ -134,7 +135,7 @@ def test_main__makes_the_missing_runs_and_no_others(tiny, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cases": ("nowhere",)}, "--cases nowhere: choose from builtin"),
+        ({"cases": ("nowhere",)}, "--cases nowhere: choose from defaults"),
         ({"only": ("x",)}, "--only x: choose from fixed"),
         ({"without": ("x",)}, "--without x: choose from fixed"),
         ({"sizes": (15.0, 0.0)}, "--sizes 0.0: must be at least 1"),
@@ -175,8 +176,8 @@ def test_setup__asks_a_teacher_again_that_was_trained_anew(tiny):
         return study.setup("tests", 0, 2, tiny.work_dir).windows.table.clone()
 
     drawn = int(np.random.default_rng(0).integers(2))
-    directory = study.teacher_dir(tiny.work_dir, TASKS[0], drawn)
-    other = study.teacher_dir(tiny.work_dir, TASKS[0], 1 - drawn)
+    directory = study.teacher_dir(tiny.work_dir, "tests", TASKS[0], drawn)
+    other = study.teacher_dir(tiny.work_dir, "tests", TASKS[0], 1 - drawn)
     names = ("model.safetensors", "model.json")
     kept = {name: (directory / name).read_bytes() for name in names}
     before = table()
@@ -308,6 +309,21 @@ def test_plan__evaluates_the_default_in_every_size_on_the_built_in_tasks():
     assert {times for case, _, times in acting if case == "many"} == {15.0}
     assert {s["steps"] for s in planned if s["budget"] == "acting"} == {4000}
     assert [(s["variant"], s["steps"]) for s in planned if s["budget"] == "half"] == [("fixed", 350)] * 2
+
+
+def test_plan__evaluates_todays_defaults_with_no_rate_tuned():
+    names = ("fixed", "novelty p=2, top", "data, top")
+    cfg = study.Config(cases=(DEFAULTS,), only=names, seeds=2)
+    assert not any(list(study.plan(cfg, [], stage)) for stage in ("tune", "tune with weights", "time"))
+    planned = list(study.plan(cfg, [], "updates and cost"))
+    assert {(s["budget"], s["steps"], s["lr"]) for s in planned} == {
+        ("acting", distill.Config.steps, distill.Config.lr)
+    }
+    assert [s["variant"] for s in planned] == [*names[1:], *names[1:]]
+    today = study.options_of(planned[0])
+    assert not today.keys() & {"optimizer", "tokens"}
+    before = study.options_of({**planned[0], "case": "builtin"})
+    assert (before["optimizer"], before["tokens"]) == ("adamw", 3)
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
