@@ -134,7 +134,8 @@ def collect(dataset_id: str, env: gym.Env, task: str, steps: int) -> None:
     for depth in range(1, len(parts) + 1):
         namespace = "/".join(parts[:depth])
         if namespace not in list_local_namespaces():
-            create_namespace(namespace, "built-in datasets of the project manyteachers")
+            with contextlib.suppress(ValueError):  # another process has just made it
+                create_namespace(namespace, "built-in datasets of the project manyteachers")
 
 
 def _remove_remains(root):

@@ -36,6 +36,15 @@ def test_collect__makes_a_minari_dataset_that_loads_as_the_task(env):
     shutil.rmtree(get_dataset_path(name))
 
 
+def test_collect__may_find_that_another_process_has_just_made_the_namespace(monkeypatch):
+    name = data.dataset_id("hopper")
+    data.collect_if_missing(name, 100)
+    shutil.rmtree(get_dataset_path(name))
+    monkeypatch.setattr(collect, "list_local_namespaces", lambda: [])  # as it was a moment ago
+    data.collect_if_missing(name, 100)
+    shutil.rmtree(get_dataset_path(name))
+
+
 @pytest.mark.parametrize("env", sorted(data.ENVS))
 def test_behaviours__are_ten_small_policies_in_the_order_of_their_returns(env):
     assert len(collect.load_behaviours(env)) == collect.N_SNAPSHOTS
