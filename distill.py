@@ -51,6 +51,7 @@ class Config:
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
     teachers: tuple[str, ...] = ()  # runs of teacher.py; default: out/teacher-<task>, trained if missing
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
+    jobs: int = 0  # teachers trained at a time; 0: as many as keep all CPU cores or GPUs busy; 1: in turn
     # student
     n_layer: int = 2  # transformer blocks
     n_head: int = 1  # attention heads
@@ -95,7 +96,7 @@ class Config:
 
     def check(self) -> None:
         """Raise UserError for a value that can't be, before anything is done."""
-        cli.at_least(self, teacher_steps=1, n_layer=1, n_head=1, n_embd=1)
+        cli.at_least(self, teacher_steps=1, jobs=0, n_layer=1, n_head=1, n_embd=1)
         cli.at_least(self, novelty_power=0, sigma_floor=0, temperature=1e-3)
         cli.at_least(self, probe_windows=1, probe_interval=1)
         cli.at_least(self, steps=1, batch_size=1, lr=0, warmup=1, weight_decay=0, grad_clip=1e-9)

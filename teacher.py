@@ -23,7 +23,7 @@ import evaluate
 import kernels
 import model as dt
 import muon
-from support import UserError, cli, files, log, machine, processes, run_directory, training
+from support import UserError, cli, files, jobs, log, machine, processes, run_directory, training
 from support.checkpoint import Checkpoint
 
 
@@ -315,9 +315,9 @@ class Teacher(NamedTuple):
 
 
 def find(cfg: Any) -> list[Teacher]:
-    """Load the teachers that distill.Config names, in that order, and train those that are missing.
+    """Load the teachers that distill.Config names, in that order, and train those that are missing first.
 
-    Raises UserError where they do not fit the tasks or each other.
+    Raises UserError where one could not be trained, or they do not fit the tasks or each other.
     """
     names = [*cfg.envs, *map(data.task_name, cfg.datasets)]
     if not names and not cfg.teachers:
@@ -331,10 +331,10 @@ def find(cfg: Any) -> list[Teacher]:
     listed = " ".join(map(str, directories))
     if len(set(directories)) < len(directories):
         raise UserError(f"the same task twice among {listed}; name each once")
+    if not cfg.teachers:
+        train_missing(cfg, [name for name in names if not is_there(cfg, name)])
     found = []
     for i, path in enumerate(directories):
-        if not cfg.teachers:
-            train_if_missing(cfg, names[i], path)
         found.append(load(path, machine.device(cfg), names[i] if names else None))
     if len({t.task.name for t in found}) < len(found):
         raise UserError(f"two teachers of one task among {listed}; a student takes one for each task")
@@ -346,14 +346,66 @@ def find(cfg: Any) -> list[Teacher]:
     return found
 
 
-def train_if_missing(cfg: Any, name: str, path: Path) -> None:
-    """Train the teacher of a task with teacher.py's defaults, unless it is there."""
-    if files.read_json(path / "metrics.json"):
-        steps = (files.read_json(path / "config.json") or {}).get("steps")
-        note = f", of {steps} updates in place of {cfg.teacher_steps}"
-        print(f"teacher of {name} is there: {path}{note if steps != cfg.teacher_steps else ''}")
+def is_there(cfg: Any, name: str) -> bool:
+    """Whether the teacher of a task is trained, as rank 0 sees it; says so."""
+    path = directory(name)
+    if not processes.broadcast_int(files.read_json(path / "metrics.json") is not None):
+        print(f"no teacher in {path}: training it", flush=True)
+        return False
+    steps = (files.read_json(path / "config.json") or {}).get("steps")
+    note = f", of {steps} updates in place of {cfg.teacher_steps}"
+    print(f"teacher of {name} is there: {path}{note if steps != cfg.teacher_steps else ''}")
+    return True
+
+
+def train_missing(cfg: Any, names: list[str]) -> None:
+    """Train these tasks' teachers, as many at a time as cfg.jobs says; each process of a job takes its part.
+
+    Raises UserError, when all have ended, where some failed.
+    """
+    mine = names[processes.rank() :: processes.world()]
+    slots = job_slots(cfg, len(mine))
+    if len(slots) <= 1 and processes.world() == 1:
+        for name in mine:
+            main(Config(**options_of(cfg, name)))
         return
-    print(f"no teacher in {path}: training it", flush=True)
+    commands = {}
+    for name in mine:
+        words = [__file__]
+        for option, value in options_of(cfg, name).items():
+            if value is not False:
+                words.append(f"--{option.replace('_', '-')}")
+                words.extend([] if value is True else [str(value)])
+        commands[name] = words
+    failures = jobs.run(commands, slots, cfg.teacher_steps) if mine else {}
+    failed = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
+    failed = "; ".join(filter(None, processes.gathered_text(failed)))
+    if failed:
+        raise UserError(
+            f"no teacher of {failed}; the other teachers are kept, the same command with --resume goes on"
+        )
+
+
+def job_slots(cfg: Any, n: int) -> list[dict[str, str]]:
+    """What gives each of the teachers trained at a time its threads and GPU: environment variables."""
+    threads = torch.get_num_threads()
+    gpus = machine.gpus(cfg)
+    at_a_time = cfg.jobs or max(1, len(gpus))
+    if not cfg.jobs and machine.device(cfg) == "cpu":
+        # rounds of equal size: 3 teachers on 2 cores at once, for with 2 and then 1 a core would be idle
+        rounds = max(1, n // threads)
+        at_a_time = math.ceil(n / rounds)
+    n = min(n, at_a_time)
+    slots = []
+    for i in range(n):
+        slots.append({"OMP_NUM_THREADS": str(max(1, threads // n))})
+        if gpus:
+            slots[i]["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
+    return slots
+
+
+def options_of(cfg: Any, name: str) -> dict[str, Any]:
+    """The options of teacher.py for a task, where distill.Config says anything else than its defaults."""
     shared = (
         "seed",
         "device",
@@ -368,7 +420,7 @@ def train_if_missing(cfg: Any, name: str, path: Path) -> None:
     )
     options = {option: getattr(cfg, option) for option in shared}
     options["env" if name in data.ENVS else "dataset"] = name
-    main(Config(**options, steps=cfg.teacher_steps))
+    return options | {"steps": cfg.teacher_steps}
 
 
 def load(path: Path, device: str, name: str | None) -> Teacher:

@@ -5,6 +5,7 @@ machine        device, precision, memory; what a run was made on
 processes      the processes of a torchrun job
 files          atomic writes; JSON and CSV
 run_directory  a run's folder: settings, lock, what may be overwritten
+jobs           trainings side by side, in processes of their own
 signals        SIGTERM and SIGINT, which wait for the end of an update
 checkpoint     a training that can be stopped and resumed
 log            log.csv, TensorBoard, Weights & Biases, tables, seconds by phase

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from support import UserError, machine, processes, signals
+from support import UserError, jobs, machine, processes, signals
 from support.signals import Stopped
 
 USER_ERROR = 2
@@ -25,6 +25,7 @@ def run(main: Callable[[Any], Any], config: type, doc: str) -> None:
     """
     machine.keep_freed_memory()
     signals.install()
+    jobs.end_with_parent()
     with _rank_0_alone_prints():
         cfg = _parsed(config, doc)
         code = _exit_code(main, cfg)

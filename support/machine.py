@@ -1,6 +1,7 @@
 """Device, precision and memory, and what a run was made on. Used by every script."""
 
 import ctypes
+import os
 import platform
 import re
 import subprocess
@@ -38,6 +39,21 @@ def resolve(name: str) -> str:
 def device(cfg: Any) -> str:
     """The device of a configuration with a field `device`."""
     return resolve(cfg.device)
+
+
+def gpus(cfg: Any) -> list[str]:
+    """The GPUs that --device leaves the choice of, as CUDA_VISIBLE_DEVICES names them.
+
+    Each process of a torchrun job has its own one.
+    """
+    if device(cfg) != "cuda":
+        return []
+    n = torch.cuda.device_count()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = listed.split(",")[:n] if listed else [str(i) for i in range(n)]
+    if "LOCAL_RANK" in os.environ:
+        return [names[int(os.environ["LOCAL_RANK"])]]
+    return names
 
 
 def bfloat16(cfg: Any) -> bool:

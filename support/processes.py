@@ -174,6 +174,12 @@ def end_requested(step: int) -> int | None:
     return (signals.requested or signal.SIGTERM) if _n_requested.item() else None
 
 
+def gathered_text(text: str) -> list[str]:
+    """The text of every process, its first 4000 bytes."""
+    rows = gathered(torch.tensor(list(text.encode()[:4000].ljust(4000, b"\0")), dtype=torch.uint8))
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
 def gathered(x: Tensor) -> Tensor:
     """x (n,) of every process: (world, n), on the CPU."""
     if world() == 1:

@@ -20,6 +20,7 @@ NOT_SETTINGS = (
     "overwrite",
     "resume",
     "checkpoint_interval",
+    "jobs",
     "data_device",
     "tensorboard",
     "wandb",
