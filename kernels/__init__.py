@@ -6,7 +6,8 @@ capture a CUDA graph.
 
 The kernels run on a GPU. The references run everywhere else: on a CPU, in float64, without Triton (macOS,
 Windows), without a C compiler (Triton builds its launchers with one), at sizes a kernel was not made for,
-and where its tiles exceed the GPU's shared memory (float32 on a small GPU).
+for float32 products in IEEE precision on NVIDIA's GPUs (PyTorch's default), and where tiles exceed the GPU's
+shared memory (float32 on a small GPU).
 Tests run the kernels on a CPU too, in Triton's interpreter: TRITON_INTERPRET=1, and `on_cpu` set to True.
 """
 
@@ -56,6 +57,16 @@ def available(*tensors: Tensor) -> bool:
     return all(x.dtype in DTYPES and (x.is_cuda or (on_cpu and INTERPRET)) for x in tensors)
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the GPU's matrix units multiply this type in the precision asked for.
+
+    NVIDIA's have no IEEE float32, PyTorch's default: Triton would write out such products number by number,
+    and 14 KB a thread would not fit the registers. With three TF32 products in place of each, 10 KB would not
+    (docs/speed.md).
+    """
+    return INTERPRET or dtype == torch.bfloat16 or precision() == "tf32" or torch.version.hip is not None
+
+
 def fits(tensor: Tensor, numbers: int) -> bool:
     """Whether tiles that hold so many numbers of the tensor's type fit in the shared memory of its GPU."""
     if not tensor.is_cuda:
@@ -82,8 +93,11 @@ def path(device: torch.device | str) -> str:
 
 
 def precision() -> str:
-    """Precision of float32 products, the same as PyTorch's own (torch.set_float32_matmul_precision)."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Precision of float32 products, the same as PyTorch's own (torch.set_float32_matmul_precision).
+
+    AMD's GPUs multiply float32 exactly, and most of them have no TF32.
+    """
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" or torch.version.hip else "tf32"
 
 
 def dot_type(dtype: torch.dtype) -> "tl.dtype":

@@ -7,9 +7,10 @@ attends to it, and its output is 0, so a window without any valid token is all z
 derivative, because the alignments in distill.py need one and PyTorch's fused attentions have none.
 
 Bytes moved, e bytes a number: forward 3BTCe in and BTCe out, backward 4BTCe in and 3BTCe out; each once.
-Up to T = 64 (a context of 20 timesteps is 60 tokens), a program holds a whole (batch, head) pair and takes
-several in turn. Beyond, it takes 64 queries against blocks of 64 keys with a running softmax. Scores never
-reach memory; backward computes them again. Nothing is added atomically.
+Up to T = 64 (a context of 20 timesteps is 60 tokens; in float32 up to 32), a program holds a whole
+(batch, head) pair and takes several in turn. Beyond, it takes 32 queries against blocks of 32 keys with a
+running softmax. Larger blocks, float32 tiles of 64, or half as many threads spill registers on some GPU
+(research/inspect.py). Scores never reach memory; backward computes them again. Nothing is added atomically.
 """
 
 import math
@@ -22,7 +23,9 @@ import kernels
 from kernels import tl, triton
 
 EVERY = slice(None)  # all timesteps
-MAX_TILE_T = 64  # longest sequence that one tile holds
+MAX_TILE = 128  # bytes of a column of the longest tile
+BLOCK = 32  # timesteps of a block, where there is more than one tile
+THREADS = 256  # of a program
 
 
 def attention_ref(
@@ -211,7 +214,7 @@ def _dropout_factors(seed, pair, i, j, T, p):
     return tl.where(r < p, 0.0, 1.0 / (1.0 - p))
 
 
-# ---- T <= 64: a (batch, head) pair is one tile -------------------------------------------------------------
+# ---- short sequences: a (batch, head) pair is one tile -----------------------------------------------------
 
 
 @triton.jit
@@ -358,7 +361,7 @@ def _tile_tangent(
             _store_rows(tout + b * T * C + h * hs, i, C, T, hs, tl.where(valid[:, None], ty, 0.0), D)
 
 
-# ---- T > 64: blocks of BM timesteps ------------------------------------------------------------------------
+# ---- longer ones: blocks of BM timesteps -------------------------------------------------------------------
 
 
 @triton.jit
@@ -561,20 +564,18 @@ def _block_tangent(
 # ---- PyTorch -----------------------------------------------------------------------------------------------
 
 
-def _block_size(D: int) -> int:
-    """Timesteps of a block."""
-    return 64 if D <= 64 else 32
+def one_tile(T: int, dtype: torch.dtype) -> bool:
+    """Whether one tile holds the sequence."""
+    return T * dtype.itemsize <= MAX_TILE
 
 
-def tiles(T: int, hs: int) -> int:
+def tiles(T: int, hs: int, dtype: torch.dtype) -> int:
     """How many numbers lie in shared memory in the largest kernel, the tangent's.
 
-    An upper bound of what Triton 3.6 allocates for sm_80 to sm_90.
+    An upper bound of what Triton 3.6 and 3.9 allocate for sm_80 to sm_100.
     """
     D = kernels.padded(hs)
-    if T <= MAX_TILE_T:
-        return D * 6 * kernels.padded(T)
-    return D * 12 * _block_size(D)
+    return D * 6 * kernels.padded(T) if one_tile(T, dtype) else D * 12 * BLOCK
 
 
 def _launch(
@@ -599,18 +600,17 @@ def _launch(
         "DROPOUT": p > 0,
         "DOT": kernels.dot_type(qkv.dtype),
         "PRECISION": kernels.precision(),
-        "num_warps": 4,
+        "num_warps": THREADS // (64 if torch.version.hip else 32),
     }
-    if T <= MAX_TILE_T:
+    if one_tile(T, qkv.dtype):
         n_pairs = B * n_head
         pairs_each = max(1, min(4, n_pairs // 1024))
         launch = tile_kernel[(triton.cdiv(n_pairs, pairs_each),)]
         sizes = (T, n_head, hs, n_pairs, *strides, scale, p)
         launch(qkv, mask, seed, *tile_tensors, *sizes, BT=kernels.padded(T), PAIRS=pairs_each, **constants)
     else:
-        BM = _block_size(D)
-        launch = block_kernel[(B * n_head, triton.cdiv(T, BM))]
-        launch(qkv, mask, seed, *block_tensors, T, n_head, hs, *strides, scale, p, BM=BM, **constants)
+        launch = block_kernel[(B * n_head, triton.cdiv(T, BLOCK))]
+        launch(qkv, mask, seed, *block_tensors, T, n_head, hs, *strides, scale, p, BM=BLOCK, **constants)
 
 
 class _Attention(torch.autograd.Function):
@@ -620,7 +620,7 @@ class _Attention(torch.autograd.Function):
     def forward(qkv: Tensor, mask: Tensor, seed: Tensor, n_head: int, p: float) -> tuple[Tensor, Tensor]:
         B, T, C3 = qkv.shape
         out = torch.empty(B, T, C3 // 3, dtype=qkv.dtype, device=qkv.device)
-        n_lse = B * n_head if T > MAX_TILE_T else 0  # tiles need none
+        n_lse = 0 if one_tile(T, qkv.dtype) else B * n_head  # tiles need none
         lse = torch.empty(n_lse, T, dtype=torch.float32, device=qkv.device)
         _launch(_tile_forward, _block_forward, qkv, mask, seed, n_head, p, (out,), (out, lse))
         return out, lse
@@ -671,14 +671,14 @@ class _Tangent(torch.autograd.Function):
 def attention(qkv: Tensor, mask: Tensor, n_head: int, dropout: float = 0.0, keep: slice = EVERY) -> Tensor:
     """Causal attention; arguments and result as in attention_ref.
 
-    The kernels take float32 and bfloat16, T <= 1024 and head sizes up to 128, on a GPU. Anything else goes to
-    plain PyTorch. qkv may have any strides between windows and timesteps; within a row they take contiguous
-    numbers, and other rows are copied.
+    The kernels take bfloat16, T <= 1024 and head sizes up to 128, on a GPU, and float32 where TF32 is allowed
+    or the GPU is AMD's. Anything else goes to plain PyTorch. qkv may have any strides between windows and
+    timesteps; within a row they take contiguous numbers, and other rows are copied.
     """
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
-    supported = kernels.available(qkv) and B > 0 and T <= 1024 and hs <= 128
-    if not supported or not kernels.fits(qkv, tiles(T, hs)):
+    supported = kernels.available(qkv) and kernels.multiplies(qkv.dtype) and B > 0 and T <= 1024 and hs <= 128
+    if not supported or not kernels.fits(qkv, tiles(T, hs, qkv.dtype)):
         return _Eager.apply(qkv, mask, n_head, dropout, keep)[0]
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()

@@ -399,6 +399,7 @@ def _launch(
         "DOT": kernels.dot_type(h.dtype),
         "PRECISION": kernels.precision(),
         "num_warps": 4,
+        "num_stages": 1,  # a program mostly has one window: to load the next in advance only costs
     }
     launch = _head_kl[(triton.cdiv(B, n_windows),)]
     launch(*tensors, *tangents_or_unused, tsums, *sizes, **constants)
@@ -485,15 +486,15 @@ def head_kl(
 ) -> tuple[Tensor, Tensor]:
     """KL per teacher from the student's hidden states: sums and counts (N,), as head_kl_ref.
 
-    The kernel takes Gaussians in float32 and bfloat16, up to 128 channels, 64 actions and 128 timesteps, on a
-    GPU. Anything else goes to the reference; so does a student with a categorical task. The kernel adds its
-    sums atomically: they differ by rounding from run to run.
+    The kernel takes Gaussians in bfloat16, up to 128 channels, 64 actions and 128 timesteps, on a GPU, and in
+    float32 where TF32 is allowed or the GPU is AMD's. Anything else goes to the reference; so does a student
+    with a categorical task. The kernel adds its sums atomically: they differ by rounding from run to run.
     """
     B, K, C = h.shape
     A2 = weight.shape[2]
     options = (direction, sigma_floor, temperature)
     supported = kernels.available(h, weight, bias, t_mean, t_log_std) and discrete is None
-    supported = supported and B > 0 and max(K, C, A2) <= 128
+    supported = supported and kernels.multiplies(h.dtype) and B > 0 and max(K, C, A2) <= 128
     if not supported or not kernels.fits(h, tiles(K, C, A2 // 2)):
         return head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, *options, discrete)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))

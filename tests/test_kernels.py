@@ -55,9 +55,22 @@ assert kernels.path("cuda") == "plain PyTorch, no C compiler" and not kernels.co
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
 
 
+@pytest.mark.parametrize(
+    ("precision", "hip", "wanted"),
+    [("highest", None, False), ("high", None, True), ("highest", "6.2", True), ("high", "6.2", True)],
+)
+def test_multiplies__float32_in_ieee_precision_on_amd_alone(precision, hip, wanted, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert kernels.multiplies(torch.bfloat16)
+    assert kernels.multiplies(torch.float32) == wanted
+    assert kernels.precision() == ("tf32" if precision == "high" and not hip else "ieee")
+
+
 @triton_needed
-@pytest.mark.parametrize("fits", [True, False])
-def test_fits__tiles_beyond_shared_memory_are_not_launched(fits, monkeypatch):
+@pytest.mark.parametrize(("fits", "multiplies"), [(True, True), (False, True), (True, False)])
+def test_available__what_does_not_fit_or_multiply_is_not_launched(fits, multiplies, monkeypatch):
     launched = []
     for module in (kernels.attention, kernels.kl):
 
@@ -68,6 +81,7 @@ def test_fits__tiles_beyond_shared_memory_are_not_launched(fits, monkeypatch):
         monkeypatch.setattr(module, "_launch", launch)
     monkeypatch.setattr(kernels, "on_cpu", True)
     monkeypatch.setattr(kernels, "fits", lambda tensor, numbers: fits)
+    monkeypatch.setattr(kernels, "multiplies", lambda dtype: multiplies)
     gen = torch.Generator().manual_seed(0)
     mask = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
     task = torch.zeros(2, dtype=torch.long, device=DEVICE)
@@ -78,16 +92,16 @@ def test_fits__tiles_beyond_shared_memory_are_not_launched(fits, monkeypatch):
     sums, _ = kernels.kl.head_kl(y, *head, *target, mask, task, act_dims)
     assert y.isfinite().all()
     assert sums.isfinite().all()
-    assert len(launched) == 2 * fits
+    assert len(launched) == 2 * (fits and multiplies)
 
 
 def test_tiles__of_the_default_sizes_fit_common_gpus():
     T4 = 65_536  # bytes of shared memory that a block may have: sm_75
     RTX = 101_376  # sm_89
     A100 = 166_912  # sm_80
-    student = kernels.attention.tiles(60, 64)
-    teacher = kernels.attention.tiles(60, 128)
+    student = kernels.attention.tiles(60, 64, torch.float32)
+    teacher = kernels.attention.tiles(60, 128, torch.bfloat16)
     assert 2 * teacher <= RTX  # in bfloat16
     assert 4 * student <= RTX  # in float32
-    assert 4 * teacher > A100
+    assert 4 * kernels.attention.tiles(60, 128, torch.float32) > A100
     assert 4 * kernels.kl.tiles(20, 64, 8) <= T4
