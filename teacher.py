@@ -37,13 +37,13 @@ class Config:
     n_layer: int = 3  # transformer blocks
     n_head: int = 1  # attention heads
     n_embd: int = 128  # channels
-    tokens: Literal[1, 3] = 3  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
+    tokens: Literal[1, 3] = 1  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
     dropout: float = 0.0  # share of activations
     # optimisation
-    steps: int = 5000  # updates
+    steps: int = 1250  # updates
     batch_size: int = 32  # windows per update and process
-    optimizer: Literal["muon", "adamw"] = "adamw"  # of the blocks' matrices; all else: AdamW
-    lr: float = 3e-3  # peak, after linear warm-up; then linear decay to zero
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; all else: AdamW
+    lr: float = 5e-3  # peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4  # times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient

@@ -92,7 +92,7 @@ def test_distill__skips_a_finished_run_and_reuses_teachers(main_job, home):
         f"distill.py --envs hopper walker2d --steps 2 --n-embd 16 --out-dir out/two {SILENT}", home
     )
     for name in ("hopper", "walker2d"):
-        said = f"teacher of {name} is there: out/teacher-{name}, of 40 updates in place of 5000"
+        said = f"teacher of {name} is there: out/teacher-{name}, of 40 updates in place of 1250"
         assert said in printed
 
 
