@@ -11,6 +11,8 @@ do where the gradient conflicts with the last update (surgery.py). The run's dir
 log.csv (a row per update), metrics.json, the model and plots.png.
 """
 
+import support  # isort: skip # noqa: F401 - before torch is imported
+
 import dataclasses
 import functools
 import json

@@ -8,6 +8,8 @@ The run's directory, out/teacher-<task>, then holds config.json, log.csv, metric
 distill.py loads teachers, and trains those that are missing, by `find`.
 """
 
+import support  # isort: skip # noqa: F401 - before torch is imported
+
 import dataclasses
 import math
 from collections.abc import Callable
