@@ -58,7 +58,7 @@ class Config:
     n_layer: int = 2  # transformer blocks
     n_head: int = 1  # attention heads
     n_embd: int = 64  # channels
-    tokens: Literal[1, 3] = 3  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
+    tokens: Literal[1, 3] = 1  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
     # method
     curriculum: Curricula = "novelty"  # which teacher next
     novelty_power: float = 2.0  # shares ~ KL^power; inf: argmax of KL, 0: equal shares
@@ -75,10 +75,10 @@ class Config:
     probe_windows: int = 8  # windows per teacher, where KLs or alignments need windows of their own
     probe_interval: int = 1  # updates between probes, with --novelty-power inf
     # optimisation
-    steps: int = 4000  # updates
+    steps: int = 3000  # updates
     batch_size: int = 64  # windows per update and process, of all teachers together
-    optimizer: Literal["muon", "adamw"] = "adamw"  # of the blocks' matrices; all else: AdamW
-    lr: float = 8e-3  # peak, after linear warm-up; then linear decay to zero
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; all else: AdamW
+    lr: float = 16e-3  # peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
     weight_decay: float = 1e-4  # times the learning rate
     grad_clip: float = 0.25  # largest norm of an update's gradient
