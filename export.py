@@ -69,9 +69,9 @@ class Step(torch.nn.Module):
         self.index = index  # of the task in the model
         self.actor = Actor(model, index, episodes=1, max_steps=1)
         self.actor.restart(slice(None))  # every row of a batch has a timestep of its own
-        _, _, nh, rows, hs = self.actor.caches[0].shape
-        # of an episode's memory: keys and values by block
-        self.shape = (2, len(self.actor.caches), nh, rows, hs)
+        # of an episode's memory: by block, keys and values
+        self.shape = (len(self.actor.caches), *self.actor.caches[0].shape[1:])
+        self._take_units()
 
     def forward(
         self, observation: Tensor, return_to_go: Tensor, last_action: Tensor, timestep: Tensor, memory: Tensor
@@ -79,33 +79,43 @@ class Step(torch.nn.Module):
         """Shapes: see this file's head."""
         task = self.task
         actor = self.actor
-        states = (observation - torch.tensor(task.obs_mean)) / torch.tensor(task.obs_std)
-        rtg = return_to_go / task.rtg_scale
-        caches = memory.view(-1, *self.shape).permute(2, 1, 0, 3, 4, 5)  # (blocks, 2, B, nh, rows, hs)
         actor.t = timestep
-        actor.caches = list(caches.unbind(0))
-        action = actor.step(actor.time_embeddings(timestep), states, rtg, self._from_units(last_action))
-        next_memory = torch.stack(actor.caches).permute(2, 1, 0, 3, 4, 5).flatten(1)
-        return self._in_units(action), next_memory
-
-    def _from_units(self, action):
-        """The environment's actions, (B, A) or (B,) discrete ones, in the model's units: (B, A)."""
-        task = self.task
+        actor.caches = list(memory.view(-1, *self.shape).unbind(1))  # each (B, 2, nh, rows, hs)
         if task.discrete:
-            index = (action - task.first_action).clamp(0, task.act_dim - 1)  # the first timestep's may be any
-            return torch.eye(task.act_dim)[index]
+            index = (last_action - task.first_action).clamp(
+                0, task.act_dim - 1
+            )  # at timestep 0 it may be any
+            last_action = torch.eye(task.act_dim)[index]
+        action = actor.step(actor.time_embeddings(timestep), observation, return_to_go, last_action)
+        next_memory = torch.cat([cache.flatten(1) for cache in actor.caches], 1)
+        if task.discrete:
+            return action.argmax(1) + task.first_action, next_memory
         low = torch.tensor(task.act_low)
         high = torch.tensor(task.act_high)
-        return 2 * (action - low) / (high - low) - 1
+        action = action * ((high - low) / 2) + (high + low) / 2
+        return action.clamp(low, high), next_memory
 
-    def _in_units(self, action):
-        """The inverse, clipped to the environment's bounds."""
+    @torch.no_grad()
+    def _take_units(self):
+        """Fold normalisation into the actor's embeddings: from here on it takes the environment's units.
+
+        What a last action adds at 0 goes to the place embeddings, which know where there is none.
+        """
         task = self.task
-        if task.discrete:
-            return action.argmax(1) + task.first_action
-        low = torch.tensor(task.act_low)
-        high = torch.tensor(task.act_high)
-        return ((action + 1) / 2 * (high - low) + low).clamp(low, high)
+        actor = self.actor
+        action, rtg, state = actor.embed.double().split((task.act_dim, 1, task.obs_dim))
+        std = torch.tensor(task.obs_std).double()
+        actor.embed_bias = actor.embed_bias - (
+            (torch.tensor(task.obs_mean).double() / std) @ state
+        ).float().view(actor.embed_bias.shape)
+        if not task.discrete:
+            low = torch.tensor(task.act_low).double()
+            high = torch.tensor(task.act_high).double()
+            at_zero = (-(high + low) / (high - low) @ action).float()
+            place, begins, *others = actor.phase_tables
+            actor.phase_tables = (place + (1 - begins) * at_zero, begins, *others)
+            action = action * (2 / (high - low))[:, None]
+        actor.embed = torch.cat((action, rtg / task.rtg_scale, state / std[:, None])).float()
 
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
         """The inputs of an episode's first timestep, all zeros, in the order of INPUTS."""

@@ -64,18 +64,18 @@ class Phase(NamedTuple):
     """Where a timestep falls in the two windows (see Actor), if it is the same one in all episodes."""
 
     place: Tensor  # (2, nC) place embeddings of its n tokens in both windows
-    before: Tensor  # (2, 1) 0 where the window begins: the action before is outside of it
+    begins: Tensor  # (2, 1) 1 where a window begins: the action before is outside of it; else 0
     rows: Tensor  # (2n,) of the cache, for the keys and values of its tokens
     mask: Tensor  # (1, 1, 2n, cache rows) added to attention's logits: 0 where a token sees a row, else -inf
     acting: int  # which of the 2n tokens acts: the last of the older window
 
     def write(self, cache: Tensor, keys_values: Tensor) -> Tensor:
-        """The cache (2, E, nh, rows, hs) with keys_values (2, E, nh, 2n, hs) in their rows."""
+        """The cache (E, 2, nh, rows, hs) with keys_values (E, 2, nh, 2n, hs) in their rows."""
         return cache.index_copy_(3, self.rows, keys_values)
 
-    def select(self, x: Tensor, dim: int) -> Tensor:
-        """Of x, which has the 2n tokens as its axis `dim`, the one that acts; the axis stays."""
-        return x.narrow(dim, self.acting, 1)
+    def select(self, x: Tensor) -> Tensor:
+        """Of the 2n tokens x (E, 2n, C) the one that acts, (E, C)."""
+        return x[:, self.acting]
 
 
 class PhasePerEpisode(NamedTuple):
@@ -85,20 +85,17 @@ class PhasePerEpisode(NamedTuple):
     """
 
     place: Tensor  # (E, 2, nC)
-    before: Tensor  # (E, 2, 1)
-    rows: Tensor  # (E, 1, cache rows, 2n) one-hot
+    begins: Tensor  # (E, 2, 1)
+    rows: Tensor  # (E, 1, 1, cache rows, 2n) one-hot
     mask: Tensor  # (E, 1, 2n, cache rows)
-    acting: Tensor  # (E,)
-    others: Tensor  # (E, 1, cache rows, 1) 0 for these rows, 1 for all others
+    acting: Tensor  # (E, 1, 2n) one-hot
+    others: Tensor  # (E, 1, 1, cache rows, 1) 0 for these rows, 1 for all others
 
     def write(self, cache: Tensor, keys_values: Tensor) -> Tensor:
         return cache * self.others + self.rows @ keys_values
 
-    def select(self, x: Tensor, dim: int) -> Tensor:
-        shape = list(x.shape)
-        shape[dim] = 1
-        index = self.acting.view(-1, *[1] * (x.dim() - 1))
-        return x.gather(dim, index.expand(shape))
+    def select(self, x: Tensor) -> Tensor:
+        return (self.acting @ x).squeeze(1)
 
 
 def _phases(place, H, n):
@@ -113,7 +110,7 @@ def _phases(place, H, n):
         places = (t, t) if t < H else (t % (2 * H), (t - H) % (2 * H))
         if K == 1:
             places = (0, 0)  # both windows begin anew every timestep
-        before = place.new_tensor([[p > 0] for p in places])
+        begins = place.new_tensor([[p == 0] for p in places])
         rows = []
         mask = place.new_full((2, n, 2, n * K), -torch.inf)  # window and token, window and row
         for window, p in enumerate(places):
@@ -122,7 +119,7 @@ def _phases(place, H, n):
             mask[window, :, window].masked_fill_(sees[tokens], 0.0)
         acting = n - 1 + n * int(places[1] > places[0])
         mask = mask.view(1, 1, 2 * n, -1)
-        phases.append(Phase(place[list(places)], before, torch.cat(rows), mask, acting))
+        phases.append(Phase(place[list(places)], begins, torch.cat(rows), mask, acting))
     return phases
 
 
@@ -180,7 +177,7 @@ class Actor:
         self.half = max(1, K // 2)  # H
         self.phases = _phases(place.flatten(1), self.half, cfg.tokens)
         rows = self.phases[0].mask.shape[-1]
-        shape = (2, episodes, cfg.n_head, rows, C // cfg.n_head)  # keys and values
+        shape = (episodes, 2, cfg.n_head, rows, C // cfg.n_head)  # keys and values
         self.caches = [place.new_zeros(shape) for _ in self.blocks]
 
     def time_embeddings(self, timesteps: Tensor) -> Tensor:
@@ -205,9 +202,14 @@ class Actor:
         """`act` as export.py traces it: with the time embeddings given, (nC,) or (E, nC)."""
         C = self.cfg.n_embd
         phase = self._phase()
-        others = torch.cat((rtg[:, None], states), 1)[:, None].expand(-1, 2, -1)
-        x = torch.cat((actions[:, None] * phase.before, others), 2) @ self.embed  # (E, 2, nC), of each window
-        x = (x + (time.view(-1, 1, time.shape[-1]) + phase.place)).view(-1, C)  # (2nE, C)
+        x = torch.addmm(time, torch.cat((actions, rtg[:, None], states), 1), self.embed)[
+            :, None
+        ]  # (E, 1, nC)
+        place = phase.place
+        if self.cfg.tokens == 1:  # of three, a mask hides the action before a window
+            before = actions @ self.embed[: actions.shape[1]]
+            place = place - phase.begins * before[:, None]
+        x = (x + place).view(-1, C)  # (2nE, C)
         x = torch.layer_norm(x, (C,), *self.ln_in)
         for i in range(len(self.blocks)):
             x = self._block(i, x, phase)
@@ -222,8 +224,7 @@ class Actor:
         if isinstance(t, int):
             return self.phases[t if t < H else H + (t - H) % (2 * H)]
         index = torch.where(t < H, t, H + (t - H) % (2 * H))
-        place, before, rows, mask, acting = [table[index] for table in self.phase_tables]
-        return PhasePerEpisode(place, before, rows, mask, acting, others=1 - rows.sum(-1, keepdim=True))
+        return PhasePerEpisode(*(table.index_select(0, index) for table in self.phase_tables))
 
     def _block(self, i, x, phase):
         """The i-th block, x (2nE, C) -> (2nE, C); the last one -> (E, C), the acting tokens alone."""
@@ -232,23 +233,19 @@ class Actor:
         n = self.cfg.tokens
         w = self.blocks[i]
         qkv = torch.addmm(w.qkv_bias, torch.layer_norm(x, (C,)), w.qkv)
-        qkv = qkv.view(-1, 2 * n, 3, nh, C // nh).permute(2, 0, 3, 1, 4)  # (3, E, nh, 2n, hs)
-        q = qkv[0]
-        mask = phase.mask
-        self.caches[i] = phase.write(self.caches[i], qkv[1:])
-        k, v = self.caches[i]  # (E, nh, rows, hs)
-        if i == len(self.blocks) - 1:
-            x = phase.select(x.view(-1, 2 * n, C), 1).squeeze(1)  # (E, C)
-            q = phase.select(q, 2)
-            mask = phase.select(mask, 2)
-        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(-1, C)
+        qkv = qkv.view(-1, 2 * n, 3, nh, C // nh).permute(0, 2, 3, 1, 4)  # (E, 3, nh, 2n, hs)
+        self.caches[i] = phase.write(self.caches[i], qkv[:, 1:])
+        k, v = self.caches[i].unbind(1)  # (E, nh, rows, hs)
+        y = F.scaled_dot_product_attention(qkv[:, 0], k, v, phase.mask).transpose(1, 2).reshape(-1, C)
         x = x + torch.addmm(w.proj_bias, y, w.proj)
+        if i == len(self.blocks) - 1:
+            x = phase.select(x.view(-1, 2 * n, C))
         hidden = torch.addmm(w.fc_bias, torch.layer_norm(x, (C,)), w.fc).relu_()
         return x + torch.addmm(w.out_bias, hidden, w.out)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these episodes alone; rows: indices (E',) or bools (E,)."""
-        self.caches = [cache[:, rows] for cache in self.caches]
+        self.caches = [cache[rows] for cache in self.caches]
         if not isinstance(self.t, int):
             self.t = self.t[rows]
 
@@ -259,18 +256,20 @@ class Actor:
         Caches need no clearing: a token's mask ends at its own row, so it sees nothing of the old episode.
         """
         if isinstance(self.t, int):
-            episodes = self.caches[0].shape[1]
+            episodes = len(self.caches[0])
             self.t = torch.full((episodes,), self.t, device=self.time.device)
             self.phase_tables = self._stacked_phases()
         self.t[rows] = 0
 
     def _stacked_phases(self):
-        """place, before, rows, mask and acting of PhasePerEpisode, to be indexed by phase."""
-        place, before, rows, mask, acting = zip(*self.phases, strict=True)
-        every_row = torch.arange(mask[0].shape[-1], device=self.time.device)
-        one_hot = torch.stack(rows)[:, None, None] == every_row[:, None]
-        acting = torch.tensor(acting, device=self.time.device)
-        return torch.stack(place), torch.stack(before), one_hot.to(mask[0].dtype), torch.cat(mask), acting
+        """The fields of PhasePerEpisode, to be indexed by phase."""
+        place, begins, rows, mask, acting = zip(*self.phases, strict=True)
+        device = self.time.device
+        every_row = torch.arange(mask[0].shape[-1], device=device)
+        rows = (torch.stack(rows)[:, None, None, None] == every_row[:, None]).to(mask[0].dtype)
+        acting = F.one_hot(torch.tensor(acting, device=device), 2 * self.cfg.tokens).to(mask[0].dtype)
+        others = 1 - rows.sum(-1, keepdim=True)
+        return torch.stack(place), torch.stack(begins), rows, torch.cat(mask), acting[:, None], others
 
 
 # ---- acting in the environment's units -------------------------------------------------------------------
