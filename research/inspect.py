@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, for GPUs that are not here -> research/results/inspect.csv
 
-    python -m research.inspect                # every GPU below: ten minutes, later runs from Triton's cache
+    python -m research.inspect                # every GPU below: minutes; later runs from Triton's cache
     python -m research.inspect --gpus h100
 
 Used by whoever changes a kernel, with no GPU at hand. Each case calls the project's own launch functions on
@@ -14,8 +14,8 @@ recorded and handed to Triton's own launcher, up to the point where it would sta
     programs     of a launch; where they are fewer than the multiprocessors, occupancy matters little
     matrix       instructions of the matrix units: HMMA, HGMMA, UTCHMMA; MFMA
     wide         share of the bytes loaded from global memory that 16-byte instructions load
-    bytes        that loads and stores ask for, over the formula's at the head of the kernel's file. Masked
-                 threads count, atomic additions do not; empty for blocks, whose loops are not known
+    bytes        that loads and stores ask for, over the formula's at the head of the kernel's file. Each
+                 instruction counts once, in masked threads too; empty for blocks, which loop over the keys
     H100 us      roofline, COMPUTED AND NOT MEASURED: by the formulas, the larger of bytes / 3.35 TB/s and
                  operations / peak (989.4 TFLOPS in bfloat16, 494.7 in TF32, dense: NVIDIA's H100 SXM data
                  sheet). To start a kernel takes about 2 us more.
@@ -112,11 +112,8 @@ def attention_case(name: str, B: int, T: int, C: int, dtype: torch.dtype, dropou
 
     n = B * T * C * dtype.itemsize
     product = 2 * B * T * T * C
-    costs = {
-        "forward": (4 * n, 2 * product),
-        "backward": (7 * n, 5 * product),
-        "tangent": (7 * n, 5 * product),
-    }
+    backward = (7 * n, 5 * product)
+    costs = {"forward": (4 * n, 2 * product), "backward": backward, "tangent": backward}
     return Case(f"{name}, {B} x {T} x {C}", launch, costs)
 
 
@@ -129,9 +126,8 @@ def kl_case(name: str, B: int, K: int, C: int, dtype: torch.dtype, direction: st
         head = (empty(B, K, C, dtype=dtype), empty(N, C, 2 * A), empty(N, 2 * A))
         indices = (empty(B, dtype=torch.int64), empty(N, dtype=torch.int64))
         targets = (empty(B, K, A), empty(B, K, A), empty(B, K, dtype=torch.uint8), *indices)
-        kl._launch(
-            *head, targets, (direction, 0.05, 1.0), name == "gradient", head if name == "tangent" else ()
-        )
+        tangents = head if name == "tangent" else ()
+        kl._launch(*head, targets, (direction, 0.05, 1.0), name == "gradient", tangents)
 
     passes = 1 if name == "loss" else 2  # over what has the hidden states' size
     n_bytes = passes * B * K * C * dtype.itemsize + 2 * B * K * A * 4
@@ -273,9 +269,8 @@ def rows(gpu_name: str, dtype: torch.dtype, only: str = "") -> Iterator[dict[str
             loads = moved(names, LOAD)
             warps = compiled.metadata.num_warps
             shared = compiled.metadata.shared
-            n_threads = gpu.target[2] * warps * math.prod(grid)
+            asked = (loads + moved(names, STORE)).total() * gpu.target[2] * warps * math.prod(grid)
             n_bytes, operations = case.costs[kernel.__name__.split("_")[-1]]
-            ratio = (loads.total() + moved(names, STORE).total()) * n_threads / n_bytes
             yield {
                 "GPU": gpu_name,
                 "kernel": kernel.__name__,
@@ -288,7 +283,7 @@ def rows(gpu_name: str, dtype: torch.dtype, only: str = "") -> Iterator[dict[str
                 "programs": math.prod(grid),
                 "matrix": len(list(filter(MATRIX.match, names))),
                 "wide": loads[16] / loads.total(),
-                "bytes": "" if "block" in kernel.__name__ else ratio,
+                "bytes": "" if "block" in kernel.__name__ else asked / n_bytes,
                 "H100 us": 1e6 * max(n_bytes / H100_BYTES, operations / H100_FLOPS[dtype]),
             }
 
