@@ -8,7 +8,7 @@ windows of any of N teachers. model.py makes its outputs with `policies` and `bo
 arrays (B, K, A): mean and log_std of a Gaussian, or log-probabilities of a categorical and zeros.
 
 Bytes moved by `head_kl`, e bytes a number: BKCe of hidden states and 2BKAe of targets in, BKCe of gradients
-out, and little else. Forward computes the gradients too, so the student's policies never reach memory.
+out; 8BCA of heads from the cache. Forward computes the gradients too: policies never reach memory.
 """
 
 import torch
