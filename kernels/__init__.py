@@ -6,7 +6,7 @@ capture a CUDA graph.
 
 The kernels run on a GPU. The references run everywhere else: on a CPU, in float64, without Triton (macOS,
 Windows), without a C compiler (Triton builds its launchers with one), at sizes a kernel was not made for,
-for float32 products in IEEE precision on NVIDIA's GPUs (PyTorch's default), and where tiles exceed the GPU's
+for float32 attention in IEEE precision on NVIDIA's GPUs (PyTorch's default), and where tiles exceed the GPU's
 shared memory (float32 on a small GPU).
 Tests run the kernels on a CPU too, in Triton's interpreter: TRITON_INTERPRET=1, and `on_cpu` set to True.
 """

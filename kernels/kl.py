@@ -398,7 +398,7 @@ def _launch(
         "HI": LOG_STD[1],
         "DOT": kernels.dot_type(h.dtype),
         "PRECISION": kernels.precision(),
-        "num_warps": 4,
+        "num_warps": 4 if kernels.multiplies(h.dtype) else 8,  # IEEE products take more registers
         "num_stages": 1,  # a program mostly has one window: to load the next in advance only costs
     }
     launch = _head_kl[(triton.cdiv(B, n_windows),)]
@@ -462,6 +462,13 @@ class _Tangent(torch.autograd.Function):
         options: tuple,
     ) -> Tensor:
         tangents = (th.contiguous(), tweight.contiguous(), tbias.contiguous())
+        if not kernels.multiplies(h.dtype):  # the kernel would spill 300 bytes a thread
+            mean, log_std, mask, *indices = targets
+
+            def sums(*head: Tensor) -> Tensor:
+                return head_kl_ref(*head, mean, log_std, mask.bool(), *indices, *options)[0]
+
+            return torch.func.jvp(sums, (h, weight, bias), tangents)[1]
         _, _, tsums, *_ = _launch(h, weight, bias, targets, options, tangents=tangents)
         return tsums
 
@@ -486,15 +493,16 @@ def head_kl(
 ) -> tuple[Tensor, Tensor]:
     """KL per teacher from the student's hidden states: sums and counts (N,), as head_kl_ref.
 
-    The kernel takes Gaussians in bfloat16, up to 128 channels, 64 actions and 128 timesteps, on a GPU, and in
-    float32 where TF32 is allowed or the GPU is AMD's. Anything else goes to the reference; so does a student
-    with a categorical task. The kernel adds its sums atomically: they differ by rounding from run to run.
+    The kernel takes Gaussians in float32 and bfloat16, up to 128 channels, 64 actions and 128 timesteps, on a
+    GPU. Anything else goes to the reference; so does a student with a categorical task, and the forward mode
+    of float32 in IEEE precision on NVIDIA's GPUs. The kernel adds its sums atomically: they differ by
+    rounding from run to run.
     """
     B, K, C = h.shape
     A2 = weight.shape[2]
     options = (direction, sigma_floor, temperature)
     supported = kernels.available(h, weight, bias, t_mean, t_log_std) and discrete is None
-    supported = supported and kernels.multiplies(h.dtype) and B > 0 and max(K, C, A2) <= 128
+    supported = supported and B > 0 and max(K, C, A2) <= 128
     if not supported or not kernels.fits(h, tiles(K, C, A2 // 2)):
         return head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, *options, discrete)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))

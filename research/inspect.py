@@ -43,6 +43,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import distill
 import kernels
 import model as dt
+import muon
 import teacher
 from kernels import attention, kl, project, triton
 from support import UserError, files
@@ -136,12 +137,16 @@ def kl_case(name: str, B: int, K: int, C: int, dtype: torch.dtype, direction: st
 
 def update_case(name: str, cfg: dt.ModelConfig, surgery: bool) -> Case:
     """Both kernels of a parameter update, 8P and 36P bytes with surgery."""
-    P = len(dt.flatten(dt.DecisionTransformer(cfg)))
+    model = dt.DecisionTransformer(cfg)
+    P = len(dt.flatten(model))
+    n_adamw = P - sum(map(math.prod, muon.shapes(model)))
 
     def launch():
         previous = empty(P) if surgery else None
         alive = empty(dtype=torch.bool)
-        project.project_adamw(empty(P), empty(P), previous, empty(P), empty(P), empty(4), alive)
+        project.project_adamw(
+            empty(P), empty(P), previous, empty(P), empty(P), empty(4), alive, n_adamw=n_adamw
+        )
 
     costs = {"dots": ((8 if surgery else 4) * P, 6 * P), "update": ((36 if surgery else 28) * P, 20 * P)}
     return Case(f"{name}, {P} parameters", launch, costs)
@@ -155,12 +160,13 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     probes = s.probe_windows * len(ACT_DIMS)
     if kernels.multiplies(dtype):
         for name, dropout, T in (("", 0.0, 3 * K), (", dropout", 0.1, 3 * K), (", context 50", 0.0, 150)):
-            yield attention_case(f"teacher{name}", t.batch_size, T, t.n_embd, dtype, dropout)
-            yield attention_case(f"student{name}", s.batch_size, T, s.n_embd, dtype, dropout)
-        yield attention_case("student, one token", s.batch_size, K, s.n_embd, dtype)
-        yield kl_case("gradient", s.batch_size, K, s.n_embd, dtype, s.kl)
+            yield attention_case(f"teacher, three tokens{name}", t.batch_size, T, t.n_embd, dtype, dropout)
+            yield attention_case(f"student, three tokens{name}", s.batch_size, T, s.n_embd, dtype, dropout)
+        yield attention_case("teacher", t.batch_size, K, t.n_embd, dtype)
+        yield attention_case("student", s.batch_size, K, s.n_embd, dtype)
         yield kl_case("tangent", probes, K, s.n_embd, dtype, s.kl)
-        yield kl_case("loss", probes, K, s.n_embd, dtype, s.kl)
+    yield kl_case("gradient", s.batch_size, K, s.n_embd, dtype, s.kl)
+    yield kl_case("loss", probes, K, s.n_embd, dtype, s.kl)
     if dtype == torch.float32:
         of_teacher = dt.ModelConfig(OBS_DIMS[:1], ACT_DIMS[:1], t.n_layer, t.n_head, t.n_embd, K)
         of_student = dt.ModelConfig(OBS_DIMS, ACT_DIMS, s.n_layer, s.n_head, s.n_embd, K)
@@ -293,7 +299,7 @@ def main(cfg: Config) -> None:
     if kernels.MISSING or kernels.INTERPRET:
         reason = f"no {kernels.MISSING} here" if kernels.MISSING else "TRITON_INTERPRET=1 is set; unset it"
         raise UserError(f"the kernels can't be compiled: {reason}")
-    torch.set_float32_matmul_precision("high")  # float32 in TF32; in IEEE precision NVIDIA's GPUs launch none
+    torch.set_float32_matmul_precision("high")  # float32 in TF32; in IEEE precision only KL is launched
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     for gpu in cfg.gpus:

@@ -65,7 +65,7 @@ def assert_sound(row, spilled=0):
 @pytest.mark.parametrize("gpu", ["a100", "h100"])
 def test_rows__products_of_an_update_are_sound(gpu):
     found = rows(gpu, "bfloat16", UPDATE)
-    assert len(found) == 11
+    assert len(found) == 13
     for row in found:
         assert_sound(row)
 
@@ -80,10 +80,16 @@ def test_rows__all_are_sound(gpu, dtype):
 
 
 @triton_needed
-def test_rows__nothing_multiplies_float32_in_ieee_precision():
+def test_rows__in_ieee_precision_kl_spills_nothing_and_attention_is_pytorchs():
     code = CODE.replace('"high"', '"highest"')
-    p = python("-c", code, "h100", "float32", "teacher|student|gradient")
-    assert {row["kernel"] for row in json.loads(p.stdout)} == {"_dots", "_update"}
+    p = python("-c", code, "h100", "float32", "teacher|student|gradient|loss|tangent")
+    found = json.loads(p.stdout)
+    assert {(row["kernel"], row["spilled"]) for row in found} == {
+        ("_dots", 0),
+        ("_update", 0),
+        ("_head_kl", 0),
+    }
+    assert not any("tangent" in row["case"] for row in found)
 
 
 def test_occupancy__by_registers_shared_memory_and_programs():
