@@ -11,7 +11,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from research.markdown import table
+from research.statistics import cell
 
 RESULTS = Path(__file__).parent / "results"
 GRADIENT_SIZES = {
@@ -169,6 +172,44 @@ def processes(
     return table([*columns, *(f"W = {W}" for W in PROCESSES)], lines)
 
 
+# ---- one token a timestep or three -------------------------------------------------------------------------
+
+
+def tokens() -> str:
+    """Teachers by task, then students, of one token and of three: means over seeds, and of their differences.
+
+    Intervals: 95 %, bootstrap over the pairs of one task and seed, tasks being strata.
+    """
+    with open(RESULTS / "tokens.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+
+    def values(model: str, column: str, n_tokens: str) -> np.ndarray:
+        """(tasks, seeds)"""
+        chosen = [row for row in rows if (row["model"], row["tokens"]) == (model, n_tokens)]
+        chosen.sort(key=lambda row: (tasks.index(row["task"]), row["seed"]))
+        return np.array([float(row[column]) for row in chosen]).reshape(len(tasks), -1)
+
+    def line(name: str, one: np.ndarray, three: np.ndarray, digits: int) -> list[str]:
+        strata = list(np.atleast_2d(one - three))
+        difference = cell(lambda x: np.mean([y.mean(-1) for y in x], 0), strata, f"{{:.{digits}f}}")
+        return [name, f"{one.mean():.{digits}f}", f"{three.mean():.{digits}f}", difference]
+
+    lines = []
+    scores = [values("teacher", "score", n) for n in "13"]
+    nlls = [values("teacher", "heldout", n) for n in "13"]
+    retentions = [values("student", "retention", n) for n in "13"]
+    kls = [values("student", "heldout", n) for n in "13"]
+    for i, task in enumerate(tasks):
+        lines.append(line(f"teacher's score, {task}", scores[0][i], scores[1][i], 1))
+    lines.append(line("teacher's score, all", *scores, 1))
+    lines.append(line("teacher's held-out NLL", *nlls, 4))
+    lines.append(line("student's retention, mean", *retentions, 3))
+    lines.append(line("student's retention, worst task", *(x.min(0) for x in retentions), 3))
+    lines.append(line("student's held-out KL", *kls, 4))
+    return table(["", "one token", "three tokens", "difference"], lines)
+
+
 # ---- what was tried ----------------------------------------------------------------------------------------
 
 
@@ -197,6 +238,7 @@ def main() -> None:
         files = exported(run)
         if files:
             print(f"\n{files}")
+    print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):
         device = path.stem.removeprefix("bench_")
         print(f"\n{path.stem}\n\n{speed(device)}")
