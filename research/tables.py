@@ -172,6 +172,36 @@ def processes(
     return table([*columns, *(f"W = {W}" for W in PROCESSES)], lines)
 
 
+# ---- kernels that were compiled, not run -------------------------------------------------------------------
+
+
+def inspected() -> tuple[str, str]:
+    """What an update's kernels compile to for an H100; and registers and spilled bytes on every GPU."""
+    with open(RESULTS / "inspect.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    lines = []
+    of_gpus = {}
+    for row in rows:
+        attention = "tile" in row["kernel"] and "tangent" not in row["kernel"]
+        attention = attention and row["precision"] == "bfloat16" and "dropout" not in row["case"]
+        kl = row["kernel"] == "_head_kl" and row["precision"] == "ieee"
+        update = row["kernel"] in ("_dots", "_update")
+        if not (attention or kl or update):
+            continue
+        name = f"`{row['kernel']}`, {row['case']}"
+        of_gpus.setdefault(name, {})[row["GPU"]] = f"{row['registers']} / {row['spilled']}"
+        if row["GPU"] == "h100":
+            line = [name, row["registers"], row["spilled"], f"{int(row['shared']) / 1024:.0f}"]
+            line += [f"{100 * float(row['occupancy']):.0f} %", row["programs"], row["matrix"]]
+            line += [f"{100 * float(row['wide']):.0f} %", row["bytes"], row["H100 us"]]
+            lines.append(line)
+    columns = ["kernel", "registers", "spilled, B", "shared, KiB", "occupancy", "programs"]
+    columns += ["matrix instructions", "16-byte loads", "bytes / formula", "roofline, µs (computed)"]
+    gpus = list(dict.fromkeys(row["GPU"] for row in rows))
+    by_gpu = [[name, *(found.get(gpu, "") for gpu in gpus)] for name, found in of_gpus.items()]
+    return table(columns, lines), table(["registers / spilled bytes of a thread", *gpus], by_gpu)
+
+
 # ---- one token a timestep or three -------------------------------------------------------------------------
 
 
@@ -238,6 +268,7 @@ def main() -> None:
         files = exported(run)
         if files:
             print(f"\n{files}")
+    print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):
         device = path.stem.removeprefix("bench_")

@@ -110,7 +110,7 @@ def gradients_by_teacher(learner: distill.Learner, batch: data.Batch) -> Tensor:
     )
     rows = []
     for L in sums / counts:
-        pieces = torch.autograd.grad(L, student.parameters(), retain_graph=True)
+        pieces = torch.autograd.grad(L, learner.parameters, retain_graph=True)
         rows.append(torch.cat([x.flatten() for x in pieces]))
     return torch.stack(rows)
 
@@ -260,11 +260,12 @@ def test_main__gives_the_same_log_to_the_bit_for_the_same_seed(teachers, tmp_pat
     assert not np.array_equal(first["loss"], other["loss"])
 
 
-def test_main__without_surgery_is_plain_adamw_on_the_mean_kl(teachers, tmp_path):
+def test_main__without_surgery_and_muon_is_plain_adamw_on_the_mean_kl(teachers, tmp_path):
     """Ten steps of an independent loop, parameter by parameter, give the same student."""
     clip = 5.0  # below the first norms, above the last: AdamW alone would not see their scale
     options = {"grad_clip": clip, "lr": 4e-3, "top": 0.25, "dtype": "float32", "log_interval": 100}
-    distilled(teachers, tmp_path, steps=10, surgery="none", curriculum="all", **options)
+    options |= {"optimizer": "adamw", "surgery": "none", "curriculum": "all"}
+    distilled(teachers, tmp_path, steps=10, **options)
     got, _ = dt.load(tmp_path)
     w = windows([dt.load(directory)[0] for directory in teachers], top=0.25)
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ def test_results__has_the_tables_that_are_printed(printed):
 
 def test_speed__has_the_tables_that_are_printed(printed):
     lines = printed.splitlines()
-    for title in ("All rows", "Several processes"):
+    for title in ("All rows", "Several processes", "Kernels inspected without a GPU"):
         of_section = rows(section(SPEED, title))
         assert len(of_section) >= 3, title
         assert [row for row in of_section if row not in lines] == [], title

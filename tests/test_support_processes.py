@@ -165,7 +165,7 @@ def test_job__agrees_to_the_bit_in_every_update_and_with_one_process(world_and_v
 
 def gradient_beyond_rounding(model):
     """(P,) bool: not the keys' biases, whose gradient is rounding alone, which AdamW enlarges."""
-    parts = [np.full(x.numel(), "qkv.bias" not in name) for name, x in model.named_parameters()]
+    parts = [np.full(x.numel(), "qkv.bias" not in name) for name, x in dt.flat_order(model).items()]
     return np.concatenate(parts)
 
 

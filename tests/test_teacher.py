@@ -42,10 +42,11 @@ def test_main__lowers_the_held_out_nll(tmp_path):
     assert log["heldout_nll"][-1] < log["heldout_nll"][0] - 0.1
 
 
-def test_main__is_plain_adamw_on_the_nll(tmp_path):
+def test_main__without_muon_is_plain_adamw_on_the_nll(tmp_path):
     """Ten steps of an independent loop, parameter by parameter, give the same teacher."""
     clip = 30.0  # the norms lie on both sides of it: AdamW alone would not see their scale
-    trained(tmp_path, steps=10, warmup=5, lr=4e-3, grad_clip=clip, dtype="float32")
+    options = {"optimizer": "adamw", "lr": 4e-3, "dtype": "float32"}
+    trained(tmp_path, steps=10, warmup=5, grad_clip=clip, **options)
     got, _ = dt.load(tmp_path)
     d = data.load(NAME)
     w = data.Windows([d.train], [d.task], 6)
