@@ -22,6 +22,17 @@ rounds; a row of the CSV holds the median.
     attention  batch heads  forward and backward, T 60, C 128
     kl         teachers     forward and backward from the hidden states, batch 256, C 64
     processes  processes    an update of teacher and of student, each process with as many windows
+    optimizer  model        an update of teacher.py and distill.py, by optimizer and tokens a timestep
+
+Three rows train until a held-out loss is as low as the one that a contender ends with, which `size` names.
+Their time is the process's CPU time on a CPU, as the optimizer row's, without imports, loading, the teachers'
+targets, and measuring the held-out loss. Each contender trains once, from seed 0.
+
+    to-nll           our teacher, and Decision Transformers of others, trained as they document it; hopper
+    teacher-to-nll   today's defaults, those before, and what Muon and one token do by themselves
+    student-to-kl    the same of a student of --teachers
+
+    python -m research.bench --what student-to-kl --teachers out/teacher-hopper out/teacher-halfcheetah
 
 A "copy" moves the bytes that our operation has to move at least: its time over ours is the share of the
 memory's bandwidth in use.
@@ -32,6 +43,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import math
 import os
 import resource
@@ -41,8 +53,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,6 +94,9 @@ class Config:
     threads: int = 1  # of torch, on a CPU
     rounds: int = 5  # that a row is the median of
     seconds: float = 0.5  # about how long a contender runs in a round
+    updates: int = 1000  # of other libraries' training, in the row to-nll
+    interval: int = 25  # updates between held-out losses, where contenders train
+    teachers: tuple[str, ...] = ()  # runs of teacher.py for the row student-to-kl; none: it is left out
     out: str = ""  # default: research/results/bench_<device>.csv
 
 
@@ -101,16 +117,22 @@ def table(n: int = STEPS, obs_dim: int = O, act_dim: int = A) -> np.ndarray:
     return torch.cat((states, actions, rtg[:, None], timesteps[:, None]), 1).numpy()
 
 
-def sampler(device: str, batch: int) -> Callable[[], tuple[Tensor, ...]]:
+def sampler(
+    device: str, batch: int, columns: tuple[Tensor, ...] = (), padding: bool = True
+) -> Callable[[], tuple[Tensor, ...]]:
     """Batches of windows for peers that leave sampling to their user: one gather, as ours.
 
-    Each call gives states (B, K, O), actions (B, K, A), returns-to-go, timesteps and mask (B, K).
+    Each call gives states (B, K, O), actions (B, K, A), returns-to-go, timesteps and mask (B, K). columns: as
+    `episodes` gives, which is the default. padding: also of windows that begin before their episode does.
     """
-    columns = [x.to(device) for x in episodes()]
+    columns = [x.to(device) for x in columns or episodes()]
     steps_back = torch.arange(K - 1, -1, -1, device=device)
+    last_rows = torch.arange(K, len(columns[0]), device=device)
+    if not padding:
+        last_rows = last_rows[columns[3][K:] >= K - 1]
 
     def sample() -> tuple[Tensor, ...]:
-        last_row = torch.randint(K, STEPS, (batch,), device=device)
+        last_row = last_rows[torch.randint(len(last_rows), (batch,), device=device)]
         rows = last_row[:, None] - steps_back
         states, actions, rtg, timesteps = [x[rows] for x in columns]
         return states, actions, rtg, timesteps, steps_back <= timesteps[:, -1:]
@@ -145,10 +167,10 @@ def task(i: int = 0, obs_dim: int = O, act_dim: int = A) -> "data.Task":
 # ---- teacher -----------------------------------------------------------------------------------------------
 
 
-def teacher_model(dropout: float = 0.0) -> "dt.DecisionTransformer":
+def teacher_model(dropout: float = 0.0, tokens: int = 3) -> "dt.DecisionTransformer":
     import model as dt
 
-    sizes = {"n_layer": LAYERS, "n_head": 1, "n_embd": C, "context": K, "dropout": dropout}
+    sizes = {"n_layer": LAYERS, "n_head": 1, "n_embd": C, "tokens": tokens, "context": K, "dropout": dropout}
     return dt.DecisionTransformer(dt.ModelConfig((O,), (A,), **sizes))
 
 
@@ -208,22 +230,31 @@ def huggingface() -> torch.nn.Module:
     return DecisionTransformerModel(config)
 
 
-def huggingface_teacher(device: str, dtype: str, size: str) -> Step:
-    model = huggingface().to(device).train()
-    sample = sampler(device, int(size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
+def huggingface_actions(
+    model: torch.nn.Module, states: Tensor, actions: Tensor, rtg: Tensor, timesteps: Tensor, mask: Tensor
+) -> Tensor:
+    """(B, K, A): what it predicts, of windows as `sampler` gives them."""
+    return model(
+        states=states,
+        actions=actions,
+        rewards=None,
+        returns_to_go=rtg[..., None],
+        timesteps=timesteps,
+        attention_mask=mask.long(),
+    ).action_preds
 
+
+def huggingface_update(
+    model: torch.nn.Module,
+    sample: Callable[[], tuple[Tensor, ...]],
+    optimizer: torch.optim.Optimizer,
+    dtype: str,
+) -> Step:
     def step() -> None:
-        states, actions, rtg, timesteps, mask = sample()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            predicted = model(
-                states=states,
-                actions=actions,
-                rewards=None,
-                returns_to_go=rtg[..., None],
-                timesteps=timesteps,
-                attention_mask=mask.long(),
-            ).action_preds
+        windows = sample()
+        _, actions, _, _, mask = windows
+        with torch.autocast(windows[0].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            predicted = huggingface_actions(model, *windows)
         loss = (predicted[mask].float() - actions[mask]).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -231,6 +262,12 @@ def huggingface_teacher(device: str, dtype: str, size: str) -> Step:
         optimizer.step()
 
     return step
+
+
+def huggingface_teacher(device: str, dtype: str, size: str) -> Step:
+    model = huggingface().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
+    return huggingface_update(model, sampler(device, int(size)), optimizer, dtype)
 
 
 def d3rlpy_teacher(device: str, dtype: str, size: str, compile_graph: bool = False) -> Step:
@@ -317,12 +354,16 @@ def huggingface_rollout(device: str, dtype: str, size: str) -> Step:
 
 
 def acting_model(size: str) -> "tuple[dt.DecisionTransformer, data.Task]":
-    """The "teacher" of hopper or the "student" of three tasks, and hopper, the first task of both."""
+    """The "teacher" of hopper or the "student" of three tasks, with today's number of tokens a timestep; and
+    hopper, the first task of both."""
+    import distill
     import model as dt
+    import teacher
 
     if size == "teacher":
-        return teacher_model().eval(), task()
-    cfg = dt.ModelConfig((O, 17, 17), (A, 6, 6), n_layer=2, n_head=1, n_embd=64, context=K)
+        return teacher_model(tokens=teacher.Config.tokens).eval(), task()
+    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 64, "tokens": distill.Config.tokens, "context": K}
+    cfg = dt.ModelConfig((O, 17, 17), (A, 6, 6), **sizes)
     return dt.DecisionTransformer(cfg).eval(), task()
 
 
@@ -376,8 +417,9 @@ def products_of_acting(device: str, dtype: str, size: str) -> Step:
     actor = policy.Actor(model.to(device), 0, 1, EPISODE)
     factors = [(1, actor.embed)]  # rows on the left, and the matrix on the right
     for i, (qkv, _, proj, _, fc, _, out, _) in enumerate(actor.blocks):
-        n = 1 if i == len(actor.blocks) - 1 else 6  # of the last block, one token's output is read
-        factors += [(6, qkv), (n, proj), (n, fc), (n, out)]
+        n_tokens = 2 * model.cfg.tokens  # of a timestep, in two windows
+        n = 1 if i == len(actor.blocks) - 1 else n_tokens  # of the last block, one token's output is read
+        factors += [(n_tokens, qkv), (n, proj), (n, fc), (n, out)]
     factors.append((1, actor.head[0]))
     pairs = [(torch.randn(n, len(weight)).to(device), weight) for n, weight in factors]
 
@@ -409,7 +451,7 @@ def ours_distil(device: str, dtype: str, size: str, **options: Any) -> Step:
     tables = [table(2000, t.obs_dim, t.act_dim) for t in tasks]
     windows = data.Windows(tables, tasks, K, device, targets=True)
     windows.table[:, -2 * windows.A :].uniform_(-1, 0)
-    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 64, "context": K}
+    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 64, "tokens": cfg.tokens, "context": K}
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     student.bfloat16 = dtype == "bfloat16"
     learner = distill.Learner(cfg, student, [], windows, torch.Generator(device).manual_seed(0))
@@ -422,6 +464,302 @@ def ours_distil(device: str, dtype: str, size: str, **options: Any) -> Step:
         learner.step(i)
 
     return step
+
+
+def by_optimizer(device: str, dtype: str, size: str, **options: Any) -> Step:
+    """An update of distill.py's "student" of three teachers, or of teacher.py's "teacher"."""
+    if size == "student":
+        return ours_distil(device, dtype, "3", **options)
+    import data
+    import teacher
+
+    cfg = teacher.Config(steps=20_000, device=device, dtype=dtype, **options)
+    windows = data.Windows([table()], [task()], cfg.context, device)
+    generator = torch.Generator(device).manual_seed(0)
+    model = teacher_model(tokens=cfg.tokens).to(device)
+    model.bfloat16 = dtype == "bfloat16"
+    learner = teacher.Learner(cfg, model, windows, generator, discrete=False)
+    steps = itertools.cycle(range(cfg.steps))
+
+    def step() -> None:
+        if next(steps) == 0:
+            learner.state["done"].zero_()
+        learner.step()
+
+    return step
+
+
+# ---- training to a held-out loss ---------------------------------------------------------------------------
+
+# these were the defaults; today's are teacher.Config and distill.Config themselves
+TEACHER_BEFORE = {"optimizer": "adamw", "tokens": 3, "lr": 3e-3, "steps": 5000, "batch_size": 32}
+STUDENT_BEFORE = {"optimizer": "adamw", "tokens": 3, "lr": 8e-3, "steps": 4000, "batch_size": 64}
+BATCH = 64  # of every peer
+
+
+class Training:
+    """A training run. Calling it is an update, of which the first builds all that is trained.
+
+    steps: updates in all. build: returns an update and the held-out loss, two functions.
+    """
+
+    def __init__(self, steps: int, build: Callable[[], tuple[Step, Callable[[], float]]]):
+        self.steps = steps
+        self.build = build
+        self.done = 0  # updates
+
+    def __call__(self) -> None:
+        if self.done == 0:
+            self.update, self.held_out = self.build()
+        self.update()
+        self.done += 1
+
+
+def write_folder(folder: Path, cfg: Config, name: str = "hopper") -> None:
+    """What the contenders of a training row read: settings.json, and data.npz for the peers, who lack Minari.
+
+    data.npz: a built-in dataset's training timesteps as `episodes` has them, and 256 held-out windows as
+    `sampler` gives them, the ones that teacher.py measures; returns-to-go in thousands, as peers scale them.
+    """
+    import data
+
+    dataset = data.load(name)
+    of_task = [dataset.task]
+    held_out = data.Windows([dataset.held_out], of_task, K).spread(256)
+    thousands = dataset.task.rtg_scale / 1000
+    train = torch.from_numpy(dataset.train)
+    states, actions, rtg, timesteps = train.tensor_split([O, O + A, O + A + 1], dim=1)
+    arrays = {
+        "states": states,
+        "actions": actions,
+        "rtg": rtg[:, 0] * thousands,
+        "timesteps": timesteps[:, 0].long(),
+    }
+    for field in ("states", "actions", "rtg", "timesteps", "mask"):
+        arrays[f"held_{field}"] = getattr(held_out, field)
+    arrays["held_rtg"] = held_out.rtg * thousands
+    np.savez(folder / "data.npz", **arrays)
+    teachers = [str(Path(x).resolve()) for x in cfg.teachers]
+    files.write_json(folder / "settings.json", {"updates": cfg.updates, "teachers": teachers})
+
+
+def settings(folder: str) -> dict[str, Any]:
+    """A training row's `updates` of the peers, and `teachers`."""
+    return json.loads((Path(folder) / "settings.json").read_bytes())
+
+
+def offline_data(folder: str, device: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Of data.npz: states, actions, returns-to-go, timesteps; and these and the mask of held-out windows."""
+    arrays = {name: torch.from_numpy(x).to(device) for name, x in np.load(Path(folder) / "data.npz").items()}
+    names = ("states", "actions", "rtg", "timesteps")
+    return tuple(arrays[x] for x in names), tuple(arrays[f"held_{x}"] for x in (*names, "mask"))
+
+
+def nll_of_means(mean: Tensor, actions: Tensor, mask: Tensor) -> float:
+    """Nats a dimension, of Gaussians about means (B, K, A) with the one sigma for each action dimension that
+    makes it lowest on these very actions: what a model that predicts means alone could claim at best.
+    """
+    variance = (mean - actions)[mask].square().mean(0)  # (A,)
+    return 0.5 * (2 * math.pi * math.e * variance).log().mean().item()
+
+
+def ours_training(device: str, dtype: str, folder: str, **options: Any) -> Training:
+    """teacher.py's own loop on hopper, with these fields of its Config."""
+    import data
+    import teacher
+
+    cfg = teacher.Config(device=device, dtype=dtype, **options)
+    dataset = data.load(cfg.env, cfg.seed)
+    windows = data.Windows([dataset.train], [dataset.task], cfg.context, device)
+    held_out = data.Windows([dataset.held_out], [dataset.task], cfg.context, device).spread(256)
+
+    def build() -> tuple[Step, Callable[[], float]]:
+        learner = teacher.make_learner(cfg, dataset, windows)
+
+        @torch.no_grad()
+        def nll() -> float:
+            learner.model.eval()
+            held = learner.nll(held_out).item()
+            learner.model.train()
+            return held
+
+        return learner.step, nll
+
+    return Training(cfg.steps, build)
+
+
+def student_training(device: str, dtype: str, folder: str, **options: Any) -> Training:
+    """distill.py's own loop, with these fields of its Config; its loss is the mean over teachers."""
+    import distill
+    import teacher
+
+    cfg = distill.Config(device=device, dtype=dtype, teachers=settings(folder)["teachers"], **options)
+    found = teacher.find(cfg)
+    models = [t.model for t in found]
+    tasks = [t.task for t in found]
+    windows, held_out = distill.load_windows(cfg, tasks, models[0].cfg.context)
+    distill.cache_targets(models, windows)
+    targets = distill.live_targets(models, held_out)
+
+    def build() -> tuple[Step, Callable[[], float]]:
+        student, generator = distill.make_student(cfg, tasks, models)
+        learner = distill.Learner(cfg, student, models, windows, generator)
+        distance = distill.Distance(cfg, student)
+        steps = itertools.count()
+
+        @torch.no_grad()
+        def kl() -> float:
+            student.eval()
+            held = distance(held_out, targets).mean().item()
+            student.train()
+            return held
+
+        return lambda: learner.step(next(steps)), kl
+
+    return Training(cfg.steps, build)
+
+
+def huggingface_training(device: str, dtype: str, folder: str) -> Training:
+    """As in huggingface.co/blog/train-decision-transformers, without Trainer's own work: a tenth of the
+    updates warms up, then the learning rate falls to zero.
+    """
+    import transformers  # noqa: F401  its import is not timed
+
+    from support import training
+
+    steps = settings(folder)["updates"]
+    columns, held_out = offline_data(folder, device)
+
+    def build() -> tuple[Step, Callable[[], float]]:
+        torch.manual_seed(0)
+        model = huggingface().to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
+        update = huggingface_update(model, sampler(device, BATCH, columns), optimizer, dtype)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: training.learning_rate(step, steps, 1.0, max(1, steps // 10))
+        )
+
+        def step() -> None:
+            update()
+            schedule.step()
+
+        @torch.no_grad()
+        def nll() -> float:
+            model.eval()
+            mean = huggingface_actions(model, *held_out)
+            model.train()
+            return nll_of_means(mean, held_out[1], held_out[4])
+
+        return step, nll
+
+    return Training(steps, build)
+
+
+def d3rlpy_training(device: str, dtype: str, folder: str) -> Training:
+    """As in its reproductions/offline/decision_transformer.py, whose states, too, are normalised and whose
+    rewards are in thousands. Of its 100,000 updates 10,000 warm up; here the same share does.
+    """
+    import d3rlpy
+
+    steps = settings(folder)["updates"]
+    (states, actions, rtg, timesteps), held_out = offline_data(folder, "cpu")
+    ends = timesteps.roll(-1) == 0  # rows before an episode's first, and the last: row 0 is a first one
+    rewards = rtg - rtg.roll(-1).where(~ends, 0.0)
+    arrays = [x.numpy() for x in (states, actions, rewards[:, None], ends.float())]
+    states, actions, rtg, timesteps, mask = [x.to(device) for x in held_out]
+
+    def build() -> tuple[Step, Callable[[], float]]:
+        d3rlpy.seed(0)
+        dataset = d3rlpy.dataset.MDPDataset(*arrays)
+        optimizer = d3rlpy.optimizers.AdamWFactory(
+            weight_decay=1e-4,
+            clip_grad_norm=0.25,
+            lr_scheduler_factory=d3rlpy.optimizers.WarmupSchedulerFactory(max(1, steps // 10)),
+        )
+        config = d3rlpy.algos.DecisionTransformerConfig(
+            batch_size=BATCH,
+            learning_rate=1e-4,
+            optim_factory=optimizer,
+            encoder_factory=d3rlpy.models.VectorEncoderFactory([C], exclude_last_activation=True),
+            context_size=K,
+            num_heads=1,
+            num_layers=LAYERS,
+            max_timestep=EPISODE,
+        )
+        algo = config.create(device=device)
+        algo.build_with_dataset(dataset)
+        model = algo.impl.modules.transformer
+
+        @torch.no_grad()
+        def nll() -> float:
+            model.eval()  # its update switches back; its timesteps count from 1
+            mean = model(states, actions, rtg[..., None], (timesteps + 1) * mask, 1 - mask.float())
+            return nll_of_means(mean, actions, mask)
+
+        return lambda: algo.update(dataset.sample_trajectory_batch(BATCH, length=K)), nll
+
+    return Training(steps, build)
+
+
+def torchrl_training(device: str, dtype: str, folder: str) -> Training:
+    """As in its sota-implementations/decision_transformer (dt.py, dt_config.yaml), without its replay buffer.
+
+    Its model has no mask: it trains on full windows, as there, and held-out ones are moved to the left. Of
+    its 55,000 updates 10,000 warm up; here the same share does.
+    """
+    from tensordict import TensorDict
+    from tensordict.nn import TensorDictModule
+    from torchrl.modules import DTActor, ProbabilisticActor, TanhDelta
+    from torchrl.objectives import DTLoss
+
+    steps = settings(folder)["updates"]
+    columns, (states, actions, rtg, _, mask) = offline_data(folder, device)
+    rows = torch.arange(len(mask), device=device)[:, None]
+    first = (~mask).sum(1, keepdim=True)
+    left = rows, (torch.arange(K, device=device) + first) % K
+    inputs = ["observation_cat", "action_cat", "return_to_go_cat"]
+
+    def build() -> tuple[Step, Callable[[], float]]:
+        torch.manual_seed(0)
+        sizes = {"n_embd": C, "n_layer": LAYERS, "n_head": 1, "n_inner": 4 * C, "n_positions": 1024}
+        sizes |= {"activation": "relu", "resid_pdrop": 0.1, "attn_pdrop": 0.1}
+        actor = ProbabilisticActor(
+            TensorDictModule(DTActor(O, A, sizes).to(device), in_keys=inputs, out_keys=["param"]),
+            in_keys=["param"],
+            out_keys=["action"],
+            distribution_class=TanhDelta,
+            distribution_kwargs={"low": -1.0, "high": 1.0},
+        )
+        loss_module = DTLoss(actor, loss_function="l2")
+        loss_module.set_keys(action_target="action_cat")
+        parameters = list(loss_module.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=1e-4, weight_decay=5e-4, eps=1e-8)
+        warmup = max(1, steps * 10_000 // 55_000)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1))
+        sample = sampler(device, BATCH, columns, padding=False)
+
+        def windows(*tensors: Tensor) -> TensorDict:
+            return TensorDict(dict(zip(inputs, tensors, strict=True)), batch_size=len(tensors[0]))
+
+        def step() -> None:
+            states, actions, rtg, _, _ = sample()
+            loss = loss_module(windows(states, actions, rtg[..., None]))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.25)
+            optimizer.step()
+            schedule.step()
+
+        @torch.no_grad()
+        def nll() -> float:
+            actor.eval()
+            mean = actor(windows(states[left], actions[left], rtg[left][..., None]))["action"]
+            actor.train()
+            return nll_of_means(mean, actions[left], mask[left])
+
+        return step, nll
+
+    return Training(steps, build)
 
 
 def job(contender: Callable[[str, str], Step], device: str, dtype: str, size: str) -> Step:
@@ -687,6 +1025,29 @@ class Row(NamedTuple):
     cpu_sizes: tuple[str, ...]
     gpu_sizes: tuple[str, ...]
     contenders: dict[str, Contender]  # ratios are to the first
+    cpu_time: bool = False  # of the process, on a CPU: other programs hardly disturb it
+    targets: tuple[
+        str, ...
+    ] = ()  # contenders whose last held-out loss the others train to; none: they only step
+
+
+def training_row(contenders: dict[str, Contender], *targets: str) -> Row:
+    """Ratios are to the target's own time."""
+    return Row((), (), contenders, cpu_time=True, targets=targets)
+
+
+def changes(make: MakeStep, before: dict[str, Any]) -> dict[str, Contender]:
+    """Our training with the defaults before, with today's, and with one of the two changes.
+
+    Muon alone has today's learning rate and updates, one token alone has those of before.
+    """
+    options = {
+        "before": before,
+        "Muon": {"optimizer": "muon", "tokens": 3},
+        "one token": {**before, "tokens": 1},
+        "today": {},
+    }
+    return {name: Contender(functools.partial(make, **x), BOTH) for name, x in options.items()}
 
 
 BOTH = ("float32", "bfloat16")
@@ -759,6 +1120,21 @@ ROWS = {
         "teacher": Contender(functools.partial(job, functools.partial(ours_teacher, size="64"))),
         "student": Contender(functools.partial(job, functools.partial(NOVELTY, size="3")), HALF),
     }),
+    "optimizer": Row(*2 * (("teacher", "student"),), {
+        "AdamW, 3 tokens": Contender(functools.partial(by_optimizer, optimizer="adamw", tokens=3), BOTH),
+        "Muon, 3 tokens": Contender(functools.partial(by_optimizer, optimizer="muon", tokens=3), BOTH),
+        "AdamW, 1 token": Contender(functools.partial(by_optimizer, optimizer="adamw", tokens=1), BOTH),
+        "Muon, 1 token": Contender(functools.partial(by_optimizer, optimizer="muon", tokens=1), BOTH),
+    }, cpu_time=True),
+    "to-nll": training_row({
+        "huggingface": Contender(huggingface_training, peer=True),
+        "d3rlpy": Contender(d3rlpy_training, peer=True),
+        "torchrl": Contender(torchrl_training, peer=True),
+        "today": Contender(ours_training, BOTH),
+        "before": Contender(functools.partial(ours_training, **TEACHER_BEFORE), BOTH),
+    }, "huggingface", "d3rlpy", "torchrl"),
+    "teacher-to-nll": training_row(changes(ours_training, TEACHER_BEFORE), "before"),
+    "student-to-kl": training_row(changes(student_training, STUDENT_BEFORE), "before"),
 }  # fmt: skip
 
 
@@ -766,25 +1142,41 @@ ROWS = {
 
 
 def work(what: str, name: str, dtype: str, size: str, device: str, threads: str) -> None:
-    """Run n steps for each number n on stdin; print their seconds and the largest memory so far, in MiB."""
+    """Run n steps for each number n on stdin; print their seconds and the largest memory so far, in MiB.
+
+    Of a training run also its held-out loss, updates done and in all; it takes no more than these.
+    """
     torch.set_num_threads(int(threads))
     contender = ROWS[what].contenders[name]
     if not contender.peer:
         machine.keep_freed_memory()  # as our scripts do
     step = contender.make(device, dtype, size)
     on_gpu = device.startswith("cuda")
+    clock = time.process_time if ROWS[what].cpu_time and not on_gpu else time.perf_counter
     for line in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(int(line)):
+        n = int(line)
+        if isinstance(step, Training):
+            n = min(n, step.steps - step.done)
+        start = clock()
+        for _ in range(n):
             step()
         if on_gpu:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         if on_gpu:
             memory = torch.cuda.max_memory_allocated() / 2**20
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        print(f"bench: {seconds} {memory}", flush=True)
+        training = f"{step.held_out()} {step.done} {step.steps}" if isinstance(step, Training) else ""
+        print(f"bench: {seconds} {memory} {training}", flush=True)
+
+
+class Point(NamedTuple):
+    """Where a training run stands."""
+
+    seconds: float  # since its start
+    held_out: float  # loss
+    updates: int
 
 
 class Runner:
@@ -799,25 +1191,42 @@ class Runner:
         self.process = subprocess.Popen(self.command, cwd=ROOT, text=True, **pipes)
         self.ms = []  # per step, of each round
         self.memory = 0.0  # MiB
+        self.curve: list[Point] = []  # of a training run
+        self.finished = False
 
     def warm_up(self, seconds: float) -> bool:
         """The first steps, and how many take so long; False where the contender does not run here."""
         for _ in range(2):  # the first builds and compiles
             measured = self.turn(3)
         if measured is None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
             return False
-        self.n_steps = max(1, int(seconds / measured[0]))
+        self.n_steps = max(1, int(seconds / measured[0] * 3))
         return True
 
     def take_turn(self) -> None:
         """A round's steps."""
         seconds, self.memory = self.turn(self.n_steps)
-        self.ms.append(1e3 * seconds)
+        self.ms.append(1e3 * seconds / self.n_steps)
 
-    def turn(self, n: int) -> tuple[float, float] | None:
-        """Seconds a step, of n steps, and the process's memory; None where it has ended."""
+    def train(self, n: int) -> bool:
+        """n updates more, and the held-out loss; False where the process has ended."""
+        measured = self.turn(n)
+        if measured is None:
+            self.kill()
+            return False
+        seconds, self.memory, held_out, done, steps = measured
+        before = self.curve[-1].seconds if self.curve else 0.0
+        self.curve.append(Point(before + seconds, held_out, int(done)))
+        self.finished = done == steps
+        return True
+
+    def reached(self, loss: float) -> Point:
+        """Where a training run's held-out loss was first as low; its end where it never was."""
+        return next((point for point in self.curve if point.held_out <= loss), self.curve[-1])
+
+    def turn(self, n: int) -> list[float] | None:
+        """What `work` prints after n steps; None where the process has ended."""
         try:
             self.process.stdin.write(f"{n}\n")
             self.process.stdin.flush()
@@ -825,9 +1234,12 @@ class Runner:
             return None
         for line in self.process.stdout:  # libraries print there too
             if line.startswith("bench: "):
-                seconds, memory = map(float, line.split()[1:])
-                return seconds / n, memory
+                return [float(x) for x in line.split()[1:]]
         return None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -837,22 +1249,32 @@ class Runner:
 # ---- taking turns ------------------------------------------------------------------------------------------
 
 
-def start(what: str, size: str, device: str, cfg: Config) -> list[Runner]:
-    """The processes of the contenders that run here, warmed up; says which do not."""
+def launch(what: str, size: str, device: str, cfg: Config) -> list[Runner]:
+    """The processes of a row's contenders."""
     runners = []
     for name, contender in ROWS[what].contenders.items():
         python = cfg.peers if contender.peer else sys.executable
         if python:
             for dtype in contender.dtypes:
                 runners.append(Runner(python, name, dtype, what, size, device, cfg.threads))
+    return runners
+
+
+def start(what: str, size: str, device: str, cfg: Config) -> list[Runner]:
+    """The processes of the contenders that run here, warmed up; says which do not."""
     ready = []
-    for runner in runners:
+    for runner in launch(what, size, device, cfg):
         if runner.warm_up(cfg.seconds):
             ready.append(runner)
         else:
-            command = f"cd {shlex.quote(str(ROOT))}; echo 1 | {shlex.join(runner.command)}"
-            print(f"{what} {size}: {runner.name} {runner.dtype} does not run here; to see why: {command}")
+            say_why(runner, f"{what} {size}")
     return ready
+
+
+def say_why(runner: Runner, row: str) -> None:
+    """Print how to see why a contender does not run."""
+    command = f"cd {shlex.quote(str(ROOT))}; echo 1 | {shlex.join(runner.command)}"
+    print(f"{row}: {runner.name} {runner.dtype} does not run here; to see why: {command}")
 
 
 def race(what: str, size: str, device: str, cfg: Config) -> list[dict[str, Any]]:
@@ -882,11 +1304,67 @@ def race(what: str, size: str, device: str, cfg: Config) -> list[dict[str, Any]]
     return rows
 
 
+def race_to_loss(what: str, folder: Path, device: str, cfg: Config) -> list[dict[str, Any]]:
+    """The rows of a training row: the time of each contender to the loss that each target ends with."""
+    targets = ROWS[what].targets
+    runners = launch(what, str(folder), device, cfg)
+    training = list(runners)
+    while training:
+        for runner in list(training):
+            if not runner.train(cfg.interval):
+                say_why(runner, what)
+                runners.remove(runner)
+            if runner not in runners or runner.finished:
+                training.remove(runner)
+        if not any(runner.name in targets for runner in training):
+            lowest = min((r.curve[-1].held_out for r in runners if r.name in targets), default=math.inf)
+            training = [r for r in training if r.reached(lowest).held_out > lowest]
+    rows = []
+    for target in runners:
+        if target.name not in targets:
+            continue
+        peer = ROWS[what].contenders[target.name].peer
+        others = [r for r in runners if r.name not in targets and (peer or r.dtype == target.dtype)]
+        loss = target.curve[-1].held_out
+        for runner in [target, *others]:
+            point = runner.reached(loss)
+            ms = f"{1e3 * point.seconds:.4g}"
+            row = {
+                "what": what,
+                "size": target.name,
+                "contender": runner.name,
+                "dtype": runner.dtype,
+                **dict.fromkeys(("ms", "lowest", "highest"), ms),
+                "ratio": f"{point.seconds / target.reached(loss).seconds:.3f}",
+                "memory_mib": round(runner.memory),
+                "updates": point.updates,
+                "held_out": f"{point.held_out:.4f}",
+                "target": f"{loss:.4f}",
+            }
+            rows.append(row)
+    for runner in runners:
+        runner.close()
+    return rows
+
+
+def races(what: str, device: str, cfg: Config) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each size in turn."""
+    if not ROWS[what].targets:
+        for size in ROWS[what].cpu_sizes if device == "cpu" else ROWS[what].gpu_sizes:
+            yield race(what, size, device, cfg)
+    elif what == "student-to-kl" and not cfg.teachers:
+        print(f"{what}: left out, for it needs --teachers")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(Path(folder), cfg)
+            yield race_to_loss(what, Path(folder), device, cfg)
+
+
 def main(cfg: Config) -> None:
     """Measure the rows asked for; those not measured again stay in the CSV, with where they were measured."""
     from support import cli
 
-    cli.at_least(cfg, threads=1, rounds=1, seconds=0)
+    cli.at_least(cfg, threads=1, rounds=1, seconds=0, updates=1, interval=1)
     machine.check_device(cfg.device)
     unknown = set(cfg.what) - set(ROWS)
     if unknown:
@@ -900,8 +1378,8 @@ def main(cfg: Config) -> None:
     measured_on["threads"] = cfg.threads
     rows = [row for row in read(path) if cfg.what and row["what"] not in cfg.what]
     for what in cfg.what or ROWS:
-        for size in ROWS[what].cpu_sizes if device == "cpu" else ROWS[what].gpu_sizes:
-            for row in race(what, size, device, cfg):
+        for of_size in races(what, device, cfg):
+            for row in of_size:
                 rows.append({**row, **measured_on})
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
             write(path, rows)
@@ -927,16 +1405,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows in the order of ROWS."""
+    """The rows in the order of ROWS; what only training rows have comes last, and is empty elsewhere."""
     if not rows:
         return
     text = io.StringIO()
-    out = csv.DictWriter(text, rows[0])
+    fields = [name for name in dict.fromkeys(itertools.chain(*rows)) if name not in OF_TRAINING]
+    out = csv.DictWriter(text, [*fields, *OF_TRAINING], restval="")
     out.writeheader()
     out.writerows(sorted(rows, key=lambda row: list(ROWS).index(row["what"])))
     files.write(path, text.getvalue().encode())
 
 
+OF_TRAINING = ("updates", "held_out", "target")  # losses: where the time was taken, and to be reached
 PANELS = {"teachers": "teachers N", "surgery": "parameters", "update": "parameters", "kl": "teachers N"}
 
 
