@@ -22,6 +22,13 @@ GRADIENT_SIZES = {
     "student": 111_140 + 4 * 3,
 }  # numbers that an update's all-reduce sums
 PROCESSES = (8, 64, 1000)
+CHANGES = {  # in the rows that train to the same loss, and in the row `optimizer`
+    "before": "AdamW, 3 tokens",
+    "Muon": "Muon, 3 tokens",
+    "one token": "AdamW, 1 token",
+    "today": "Muon, 1 token",
+}
+TRAINING = {"teacher": "teacher-to-nll", "student": "student-to-kl"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,7 +129,11 @@ def speed(device: str) -> str:
     rows = read_bench(device)
     out = []
     for what in dict.fromkeys(row["what"] for row in rows):
-        out += [speed_table(what, [row for row in rows if row["what"] == what]), ""]
+        of_kind = [row for row in rows if row["what"] == what]
+        make = training_table if of_kind[0].get("target") else speed_table
+        out += [make(what, of_kind), ""]
+    if any(row["what"] in TRAINING.values() for row in rows):
+        out += [changes(rows), ""]
     machines = {(row["device"], row["threads"], row["torch"], row["commit"]) for row in rows}
     for name, threads, torch, commit in sorted(machines):
         out.append(f"{name}, threads: {threads}, torch {torch}, commit {commit}.")
@@ -144,6 +155,59 @@ def speed_table(what: str, rows: list[dict[str, str]]) -> str:
     if what == "teachers":  # of the last contender
         lines.append(["MiB", *(cells[contender, dtype, size]["memory_mib"] for size in sizes)])
     return table([f"{what}, ms", *sizes], lines)
+
+
+def training_table(what: str, rows: list[dict[str, str]]) -> str:
+    """A line for each contender and each loss to be reached: CPU seconds, updates, how many times as fast."""
+    lines = []
+    for row in rows:
+        itself = row["contender"] == row["size"]
+        line = ["" if itself else row["size"], f"{row['contender']}, {row['dtype']}", row["target"]]
+        line += [seconds(row), row["updates"], "1" if itself else times(row)]
+        lines.append(line)
+    return table([f"{what}: loss of", "who trains", "loss", "s", "updates", "times as fast"], lines)
+
+
+def reached(row: dict[str, str]) -> bool:
+    """Whether a training row's contender came to the loss."""
+    return float(row["held_out"]) <= float(row["target"])
+
+
+def seconds(row: dict[str, str]) -> str:
+    """A training row's seconds; where its loss stayed above the target, where it ended."""
+    s = f"{float(row['ms']) / 1000:.3g}"
+    return s if reached(row) else f"not in {s}: ends at {float(row['held_out']):.3f}"
+
+
+def times(row: dict[str, str]) -> str:
+    """How many times as fast as the target a contender was; nothing where it did not come to the loss."""
+    return f"{1 / float(row['ratio']):.2f}" if reached(row) else ""
+
+
+def changes(rows: list[dict[str, str]]) -> str:
+    """What Muon, one token a timestep and both gave: times as fast an update, and to the loss of before."""
+    found = {(r["what"], r["size"], r["contender"], r["dtype"]): r for r in rows}
+    lines = []
+    for model, what in TRAINING.items():
+        for name, contender in CHANGES.items():
+            for dtype in ("float32", "bfloat16"):
+                update = found.get(("optimizer", model, contender, dtype))
+                before = found.get(("optimizer", model, CHANGES["before"], dtype))
+                training = found.get((what, "before", name, dtype))
+                if name == "before" or not (update or training):
+                    continue
+                line = [f"{model}, {dtype}", "both: today" if name == "today" else name]
+                line.append(f"{float(before['ms']) / float(update['ms']):.2f}" if update else "")
+                line += [times(training) or seconds(training), training["updates"]] if training else ["", ""]
+                lines.append(line)
+    columns = [
+        "what each change gave",
+        "",
+        "times as fast an update",
+        "times as fast to the same loss",
+        "updates",
+    ]
+    return table(columns, lines)
 
 
 def processes(
