@@ -623,7 +623,8 @@ def huggingface_training(device: str, dtype: str, folder: str) -> Training:
     """As in huggingface.co/blog/train-decision-transformers, without Trainer's own work: a tenth of the
     updates warms up, then the learning rate falls to zero.
     """
-    import transformers  # noqa: F401  its import is not timed
+    import torch._dynamo  # the first optimizer would, in time that is measured
+    from transformers import DecisionTransformerModel  # noqa: F401
 
     from support import training
 
@@ -660,6 +661,7 @@ def d3rlpy_training(device: str, dtype: str, folder: str) -> Training:
     rewards are in thousands. Of its 100,000 updates 10,000 warm up; here the same share does.
     """
     import d3rlpy
+    import torch._dynamo  # likewise
 
     steps = settings(folder)["updates"]
     (states, actions, rtg, timesteps), held_out = offline_data(folder, "cpu")
@@ -707,10 +709,12 @@ def torchrl_training(device: str, dtype: str, folder: str) -> Training:
     Its model has no mask: it trains on full windows, as there, and held-out ones are moved to the left. Of
     its 55,000 updates 10,000 warm up; here the same share does.
     """
+    import torch._dynamo  # likewise
     from tensordict import TensorDict
     from tensordict.nn import TensorDictModule
     from torchrl.modules import DTActor, ProbabilisticActor, TanhDelta
     from torchrl.objectives import DTLoss
+    from transformers import GPT2Model  # noqa: F401  which DTActor is made of
 
     steps = settings(folder)["updates"]
     columns, (states, actions, rtg, _, mask) = offline_data(folder, device)
@@ -1308,17 +1312,11 @@ def race_to_loss(what: str, folder: Path, device: str, cfg: Config) -> list[dict
     """The rows of a training row: the time of each contender to the loss that each target ends with."""
     targets = ROWS[what].targets
     runners = launch(what, str(folder), device, cfg)
-    training = list(runners)
-    while training:
-        for runner in list(training):
+    while behind := [r for r in runners if not r.finished and trains_on(r, runners, targets)]:
+        for runner in behind:
             if not runner.train(cfg.interval):
                 say_why(runner, what)
                 runners.remove(runner)
-            if runner not in runners or runner.finished:
-                training.remove(runner)
-        if not any(runner.name in targets for runner in training):
-            lowest = min((r.curve[-1].held_out for r in runners if r.name in targets), default=math.inf)
-            training = [r for r in training if r.reached(lowest).held_out > lowest]
     rows = []
     for target in runners:
         if target.name not in targets:
@@ -1347,13 +1345,22 @@ def race_to_loss(what: str, folder: Path, device: str, cfg: Config) -> list[dict
     return rows
 
 
+def trains_on(runner: Runner, runners: list[Runner], targets: tuple[str, ...]) -> bool:
+    """A target trains to its end, another only while some target's held-out loss is lower."""
+    if runner.name in targets or not runner.curve:
+        return True
+    lowest = min((r.curve[-1].held_out for r in runners if r.name in targets), default=math.inf)
+    return runner.reached(lowest).held_out > lowest
+
+
 def races(what: str, device: str, cfg: Config) -> Iterator[list[dict[str, Any]]]:
     """The rows of each size in turn."""
+    needed = {"to-nll": "peers", "student-to-kl": "teachers"}.get(what)
     if not ROWS[what].targets:
         for size in ROWS[what].cpu_sizes if device == "cpu" else ROWS[what].gpu_sizes:
             yield race(what, size, device, cfg)
-    elif what == "student-to-kl" and not cfg.teachers:
-        print(f"{what}: left out, for it needs --teachers")
+    elif needed and not getattr(cfg, needed):
+        print(f"{what}: left out, for it needs --{needed}")
     else:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), cfg)
