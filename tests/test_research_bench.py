@@ -364,13 +364,13 @@ def test_tables__show_what_each_change_gave():
         rows.append(dict(zip(of_update, ("optimizer", "student", name, "float32", str(ms)), strict=True)))
     assert tables.changes(rows).splitlines()[2:] == [
         "| student, float32 | Muon | 0.91 | 2.50 | 1500 |",
-        "| student, float32 | one token |  | not in 96: ends at 0.060 | 4000 |",
+        "| student, float32 | one token | | not in 96: ends at 0.060 | 4000 |",
         "| student, float32 | both: today | 2.00 | 5.00 | 1600 |",
     ]
     assert tables.training_table("student-to-kl", rows[:3]).splitlines()[2:] == [
-        "|  | before, float32 | 0.0470 | 200 | 4000 | 1 |",
+        "| | before, float32 | 0.0470 | 200 | 4000 | 1 |",
         "| before | Muon, float32 | 0.0470 | 80 | 1500 | 2.50 |",
-        "| before | one token, float32 | 0.0470 | not in 96: ends at 0.060 | 4000 |  |",
+        "| before | one token, float32 | 0.0470 | not in 96: ends at 0.060 | 4000 | |",
     ]
 
 
