@@ -158,18 +158,25 @@ def to_onnx(step: Step, batch: int) -> bytes:
 def quantised(blob: bytes) -> bytes:
     """The file with weights in 8 bits, activations scaled as they come (onnxruntime's dynamic quantisation).
 
-    Of Gemm and MatMul alone: the Attention that onnxruntime quantises is not ONNX's.
+    Of Gemm and MatMul alone: the Attention that onnxruntime quantises is not ONNX's. Those before the first
+    LayerNormalization stay: they read numbers in the environment's units, of any scale.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load_from_string(blob)
+    nodes = model.graph.node
+    before = nodes[: [node.op_type for node in nodes].index("LayerNormalization")]
+    # a Gemm becomes a MatMul and an Add first
+    kept = [name for node in before for name in (node.name, f"{node.name}_MatMul")]
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp) / "int8.onnx"
         logging.disable(logging.WARNING)  # it advises a preprocessing that changes nothing here
         try:
             quantize_dynamic(
-                onnx.load_from_string(blob),
+                model,
                 path,
+                nodes_to_exclude=kept,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 weight_type=QuantType.QInt8,
             )

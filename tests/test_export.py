@@ -25,6 +25,7 @@ import policy
 from conftest import ROOT
 from support import UserError
 
+OF_ALL_SCALES = dataclasses.replace(HOPPER, obs_std=[0.01] * 4 + [2.0] * 3 + [100.0] * 4)
 EXAMPLE = str(ROOT / "examples/act_onnx.py")
 
 
@@ -50,9 +51,9 @@ class Run:
         return json.loads((self.home / f"{name}.json").read_text())
 
 
-def saved_run(home: Path, tasks: list[data.Task]) -> Run:
+def saved_run(home: Path, tasks: list[data.Task], tokens: int = 3) -> Run:
     """A student of these tasks, and a score of its teacher in hopper."""
-    cfg = dt.ModelConfig.of(tasks, n_layer=2, n_head=2, n_embd=32, context=7)
+    cfg = dt.ModelConfig.of(tasks, n_layer=2, n_head=2, n_embd=32, context=7, tokens=tokens)
     m = make(cfg)
     for p in m.parameters():  # biases too, which begin at zero
         p.data += 0.1 * torch.randn_like(p)
@@ -64,7 +65,7 @@ def saved_run(home: Path, tasks: list[data.Task]) -> Run:
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory) -> Run:
     """A run of one task and its files, evaluated. An export takes seconds: the fast tests share this one."""
-    run = saved_run(tmp_path_factory.mktemp("hopper"), [HOPPER])
+    run = saved_run(tmp_path_factory.mktemp("hopper"), [OF_ALL_SCALES], tokens=1)
     run.write_files(int8=True, eval_episodes=3)
     return run
 
@@ -171,7 +172,7 @@ def test_quantised__is_smaller_and_close(hopper):
 
 def test_exported__keeps_context_and_return_to_go_as_policy_does(hopper):
     rng = np.random.default_rng(0)
-    ours = policy.Policy.of(hopper.model, HOPPER, 0)
+    ours = policy.Policy.of(hopper.model, OF_ALL_SCALES, 0)
     theirs = export.Exported(hopper.session("hopper.onnx"), hopper.step())
     ours.reset(target_return=500, episodes=4)
     theirs.reset(target_return=500, episodes=4)
@@ -205,7 +206,7 @@ def test_act_onnx__needs_neither_torch_nor_this_project(hopper, tmp_path):
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     printed = printed_return(["-c", code, EXAMPLE, str(hopper.home / "hopper.onnx")], tmp_path)
-    returns, _ = evaluate.rollout(hopper.model, HOPPER, 0, 300.0, 4, evaluate.SEED)
+    returns, _ = evaluate.rollout(hopper.model, OF_ALL_SCALES, 0, 300.0, 4, evaluate.SEED)
     # to the digit that is printed: these episodes are too short for rounding to grow
     assert printed == pytest.approx(returns.mean(), abs=0.06)
 
@@ -270,7 +271,7 @@ def test_main__writes_a_card_with_all_that_acting_needs(hopper):
         "action_type": "float32",
         "action_low": [-1.0] * 3,
         "action_high": [1.0] * 3,
-        "memory": 2 * 2 * 2 * 3 * 7 * 32,  # keys and values, blocks, windows, rows, channels
+        "memory": 2 * 2 * 2 * 7 * 32,  # keys and values, blocks, windows, rows, channels
         "batch": "any",
         "parameters_of_the_whole_model": hopper.model.n_params,
         "measured": None,
