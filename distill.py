@@ -11,8 +11,6 @@ do where the gradient conflicts with the last update (surgery.py). The run's dir
 log.csv (a row per update), metrics.json, the model and plots.png.
 """
 
-import support  # isort: skip # noqa: F401 - before torch is imported
-
 import dataclasses
 import functools
 import json
@@ -561,12 +559,14 @@ def train(
     checkpoint = Checkpoint(out, cfg, learner.state, generators, meta["tasks"], settings)
     first, csv = checkpoint.restore()
     rows = UpdateLog(cfg, learner.record, [t.name for t in tasks], csv, first, checkpoint)
+    threads = training.Threads(learner.theta.device)
     silent = True if processes.rank() else None
     bar = tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=silent)
     with bar, checkpoint:
         for step in range(first, cfg.steps):
             try:
-                learner.step(step)
+                with threads:
+                    learner.step(step)
                 bar.update()
                 due = step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
                 if due and not processes.rank():

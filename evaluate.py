@@ -10,8 +10,6 @@ D4RL's constants where there are any, else of the dataset's lowest and highest r
 Also used by teacher.py, distill.py, export.py, report.py and research/study.py.
 """
 
-import support  # isort: skip # noqa: F401 - before torch is imported
-
 import dataclasses
 import os
 import sys

@@ -17,8 +17,6 @@ examples/act_onnx.py acts with numpy and onnxruntime alone. The JSON file beside
 sizes, environment, target returns, the run's metrics, and each file's largest difference from the model.
 """
 
-import support  # isort: skip # noqa: F401 - before torch is imported
-
 import contextlib
 import dataclasses
 import importlib.util

@@ -8,8 +8,6 @@ The run's directory, out/teacher-<task>, then holds config.json, log.csv, metric
 distill.py loads teachers, and trains those that are missing, by `find`.
 """
 
-import support  # isort: skip # noqa: F401 - before torch is imported
-
 import dataclasses
 import math
 from collections.abc import Callable
@@ -241,11 +239,13 @@ def train(
     settings = run_directory.settings(cfg)
     checkpoint = Checkpoint(out, cfg, learner.state, generators, dataclasses.asdict(task), settings)
     first, csv = checkpoint.restore()
+    threads = training.Threads(learner.theta.device)
     silent = True if processes.rank() else None
     bar = tqdm(total=cfg.steps, initial=first, unit="step", desc=f"teacher {task.name}", disable=silent)
     with bar, checkpoint:
         for step in range(first, cfg.steps):
-            learner.step()
+            with threads:
+                learner.step()
             bar.update()
             due = (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
             if due and not processes.rank():

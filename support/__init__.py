@@ -17,13 +17,6 @@ host_table     data too large for the training device
 collect        the built-in datasets, collected with the policies in behaviours/
 """
 
-import os
-
-# How often PyTorch's threads look for each other before they sleep. libgomp reads it when torch is imported,
-# hence scripts import support first. By default they spin for milliseconds, even beside other programs.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line with the value and the remedy, exit code 2."""

@@ -1,11 +1,15 @@
-"""What teacher.py and distill.py share in their training loops: learning-rate schedule and CUDA graphs."""
+"""What teacher.py and distill.py share in their training loops: learning rates, CUDA graphs, CPU threads."""
 
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 WARM_UP_CALLS = 3  # of a function before it is captured
+PERIOD = 200  # updates between trials of numbers of threads
+TRIALS = 5  # updates of each
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -57,3 +61,39 @@ def captured(f: Callable[[], None], state: list[Tensor], generator: torch.Genera
         x.copy_(value)
     generator.set_state(seed)
     return replay
+
+
+class Threads:
+    """The threads of updates on a CPU: all, half of them or one, whichever is the fastest now.
+
+    PyTorch's threads wait for each other in every operation. Beside another busy process one of them is late
+    each time, and one thread alone is two to three times as fast. So each number is tried for a few of every
+    PERIOD updates. Used as `with threads:` around an update.
+    """
+
+    def __init__(self, device: torch.device | str):
+        most = torch.get_num_threads()
+        counts = {most, max(1, most // 2), 1} if torch.device(device).type == "cpu" else {most}
+        self.counts = sorted(counts, reverse=True)
+        self.seconds: dict[int, list[float]] = {}  # of each number's last trials
+        self.n_updates = 0
+
+    def __enter__(self) -> None:
+        if len(self.counts) > 1:
+            n_threads = self._trial() or min(self.counts, key=lambda n: statistics.median(self.seconds[n]))
+            if n_threads != torch.get_num_threads():
+                torch.set_num_threads(n_threads)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        n_threads = self._trial()
+        if n_threads:
+            if self.n_updates % PERIOD % TRIALS == 0:
+                self.seconds[n_threads] = []
+            self.seconds[n_threads].append(time.perf_counter() - self.start)
+        self.n_updates += 1
+
+    def _trial(self) -> int | None:
+        """The number of threads that this update tries; None: it is no trial."""
+        i = self.n_updates % PERIOD // TRIALS
+        return self.counts[i] if i < len(self.counts) else None

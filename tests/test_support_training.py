@@ -53,3 +53,44 @@ def test_captured__returns_the_function_itself_where_capturing_fails(monkeypatch
     assert "no CUDA graph here (operation not permitted" in capsys.readouterr().out
     assert not total.any()
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
+
+
+# ---- threads -----------------------------------------------------------------------------------------------
+
+
+def test_threads__takes_the_number_that_is_fastest_now(monkeypatch):
+    """Of 8: 4 where all are late, 1 where 4 are too, all again when the machine is idle."""
+    n_threads = 8
+    now = 0.0
+
+    def set_num_threads(n):
+        nonlocal n_threads
+        n_threads = n
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    threads = training.Threads("cpu")
+    for seconds, fastest in (
+        ({8: 3.0, 4: 1.0, 1: 2.0}, 4),
+        ({8: 9.0, 4: 5.0, 1: 2.0}, 1),
+        ({8: 0.5, 4: 1.0, 1: 2.0}, 8),
+    ):
+        taken = []
+        for _ in range(training.PERIOD):
+            with threads:
+                now += seconds[n_threads]
+                taken.append(n_threads)
+        n = training.TRIALS
+        assert taken[: 3 * n] == [8] * n + [4] * n + [1] * n
+        assert set(taken[3 * n :]) == {fastest}
+
+
+@pytest.mark.parametrize(("device", "most"), [("cuda", 8), ("cpu", 1)])
+def test_threads__leaves_one_thread_and_a_gpu_alone(device, most, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: most)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail("set"))
+    threads = training.Threads(device)
+    for _ in range(3 * training.PERIOD):
+        with threads:
+            pass
