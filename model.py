@@ -344,25 +344,27 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Decision
         if hashlib.blake2b(blob).hexdigest() != meta["blake2b"]:
             raise ValueError("model.safetensors is not the file that model.json was written for")
         weights = safetensors.torch.load(blob)
-        _check_layout(meta["config"])
+        _check_layout(path, meta["config"])
         cfg = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
         _check_sizes(cfg, meta["config"], weights)
         model = DecisionTransformer(cfg)
         model.load_state_dict(weights)
-    except UserError as e:
-        raise UserError(f"the model in {path} is {e}") from None
+    except UserError:
+        raise
     except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise UserError(f"the model in {path} is damaged ({reason}); train it again") from None
     return model.to(device).eval(), meta
 
 
-def _check_layout(config):
+def _check_layout(path, config):
     """Raise UserError where model.json gives a model that this version does not know."""
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     unknown = {k: v for k, v in config.items() if k not in known or (k == "tokens" and v not in (1, 3))}
     if unknown:
-        raise UserError(f"of another layout ({unknown}); load it with the version that wrote it")
+        raise UserError(
+            f"the model in {path} is of another layout ({unknown}); load it with the version that wrote it"
+        )
 
 
 def _check_sizes(cfg, given, weights):

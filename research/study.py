@@ -77,11 +77,7 @@ Spec = dict[str, Any]  # a run to be made: study_rows.KEY, weights, teachers, wo
 
 @dataclasses.dataclass
 class Config:
-    cases: tuple[str, ...] = (
-        DEFAULTS,
-        "builtin",
-        "conflict",
-    )  # sets of tasks; thirdparty, many need their datasets
+    cases: tuple[str, ...] = (DEFAULTS, "builtin", "conflict")  # thirdparty, many need their datasets
     only: tuple[str, ...] = ()  # variants; default: all
     without: tuple[str, ...] = ()  # variants to leave out
     budgets: tuple[str, ...] = ("updates", "half", "time", "acting")  # as listed above
