@@ -384,6 +384,7 @@ ELSEWHERE = {  # commands that take long, or need another package: where they ar
     "-m research.study": "test_research_study.py",
     "-m research.bench": "test_research_bench.py",
     "-m research.behaviour": "test_research_behaviour.py",
+    "-m research.inspect": "test_research_inspect.py",
     "-m research.tables": "test_research_tables.py",
 }
 
