@@ -559,14 +559,12 @@ def train(
     checkpoint = Checkpoint(out, cfg, learner.state, generators, meta["tasks"], settings)
     first, csv = checkpoint.restore()
     rows = UpdateLog(cfg, learner.record, [t.name for t in tasks], csv, first, checkpoint)
-    threads = training.Threads(learner.theta.device)
     silent = True if processes.rank() else None
     bar = tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=silent)
-    with bar, checkpoint:
+    with bar, checkpoint, training.Threads(learner.theta.device) as threads:
         for step in range(first, cfg.steps):
             try:
-                with threads:
-                    learner.step(step)
+                threads(learner.step, step)
                 bar.update()
                 due = step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
                 if due and not processes.rank():

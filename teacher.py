@@ -239,13 +239,11 @@ def train(
     settings = run_directory.settings(cfg)
     checkpoint = Checkpoint(out, cfg, learner.state, generators, dataclasses.asdict(task), settings)
     first, csv = checkpoint.restore()
-    threads = training.Threads(learner.theta.device)
     silent = True if processes.rank() else None
     bar = tqdm(total=cfg.steps, initial=first, unit="step", desc=f"teacher {task.name}", disable=silent)
-    with bar, checkpoint:
+    with bar, checkpoint, training.Threads(learner.theta.device) as threads:
         for step in range(first, cfg.steps):
-            with threads:
-                learner.step()
+            threads(learner.step)
             bar.update()
             due = (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
             if due and not processes.rank():

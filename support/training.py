@@ -68,30 +68,43 @@ class Threads:
 
     PyTorch's threads wait for each other in every operation. Beside another busy process one of them is late
     each time, and one thread alone is two to three times as fast. So each number is tried for a few of every
-    PERIOD updates. Used as `with threads:` around an update.
+    PERIOD updates. Used as `with Threads(device) as threads:` around the loop, which calls
+    `threads(update, ...)`; afterwards there are as many as before.
     """
 
     def __init__(self, device: torch.device | str):
-        most = torch.get_num_threads()
-        counts = {most, max(1, most // 2), 1} if torch.device(device).type == "cpu" else {most}
+        self.most = torch.get_num_threads()
+        counts = {self.most}
+        if torch.device(device).type == "cpu":
+            counts |= {max(1, self.most // 2), 1}
         self.counts = sorted(counts, reverse=True)
         self.seconds: dict[int, list[float]] = {}  # of each number's last trials
         self.n_updates = 0
 
-    def __enter__(self) -> None:
-        if len(self.counts) > 1:
-            n_threads = self._trial() or min(self.counts, key=lambda n: statistics.median(self.seconds[n]))
-            if n_threads != torch.get_num_threads():
-                torch.set_num_threads(n_threads)
-        self.start = time.perf_counter()
+    def __enter__(self) -> "Threads":
+        return self
 
     def __exit__(self, *_) -> None:
+        self._set(self.most)
+
+    def __call__(self, update: Callable[..., None], *args) -> None:
         n_threads = self._trial()
-        if n_threads:
+        if n_threads is None:
+            self._set(min(self.counts, key=lambda n: statistics.median(self.seconds[n])))
+            update(*args)
+        else:
+            self._set(n_threads)
             if self.n_updates % PERIOD % TRIALS == 0:
                 self.seconds[n_threads] = []
-            self.seconds[n_threads].append(time.perf_counter() - self.start)
+            start = time.perf_counter()
+            update(*args)
+            self.seconds[n_threads].append(time.perf_counter() - start)
         self.n_updates += 1
+
+    @staticmethod
+    def _set(n_threads):
+        if n_threads != torch.get_num_threads():
+            torch.set_num_threads(n_threads)
 
     def _trial(self) -> int | None:
         """The number of threads that this update tries; None: it is no trial."""
