@@ -229,9 +229,10 @@ class Learner:
     def gradient(self, losses: Losses) -> Tensor:
         """(P,) of all processes' losses; (n, P), a row for each teacher in the batch, for surgery.EACH."""
         if self.cfg.surgery in surgery.EACH:
+            parameters = tuple(dt.flat_order(self.student).values())
             rows = []
             for i in losses.share.nonzero().flatten():
-                g_i = torch.autograd.grad(losses.local[i], self.parameters, retain_graph=True)
+                g_i = torch.autograd.grad(losses.local[i], parameters, retain_graph=True)
                 rows.append(torch.cat([x.reshape(-1) for x in g_i]))
             g = torch.stack(rows)
         else:
@@ -285,7 +286,6 @@ class Learner:
         device = self.windows.size.device
         N = len(self.student.cfg.act_dims)
         self.theta = dt.flatten(self.student)  # (P,)
-        self.parameters = list(dt.flat_order(self.student).values())
         self.matrices = muon.shapes(self.student) if cfg.optimizer == "muon" else []
         self.u = torch.zeros_like(self.theta.data)  # (P,) the previous update's gradient, after surgery
         self.m = torch.zeros_like(self.theta.data)  # (P,) the optimiser's moments

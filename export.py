@@ -80,9 +80,8 @@ class Step(torch.nn.Module):
         actor.t = timestep
         actor.caches = list(memory.view(-1, *self.shape).unbind(1))  # each (B, 2, nh, rows, hs)
         if task.discrete:
-            index = (last_action - task.first_action).clamp(
-                0, task.act_dim - 1
-            )  # at timestep 0 it may be any
+            # at timestep 0 it may be any
+            index = (last_action - task.first_action).clamp(0, task.act_dim - 1)
             last_action = torch.eye(task.act_dim)[index]
         action = actor.step(actor.time_embeddings(timestep), observation, return_to_go, last_action)
         next_memory = torch.cat([cache.flatten(1) for cache in actor.caches], 1)
@@ -102,13 +101,11 @@ class Step(torch.nn.Module):
         task = self.task
         actor = self.actor
         action, rtg, state = actor.embed.double().split((task.act_dim, 1, task.obs_dim))
-        std = torch.tensor(task.obs_std).double()
-        actor.embed_bias = actor.embed_bias - (
-            (torch.tensor(task.obs_mean).double() / std) @ state
-        ).float().view(actor.embed_bias.shape)
+        mean, std = torch.tensor((task.obs_mean, task.obs_std), dtype=torch.float64)
+        of_mean = (mean / std @ state).float()
+        actor.embed_bias = actor.embed_bias - of_mean.view(actor.embed_bias.shape)
         if not task.discrete:
-            low = torch.tensor(task.act_low).double()
-            high = torch.tensor(task.act_high).double()
+            low, high = torch.tensor((task.act_low, task.act_high), dtype=torch.float64)
             at_zero = (-(high + low) / (high - low) @ action).float()
             place, begins, *others = actor.phase_tables
             actor.phase_tables = (place + (1 - begins) * at_zero, begins, *others)

@@ -33,26 +33,26 @@ def shapes(model: DecisionTransformer) -> Shapes:
     return [(4 * L, C, C), (L, 4 * C, C), (L, C, 4 * C)]
 
 
-def orthogonal(x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = COEFFICIENTS) -> Tensor:
+def orthogonal(x: Tensor) -> Tensor:
     """x (n, r, c) -> each matrix with its singular values brought near 1, by Newton-Schulz iterations.
 
     In bfloat16 on a GPU, where that suffices and is fast; in float32 on a CPU, where bfloat16 may be slow.
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT, coefficients).mT
+        return orthogonal(x.mT).mT
     dtype = x.dtype
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     if x.is_cuda:
         x = x.bfloat16()
     elif x.shape[1] < x.shape[2]:
-        return _by_gram(x, coefficients)
-    for a, b, c in coefficients:
+        return _by_gram(x)
+    for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.to(dtype)
 
 
-def _by_gram(x, coefficients):
+def _by_gram(x):
     """The same, of wide x in fewer and smaller products: what multiplies x comes of its Gram matrix alone.
 
     x_k = q_k x and x_k x_k^T = q_k (x x^T) q_k: all of (n, r, r). Its rounding errors grow with the square of
@@ -60,7 +60,7 @@ def _by_gram(x, coefficients):
     """
     gram = x @ x.mT
     product = None
-    for a, b, c in coefficients:
+    for a, b, c in COEFFICIENTS:
         q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         q.diagonal(dim1=1, dim2=2).add_(a)
         product = q if product is None else q @ product
@@ -69,27 +69,25 @@ def _by_gram(x, coefficients):
 
 
 def step(
-    theta: Tensor,  # (P,), and so the next four
+    theta: Tensor,
     g: Tensor,
     u: Tensor | None,
     m: Tensor,
     v: Tensor,
-    schedule: Tensor,  # (4,)
-    alive: Tensor,  # () bool
-    kappa: Tensor | None = None,  # ()
-    on: Tensor | None = None,  # () bool
     *,
+    schedule: Tensor,
+    alive: Tensor,
     shapes: Shapes = (),
     weight_decay: float = 0.0,
     **options,
 ) -> Tensor:
-    """One update in place; arguments and result (5,) as in kernels.project.project_adamw_ref.
+    """One update in place; arguments, options and result (5,) as in kernels.project.project_adamw_ref.
 
     Of the matrices at the end, m is the momentum, and v what is made orthogonal.
     """
     start = len(g) - sum(map(math.prod, shapes))
     options |= {"weight_decay": weight_decay, "n_adamw": start}
-    stats = project_adamw(theta, g, u, m, v, schedule, alive, kappa, on, **options)
+    stats = project_adamw(theta, g, u, m, v, schedule, alive, **options)
     lr = schedule[0] * alive
     for shape in shapes:
         part = slice(start, start + math.prod(shape))

@@ -202,14 +202,12 @@ class Actor:
         """`act` as export.py traces it: with the time embeddings given, (nC,) or (E, nC)."""
         C = self.cfg.n_embd
         phase = self._phase()
-        x = torch.addmm(time, torch.cat((actions, rtg[:, None], states), 1), self.embed)[
-            :, None
-        ]  # (E, 1, nC)
+        x = torch.addmm(time, torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, nC)
         place = phase.place
         if self.cfg.tokens == 1:  # of three, a mask hides the action before a window
             before = actions @ self.embed[: actions.shape[1]]
             place = place - phase.begins * before[:, None]
-        x = (x + place).view(-1, C)  # (2nE, C)
+        x = (x[:, None] + place).view(-1, C)  # (2nE, C)
         x = torch.layer_norm(x, (C,), *self.ln_in)
         for i in range(len(self.blocks)):
             x = self._block(i, x, phase)

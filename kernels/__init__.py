@@ -62,7 +62,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
     NVIDIA's have no IEEE float32, PyTorch's default: Triton would write out such products number by number,
     and 14 KB a thread would not fit the registers. With three TF32 products in place of each, 10 KB would not
-    (docs/speed.md).
+    (docs/log.md).
     """
     return INTERPRET or dtype == torch.bfloat16 or precision() == "tf32" or torch.version.hip is not None
 

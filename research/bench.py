@@ -1030,9 +1030,8 @@ class Row(NamedTuple):
     gpu_sizes: tuple[str, ...]
     contenders: dict[str, Contender]  # ratios are to the first
     cpu_time: bool = False  # of the process, on a CPU: other programs hardly disturb it
-    targets: tuple[
-        str, ...
-    ] = ()  # contenders whose last held-out loss the others train to; none: they only step
+    # contenders whose last held-out loss the others train to; none: they only step
+    targets: tuple[str, ...] = ()
 
 
 def training_row(contenders: dict[str, Contender], *targets: str) -> Row:

@@ -36,9 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes())
 
 
-def read_bench(device: str) -> list[dict[str, str]]:
-    """The rows of bench_<device>.csv."""
-    with open(RESULTS / f"bench_{device}.csv", newline="") as f:
+def read_rows(name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file in research/results/."""
+    with open(RESULTS / name, newline="") as f:
         return list(csv.DictReader(f))
 
 
@@ -126,7 +126,7 @@ def exported(run: str) -> str:
 
 def speed(device: str) -> str:
     """The benchmark's rows as tables, one for each kind of row, and what they were taken on."""
-    rows = read_bench(device)
+    rows = read_rows(f"bench_{device}.csv")
     out = []
     for what in dict.fromkeys(row["what"] for row in rows):
         of_kind = [row for row in rows if row["what"] == what]
@@ -218,7 +218,7 @@ def processes(
     A ring all-reduce has each of W processes send 2 (W - 1) / W of the gradient's bytes.
     """
     ms = {}
-    for row in read_bench(device):
+    for row in read_rows(f"bench_{device}.csv"):
         if row["what"] == "processes":
             ms[row["contender"], row["size"]] = float(row["ms"])
     lines = []
@@ -241,8 +241,7 @@ def processes(
 
 def inspected() -> tuple[str, str]:
     """What an update's kernels compile to for an H100; and registers and spilled bytes on every GPU."""
-    with open(RESULTS / "inspect.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = read_rows("inspect.csv")
     lines = []
     of_gpus = {}
     for row in rows:
@@ -274,8 +273,7 @@ def tokens() -> str:
 
     Intervals: 95 %, bootstrap over the pairs of one task and seed, tasks being strata.
     """
-    with open(RESULTS / "tokens.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = read_rows("tokens.csv")
     tasks = list(dict.fromkeys(row["task"] for row in rows))
 
     def values(model: str, column: str, n_tokens: str) -> np.ndarray:

@@ -22,9 +22,7 @@ Surgery = Callable[..., tuple[Tensor, Tensor]]  # (g, u, kappa) -> (g, next u), 
 
 BUILTIN = ("hopper", "halfcheetah", "walker2d", "ant")
 THIRDPARTY = tuple(f"thirdparty/{task}/trpo-replay-v0" for task in BUILTIN)  # docs/results.md: nothing tuned
-DEFAULTS = (
-    "defaults"  # the case whose teachers and students are those of teacher.py's and distill.py's defaults
-)
+DEFAULTS = "defaults"  # the case of teachers and students as teacher.py and distill.py make them by default
 FIRST_TEACHER = {"optimizer": "adamw", "tokens": 3, "lr": 3e-3, "steps": 5000}  # of all other cases
 FIRST_STUDENT = {"optimizer": "adamw", "tokens": 3}
 CASES = {

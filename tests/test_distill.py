@@ -110,7 +110,7 @@ def gradients_by_teacher(learner: distill.Learner, batch: data.Batch) -> Tensor:
     )
     rows = []
     for L in sums / counts:
-        pieces = torch.autograd.grad(L, learner.parameters, retain_graph=True)
+        pieces = torch.autograd.grad(L, tuple(dt.flat_order(student).values()), retain_graph=True)
         rows.append(torch.cat([x.flatten() for x in pieces]))
     return torch.stack(rows)
 

@@ -73,7 +73,7 @@ def flat_update(theta, state, g, t, lr, **options):
     schedule = torch.tensor([lr, 1 - 0.9**t, 1 - 0.999**t, t])
     alive = torch.ones((), dtype=torch.bool)
     with torch.no_grad():
-        muon.step(theta, g, None, *state, schedule, alive, weight_decay=0.1, **options)
+        muon.step(theta, g, None, *state, schedule=schedule, alive=alive, weight_decay=0.1, **options)
 
 
 def test_step__is_pytorchs_muon_and_adamw_in_float32(monkeypatch):
@@ -119,12 +119,13 @@ def test_step__changes_nothing_from_a_gradient_that_is_not_finite_on(bad):
     alive = torch.ones((), dtype=torch.bool)
     schedule = torch.tensor([0.1, 0.1, 0.001, 1])
     g = torch.randn_like(theta.data)
+    options = {"schedule": schedule, "alive": alive, "shapes": muon.shapes(m), "weight_decay": 0.1}
     with torch.no_grad():
-        muon.step(theta, g, None, *state, schedule, alive, shapes=muon.shapes(m), weight_decay=0.1)
+        muon.step(theta, g, None, *state, **options)
         before = [x.detach().clone() for x in (theta, *state)]
         g[-1] = bad
         for _ in range(2):
-            muon.step(theta, g, None, *state, schedule, alive, shapes=muon.shapes(m), weight_decay=0.1)
+            muon.step(theta, g, None, *state, **options)
             g = torch.randn_like(theta.data)
     assert not alive
     assert all(map(torch.equal, before, (theta.data, *state)))
