@@ -339,6 +339,14 @@ class Distance:
         sums, counts = self.sums(batch, targets, theta)
         return sums / counts.clamp_min(1)
 
+    @torch.no_grad()
+    def held_out(self, batch: data.Batch, targets: Tensor) -> list[float]:
+        """L (N,) in float32, as the student will act."""
+        self.student.eval()
+        held = self(batch, targets).tolist()
+        self.student.train()
+        return held
+
     def sums(self, batch: data.Batch, targets: Tensor, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """sums (N,) over the batch's timesteps of each teacher, and counts (N,) of them.
 
@@ -461,14 +469,7 @@ def main(cfg: Config) -> None:
         held_out_targets = live_targets(models, held_out)
     learner = Learner(cfg, student, models, windows, generator)
     kl = Distance(dataclasses.replace(cfg, loss="kl"), student)
-
-    @torch.no_grad()
-    def held_out_kl():
-        student.eval()  # in float32, as it will act
-        held = kl(held_out, held_out_targets).tolist()
-        student.train()
-        return held
-
+    held_out_kl = functools.partial(kl.held_out, held_out, held_out_targets)
     meta = {"tasks": [dataclasses.asdict(t) for t in tasks]}
     with clock("train"):
         checkpoint = train(cfg, out, learner, tasks, meta, held_out_kl)

@@ -9,6 +9,7 @@ distill.py loads teachers, and trains those that are missing, by `find`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,14 @@ class Learner:
         """() in nats, mean over valid timesteps and action dimensions."""
         return dt.mean_nll(*self.model(0, *batch[1:6]), batch.actions, batch.mask, self.discrete)
 
+    @torch.no_grad()
+    def held_out_nll(self, batch: data.Batch) -> float:
+        """The same as the teacher will act: without dropout, in float32."""
+        self.model.eval()
+        nll = self.nll(batch).item()
+        self.model.train()
+        return nll
+
     def update(self) -> None:
         """One update, in which nothing waits for the device."""
         batch = self.windows.sample(self.cfg.batch_size, self.share, self.generator)
@@ -169,14 +178,7 @@ def main(cfg: Config) -> Path:
         held_out = data.Windows([dataset.held_out], [task], cfg.context, device, cfg.data_device).spread(256)
     learner = make_learner(cfg, dataset, windows)
     model = learner.model
-
-    @torch.no_grad()
-    def held_out_nll():
-        model.eval()
-        held = learner.nll(held_out).item()
-        model.train()
-        return held
-
+    held_out_nll = functools.partial(learner.held_out_nll, held_out)
     meta = {"tasks": [dataclasses.asdict(task)]}
     with clock("train"):
         checkpoint = train(cfg, out, learner, task, meta, held_out_nll)

@@ -575,15 +575,7 @@ def ours_training(device: str, dtype: str, folder: str, **options: Any) -> Train
 
     def build() -> tuple[Step, Callable[[], float]]:
         learner = teacher.make_learner(cfg, dataset, windows)
-
-        @torch.no_grad()
-        def nll() -> float:
-            learner.model.eval()
-            held = learner.nll(held_out).item()
-            learner.model.train()
-            return held
-
-        return learner.step, nll
+        return learner.step, lambda: learner.held_out_nll(held_out)
 
     return Training(cfg.steps, build)
 
@@ -606,15 +598,7 @@ def student_training(device: str, dtype: str, folder: str, **options: Any) -> Tr
         learner = distill.Learner(cfg, student, models, windows, generator)
         distance = distill.Distance(cfg, student)
         steps = itertools.count()
-
-        @torch.no_grad()
-        def kl() -> float:
-            student.eval()
-            held = distance(held_out, targets).mean().item()
-            student.train()
-            return held
-
-        return lambda: learner.step(next(steps)), kl
+        return lambda: learner.step(next(steps)), lambda: np.mean(distance.held_out(held_out, targets))
 
     return Training(cfg.steps, build)
 

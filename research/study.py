@@ -252,7 +252,7 @@ def distil(cfg: distill.Config, s: Setup) -> Trained:
     for step in range(cfg.steps + 1):
         if step % cfg.log_interval == 0:
             steps_at.append(step)
-            kls.append(held_out_kl(kl, s))
+            kls.append(kl.held_out(s.held_out, s.held_out_targets))
             if step:
                 updates.append(learner.record[:, 1:3].clone())
         if step < cfg.steps and not lost:
@@ -265,15 +265,6 @@ def distil(cfg: distill.Config, s: Setup) -> Trained:
             seconds += time.process_time() - start
     student.eval()
     return Trained(student, steps_at, kls, seconds, torch.cat(updates))
-
-
-@torch.no_grad()
-def held_out_kl(kl: distill.Distance, s: Setup) -> list[float]:
-    """KL(teacher || student) to each teacher on held-out windows."""
-    kl.student.eval()
-    held = kl(s.held_out, s.held_out_targets).tolist()
-    kl.student.train()
-    return held
 
 
 def options_of(spec: Spec) -> dict[str, Any]:
