@@ -257,7 +257,7 @@ def test_resume_with_overwrite__goes_on_with_the_same_settings_and_begins_anew_w
 def test_second_run_in_a_directory__names_the_first_but_not_a_dead_one(runs, tmp_path):
     run, expected = runs("teacher")
     out = tmp_path / "run"
-    p = run.start(out, steps=100_000)
+    p = run.start(out, steps=100_000, checkpoint_interval=100_000)  # it leaves no checkpoint to resume
     while not (out / "log.csv").exists():
         time.sleep(0.01)
     os.kill(p.pid, signal.SIGSTOP)
