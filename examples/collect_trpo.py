@@ -43,14 +43,17 @@ class Snapshot:
             variance = normaliser["meansq_1_D"][0] - self.obs_mean**2
             self.obs_std = np.sqrt(np.maximum(0, variance)) + 1e-6
 
-    def act(self, observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def mean(self, observation: np.ndarray) -> np.ndarray:
         x = np.zeros(len(self.obs_mean))
         x[: len(observation)] = observation  # Ant-v1 also saw contact forces, nearly always zero
         x = (x - self.obs_mean) / self.obs_std
         for weight, bias in self.hidden:
             x = np.tanh(x @ weight + bias)
         weight, bias = self.out
-        return x @ weight + bias + self.std * rng.standard_normal(len(self.std))
+        return x @ weight + bias
+
+    def act(self, observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.mean(observation) + self.std * rng.standard_normal(len(self.std))
 
 
 def _layer(group):
