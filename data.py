@@ -44,6 +44,8 @@ ENVS = {
 DEFAULT_ENVS = ("hopper", "halfcheetah", "walker2d")  # of distill.py
 COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
+BEST_EPISODES = 8  # the fewest that a default return is asked by, and that windows are drawn from more often
+BEST_STEPS = 0.1  # likewise: the smallest share of the timesteps
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ class Task:
     rtg_scale: float
     targets: dict[
         str, float
-    ]  # returns to ask for: {"p95": ..., "median": ...}, quantiles of the dataset's own
+    ]  # returns to ask for: quantiles of the training episodes' own; "supported": see best_episodes
     reference: tuple[float, float]  # returns of score 0 and 100
     reference_source: str
     split_seed: int  # chose the held-out episodes, for teacher and student alike
@@ -79,6 +81,11 @@ class Task:
     @property
     def discrete(self) -> bool:
         return self.first_action is not None
+
+    @property
+    def target(self) -> float:
+        """The return to ask for by default; that of older models was the 95th percentile."""
+        return self.targets.get("supported", self.targets["p95"])
 
 
 def tasks(meta: dict[str, Any], path: Path | str) -> list[Task]:
@@ -189,6 +196,7 @@ def load(name: str, seed: int = 0) -> Dataset:
         obs_std=std.tolist(),
         rtg_scale=rtg_scale,
         targets={
+            "supported": _supported_return(train, rtg_scale),
             "p95": float(np.quantile(returns[~held_out], 0.95)),
             "median": float(np.median(returns[~held_out])),
         },
@@ -238,6 +246,22 @@ def _split(table, lengths, returns, held_out):
     return np.concatenate(train), np.concatenate(held)
 
 
+def best_rows(first_rows: np.ndarray, n_rows: int, share: float = BEST_STEPS) -> int:
+    """How many of a training table's last rows are its best episodes; first_rows (E,): of each episode.
+
+    Those of highest return that hold this share of the timesteps, and are at least BEST_EPISODES (or all).
+    """
+    n = n_rows - first_rows  # rows from each episode to the last
+    n_best = 1 + int((n < math.ceil(share * n_rows)).sum())
+    return int(n[-min(max(n_best, BEST_EPISODES), len(n))])
+
+
+def _supported_return(table, rtg_scale):
+    """The median return of the best episodes."""
+    best = table[-best_rows(np.flatnonzero(table[:, -1] == 0), len(table)) :]
+    return rtg_scale * float(np.median(best[best[:, -1] == 0, -2]))
+
+
 def _reference_returns(about, returns):
     """Returns of score 0 and 100, and where they come from."""
     family = about["env_id"] and about["env_id"].split("-")[0]
@@ -275,8 +299,8 @@ class Windows:
     "device": the table lies on the training device; "host": see support/host_table.py; "auto": on the host if
     it would fill more than half of the device's memory. targets: whether a row has 2A columns more, for a
     teacher's outputs (distill.cache_targets). top: half of a task's windows come from this share of its rows,
-    the last ones: the episodes that returned most. The other half comes from all rows; 1: all windows do. The
-    simplest trajectory weighting of Hong et al. 2023, arXiv 2306.13085.
+    the last ones, or from more (best_rows): the episodes that returned most. The other half comes from all
+    rows; 1: all windows do. The simplest trajectory weighting of Hong et al. 2023, arXiv 2306.13085.
     """
 
     def __init__(
@@ -292,9 +316,10 @@ class Windows:
         self.K = context
         self.O = max(t.obs_dim for t in tasks)
         self.A = max(t.act_dim for t in tasks)
-        self.top = top
         self.has_targets = targets
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
+        self.first_rows = [np.flatnonzero(t[:, -1] == 0) for t in tables]  # of each task's episodes
+        self.prefer(top)
         self.offset = self.size.cumsum(0) - self.size  # (N,) of each task's first row
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
         n_columns = self.O + self.A + 2 + 2 * self.A * targets
@@ -312,6 +337,12 @@ class Windows:
             self.table = torch.zeros(shape, device=device)
         for table, task, offset in zip(tables, tasks, self.offset.tolist(), strict=True):
             self._fill(self.table[offset : offset + len(table)], torch.from_numpy(table), task)
+
+    def prefer(self, top: float) -> None:
+        """Draw half of the windows from this share of the data, as `top` above says."""
+        sizes = self.size.tolist()
+        best = [best_rows(first, n, top) / n for first, n in zip(self.first_rows, sizes, strict=True)]
+        self.top = torch.tensor(best, dtype=torch.float64, device=self.size.device)  # (N,)
 
     def _fill(self, rows, table, task):
         """Copy a task's table into its rows of the common one."""
@@ -358,7 +389,8 @@ class Windows:
     def end(self, task: Tensor, u: Tensor) -> Tensor:
         """Last rows (B,) of the windows of tasks (B,) drawn by u (B,), uniform in [0, 1)."""
         # x in [0, 1) has density 1/2, and 1/(2 top) more above 1 - top
-        x = torch.minimum(2 * u, 1 - (1 - u) * 2 * self.top / (1 + self.top))
+        top = self.top[task]
+        x = torch.minimum(2 * u, 1 - (1 - u) * 2 * top / (1 + top))
         return self.offset[task] + torch.minimum((x * self.size[task]).long(), self.size[task] - 1)
 
     def sample(self, B: int, shares: Tensor, generator: torch.Generator) -> Batch:

@@ -105,8 +105,7 @@ class Config:
         machine.check_device(self.device)
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
-        if not 0 < self.top <= 1:
-            raise UserError(f"--top {self.top}: must be above 0 and at most 1")
+        cli.check_share(self)
         if not math.isfinite(self.alignment_weight):
             raise UserError(f"--alignment-weight {self.alignment_weight}: must be finite")
         if self.surgery_scope == "teacher" and self.surgery in ("none", *surgery.EACH):

@@ -34,7 +34,7 @@ class Config:
     env: Literal[tuple(data.ENVS)] = "hopper"  # built-in task
     dataset: str = ""  # Minari id, in place of --env
     # model
-    context: int = 20  # K, timesteps
+    context: int = 1  # K, timesteps; more where an observation does not hold the whole state
     n_layer: int = 3  # transformer blocks
     n_head: int = 1  # attention heads
     n_embd: int = 128  # channels
@@ -42,7 +42,8 @@ class Config:
     dropout: float = 0.0  # share of activations
     # optimisation
     steps: int = 1250  # updates
-    batch_size: int = 32  # windows per update and process
+    batch_size: int = 512  # windows per update and process
+    top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; all else: AdamW
     lr: float = 5e-3  # peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates
@@ -75,6 +76,7 @@ class Config:
             raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
         if self.context > dt.MAX_CONTEXT:
             raise UserError(f"--context {self.context}: must be at most {dt.MAX_CONTEXT}")
+        cli.check_share(self)
         if not self.dataset:
             data.dataset_id(self.env)  # raises for a name that is none
 
@@ -174,7 +176,7 @@ def main(cfg: Config) -> Path:
         if cfg.eval_episodes:
             evaluate.check([task])
         device = machine.device(cfg)
-        windows = data.Windows([dataset.train], [task], cfg.context, device, cfg.data_device)
+        windows = data.Windows([dataset.train], [task], cfg.context, device, cfg.data_device, top=cfg.top)
         held_out = data.Windows([dataset.held_out], [task], cfg.context, device, cfg.data_device).spread(256)
     learner = make_learner(cfg, dataset, windows)
     model = learner.model

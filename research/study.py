@@ -240,7 +240,7 @@ def distil(cfg: distill.Config, s: Setup) -> Trained:
     torch.manual_seed(cfg.seed)
     student = dt.DecisionTransformer(model_config(s.tasks, cfg.n_embd, s.windows.K, cfg.tokens))
     student.bfloat16 = machine.bfloat16(cfg)
-    s.windows.top = cfg.top
+    s.windows.prefer(cfg.top)
     generator = torch.Generator().manual_seed(cfg.seed)
     learner = distill.Learner(cfg, student, s.models, s.windows, generator)
     kl = distill.Distance(distill.Config(), student)  # KL(teacher || student), whatever it is trained by

@@ -89,6 +89,12 @@ def at_least(cfg: Any, **limits: float) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {x}: must be at least {least}")
 
 
+def check_share(cfg: Any) -> None:
+    """Raise UserError where --top is no share of the data."""
+    if not 0 < cfg.top <= 1:
+        raise UserError(f"--top {cfg.top}: must be above 0 and at most 1")
+
+
 def check_trackers(cfg: Any) -> None:
     """Raise UserError where --tensorboard or --wandb needs a package that is not installed."""
     for package in ("tensorboard", "wandb"):
