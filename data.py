@@ -44,8 +44,8 @@ ENVS = {
 DEFAULT_ENVS = ("hopper", "halfcheetah", "walker2d")  # of distill.py
 COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
-BEST_EPISODES = 8  # the fewest that a default return is asked by, and that windows are drawn from more often
-BEST_STEPS = 0.1  # likewise: the smallest share of the timesteps
+BEST_STEPS = 0.1  # share of the timesteps, of highest return: what these episodes returned is asked for
+BEST_EPISODES = 8  # but at least so many episodes
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
@@ -247,17 +247,16 @@ def _split(table, lengths, returns, held_out):
 
 
 def best_rows(first_rows: np.ndarray, n_rows: int, share: float = BEST_STEPS) -> int:
-    """How many of a training table's last rows are its best episodes; first_rows (E,): of each episode.
+    """How many of a training table's last rows are its best; first_rows (E,): of each episode.
 
-    Those of highest return that hold this share of the timesteps, and are at least BEST_EPISODES (or all).
+    This share of them, or the BEST_EPISODES episodes of highest return if these are more.
     """
-    n = n_rows - first_rows  # rows from each episode to the last
-    n_best = 1 + int((n < math.ceil(share * n_rows)).sum())
-    return int(n[-min(max(n_best, BEST_EPISODES), len(n))])
+    of_episodes = n_rows - first_rows[-min(BEST_EPISODES, len(first_rows))]
+    return max(math.ceil(share * n_rows), int(of_episodes))
 
 
 def _supported_return(table, rtg_scale):
-    """The median return of the best episodes."""
+    """The median return of the best episodes: about half of them reached more."""
     best = table[-best_rows(np.flatnonzero(table[:, -1] == 0), len(table)) :]
     return rtg_scale * float(np.median(best[best[:, -1] == 0, -2]))
 

@@ -3,9 +3,9 @@
     python -m research.battery --logs ../logs --collect hopper-authors     # or: all; ten minutes
 
 The behaviour policies: the built-in PPO snapshots, the SAC and TQC ones of research/battery_policies.py, 26
-snapshots of a TRPO run for each body (--logs: folder of the files that examples/collect_trpo.py names), and a
-scripted controller in a maze. Ten datasets were used to choose the defaults (CHOOSING); the others (UNSEEN) for
-nothing but the table. research/battery_runs.py trains on them.
+snapshots of a TRPO run for each body (--logs: folder of the files examples/collect_trpo.py names), and a
+scripted controller in a maze. Ten datasets were used to choose the defaults (CHOOSING); the others (UNSEEN)
+for nothing but the table. research/battery_runs.py trains on them.
 
 Needs: pip install gymnasium-robotics==1.4.2 (pen and mazes)
 """

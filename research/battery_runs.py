@@ -1,12 +1,12 @@
 """Teachers, students and baselines on the datasets of research/battery.py.
 
     python -m research.battery_runs --datasets hopper-authors maze-umaze    # or: all, choosing, unseen
-    python -m research.battery_runs --students 0 1 2                        # seeds; of GROUPS of those teachers
+    python -m research.battery_runs --students 0 1 2                        # seeds; of GROUPS of teachers
     python -m research.battery_runs --report                                # the tables of docs/data.md
 
-A row of research/results/battery.csv for each dataset, variant, seed and return asked for: 20 episodes, of the
-last checkpoint. A run whose rows are there is skipped. One thread: run several processes at a time, each with
-datasets of its own.
+A row of research/results/battery.csv for each dataset, variant, seed and return asked for: 20 episodes, of
+the last checkpoint. A run whose rows are there is skipped. One thread: run several processes at a time, each
+with datasets of its own.
 
 Baselines: behaviour cloning by an MLP (256-256, squared error, 10,000 updates of 256 timesteps with Adam) of
 all episodes, and of the tenth with the highest returns (Chen et al. 2021, section 4.2); the same transformer

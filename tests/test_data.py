@@ -159,7 +159,7 @@ def test_sample__ends_windows_at_every_timestep_alike():
 
 
 def test_sample__takes_half_of_the_windows_from_the_top_of_the_returns():
-    make_dataset("tests/by-return-v0", [3, 9, 5, 20, 1, 8, 4, 10, 2, 7] * 4)
+    make_dataset("tests/by-return-v0", [3, 9, 5, 20, 1, 8, 4, 10, 2, 7] * 10)
     d = data.load("tests/by-return-v0")
     returns = d.train[d.train[:, -1] == 0, -2]  # of each episode, where it begins
     assert (np.diff(returns) >= 0).all()
