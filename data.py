@@ -255,9 +255,14 @@ def best_rows(first_rows: np.ndarray, n_rows: int, share: float = BEST_STEPS) ->
     return max(math.ceil(share * n_rows), int(of_episodes))
 
 
+def _first_rows(table):
+    """Those of the episodes, (E,)."""
+    return np.flatnonzero(np.append(True, table[1:, -1] == 0))
+
+
 def _supported_return(table, rtg_scale):
     """The median return of the best episodes: about half of them reached more."""
-    best = table[-best_rows(np.flatnonzero(table[:, -1] == 0), len(table)) :]
+    best = table[-best_rows(_first_rows(table), len(table)) :]
     return rtg_scale * float(np.median(best[best[:, -1] == 0, -2]))
 
 
@@ -317,7 +322,7 @@ class Windows:
         self.A = max(t.act_dim for t in tasks)
         self.has_targets = targets
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
-        self.first_rows = [np.flatnonzero(t[:, -1] == 0) for t in tables]  # of each task's episodes
+        self.first_rows = [_first_rows(t) for t in tables]  # of each task's episodes
         self.prefer(top)
         self.offset = self.size.cumsum(0) - self.size  # (N,) of each task's first row
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
