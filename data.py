@@ -46,6 +46,7 @@ COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
 BEST_STEPS = 0.1  # share of the timesteps, of highest return: what these episodes returned is asked for
 BEST_EPISODES = 8  # but at least so many episodes
+QUANTILES = {"p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}  # target returns
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
@@ -70,9 +71,7 @@ class Task:
     act_low: list[float]
     act_high: list[float]
     rtg_scale: float
-    targets: dict[
-        str, float
-    ]  # returns to ask for: quantiles of the training episodes' own; "supported": see best_episodes
+    targets: dict[str, float]  # returns to ask for by name: "supported", and QUANTILES
     reference: tuple[float, float]  # returns of score 0 and 100
     reference_source: str
     split_seed: int  # chose the held-out episodes, for teacher and student alike
@@ -83,9 +82,14 @@ class Task:
         return self.first_action is not None
 
     @property
+    def target_name(self) -> str:
+        """Of the default target return, in `targets`; older models have no "supported" one."""
+        return "supported" if "supported" in self.targets else "p95"
+
+    @property
     def target(self) -> float:
-        """The return to ask for by default; that of older models was the 95th percentile."""
-        return self.targets.get("supported", self.targets["p95"])
+        """The return that is asked for by default."""
+        return self.targets[self.target_name]
 
 
 def tasks(meta: dict[str, Any], path: Path | str) -> list[Task]:
@@ -195,11 +199,7 @@ def load(name: str, seed: int = 0) -> Dataset:
         obs_mean=mean.tolist(),
         obs_std=std.tolist(),
         rtg_scale=rtg_scale,
-        targets={
-            "supported": _supported_return(train, rtg_scale),
-            "p95": float(np.quantile(returns[~held_out], 0.95)),
-            "median": float(np.median(returns[~held_out])),
-        },
+        targets={**_targets(returns[~held_out]), "supported": _supported_return(train, rtg_scale)},
         reference=reference,
         reference_source=source,
         split_seed=seed,
@@ -264,6 +264,13 @@ def _supported_return(table, rtg_scale):
     """The median return of the best episodes: about half of them reached more."""
     best = table[-best_rows(_first_rows(table), len(table)) :]
     return rtg_scale * float(np.median(best[best[:, -1] == 0, -2]))
+
+
+def _targets(returns):
+    """Named quantiles of the training episodes' returns (E,), lowest first."""
+    targets = {name: float(np.quantile(returns, q)) for name, q in QUANTILES.items()}
+    targets["median"] = float(np.median(returns))  # rounded as in older teachers
+    return targets
 
 
 def _reference_returns(about, returns):
@@ -451,9 +458,9 @@ def plot_returns(d: Dataset, path: Path) -> None:
 
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     ax.hist(d.returns, bins=50, color="#0072B2")
-    for name, value in d.task.targets.items():
-        line = "--" if name == "median" else "-"
-        ax.axvline(value, color="#D55E00", linestyle=line, label=f"{name} {value:.0f}")
+    for i, (name, value) in enumerate(d.task.targets.items()):
+        line = "-" if name == d.task.target_name else "--"
+        ax.axvline(value, color=f"C{i + 1}", linestyle=line, label=f"{name} {value:.0f}")
     ax.set(xlabel="return (sum of rewards of an episode)", ylabel="episodes", title=d.task.dataset)
     ax.legend(title="targets")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -503,7 +503,9 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
     with processes.rank_0_first():
         sets = [data.load(t.dataset, t.split_seed) for t in tasks]
     for task, dataset in zip(tasks, sets, strict=True):
-        if json.dumps(dataclasses.asdict(task)) != json.dumps(dataclasses.asdict(dataset.task)):
+        targets = {name: dataset.task.targets.get(name) for name in task.targets}  # older teachers have two
+        same = dataclasses.replace(dataset.task, targets=targets)
+        if json.dumps(dataclasses.asdict(task)) != json.dumps(dataclasses.asdict(same)):
             raise UserError(
                 f"dataset {task.dataset} is not what the teacher of {task.name} was trained on any more; "
                 f"train the teacher again with --overwrite"
@@ -587,11 +589,10 @@ def evaluated(
     """metrics.json's part of each task. teachers: their metrics; held (N,): the student's held-out KLs."""
     metrics = {}
     for i, task in enumerate(tasks):
-        target = task.targets["p95"]
         unknown = dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention"))
-        metrics[task.name] = {"target": target, **unknown, "heldout_kl": held[i]}
+        metrics[task.name] = {"target": task.target, **unknown, "heldout_kl": held[i]}
         if cfg.eval_episodes and task.env_id:
-            returns, _ = evaluate.rollout(student, task, i, target, cfg.eval_episodes, evaluate.SEED)
+            returns, _ = evaluate.rollout(student, task, i, task.target, cfg.eval_episodes, evaluate.SEED)
             metrics[task.name] |= evaluate.scores(returns, task, teachers[task.name])
     return metrics
 

@@ -34,7 +34,7 @@ FRAME_INTERVAL = 4  # steps between the frames of a film
 class Config:
     run: Annotated[str, tyro.conf.Positional]  # a run directory of teacher.py or distill.py
     eval_episodes: int = 20  # evaluation episodes per task
-    target: str = "p95"  # return to ask for: p95 or median of the dataset's returns, or a number
+    target: str = "default"  # return to ask for: a number, or default, median, p75, ... of the data's returns
     seed: int = SEED  # of the first episode; episode i has seed + i
     device: str = "auto"  # cpu, cuda, cuda:<number>, or auto
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
@@ -198,7 +198,7 @@ def main(cfg: Config) -> None:
             print(f"{task.name}: its dataset names no environment, nothing to evaluate in")
             continue
         returns, _ = rollout(model, task, index, target, cfg.eval_episodes, cfg.seed)
-        teachers = meta.get("teachers", {}) if cfg.target == "p95" else {}  # their scores are of that target
+        teachers = meta.get("teachers", {}) if target == task.target else {}  # their scores are of that
         metrics[task.name] = {"target": target, **scores(returns, task, teachers.get(task.name))}
         rows.append(_row(task.name, metrics[task.name]))
         if cfg.video:
@@ -211,12 +211,13 @@ def main(cfg: Config) -> None:
 
 def _target(cfg, task):
     """--target as a return of this task."""
-    if cfg.target in task.targets:
-        return task.targets[cfg.target]
+    named = {"default": task.target, **task.targets}
+    if cfg.target in named:
+        return named[cfg.target]
     try:
         return float(cfg.target)
     except ValueError:
-        raise UserError(f"--target {cfg.target}: must be {' or '.join(task.targets)} or a number") from None
+        raise UserError(f"--target {cfg.target}: must be {', '.join(named)} or a number") from None
 
 
 def _row(name, metrics):

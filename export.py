@@ -313,6 +313,7 @@ def _card(cfg, step, measured):
         "environment": task.env_id,
         "environment_options": task.env_kwargs,
         "max_steps": task.max_steps,
+        "target": task.target,
         "targets": task.targets,
         "observation": task.obs_dim,
         "action_shape": [] if task.discrete else [task.act_dim],
@@ -343,7 +344,7 @@ def _measure(cfg, step, blob, teacher):
     task = step.task
     if cfg.eval_episodes and task.env_id:
         policy = Exported(runtime, step)
-        returns, _ = evaluate.play(policy, task, task.targets["p95"], cfg.eval_episodes, evaluate.SEED)
+        returns, _ = evaluate.play(policy, task, task.target, cfg.eval_episodes, evaluate.SEED)
         entry |= evaluate.scores(returns, task, teacher)
     return entry
 

@@ -297,7 +297,7 @@ class Policy:
     ) -> None:
         """Begin. Raises UserError for a task that the model does not have.
 
-        task: its name; None: the only one. target_return: of an episode; None: the data's 95th percentile.
+        task: its name; None: the only one. target_return: of an episode; None: the task's default.
         episodes: E, how many act as a batch; None: one, without a batch axis.
         """
         found = [index for index, t in self.tasks.items() if task in (t.name, None)]
@@ -307,7 +307,7 @@ class Policy:
         self.task = self.tasks[index]
         self.batched = episodes is not None
         E = episodes or 1
-        self.target = self.task.targets["p95"] if target_return is None else target_return
+        self.target = self.task.target if target_return is None else target_return
         self.return_to_go = np.full(E, float(self.target))
         self.steps = np.zeros(E, int)  # since each episode's first
         self.actor = Actor(self.model, index, E, self.task.max_steps)

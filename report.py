@@ -503,16 +503,16 @@ def film(model: dt.DecisionTransformer, task: data.Task, index: int, cfg: Config
     if task.env_id is None:
         return f"<p>no film of {html.escape(task.name)}: its dataset names no environment</p>"
     short = dataclasses.replace(task, max_steps=min(cfg.film_steps, task.max_steps))
-    target = task.targets["p95"]
     video = io.BytesIO()
     options = {"format": "webp", "quality": 60}
     try:
-        reached = evaluate.film(model, short, index, target, evaluate.SEED, video, cfg.width, **options)
+        reached = evaluate.film(model, short, index, task.target, evaluate.SEED, video, cfg.width, **options)
     except UserError as e:
         return f"<p>{html.escape(str(e))}</p>"
     source = f"data:image/webp;base64,{base64.b64encode(video.getvalue()).decode()}"
     caption = (
-        f"{task.name}: the first {short.max_steps} steps. Return so far {reached:.0f}; target {target:.0f}."
+        f"{task.name}: the first {short.max_steps} steps. "
+        f"Return so far {reached:.0f}; target {task.target:.0f}."
     )
     caption = html.escape(caption)
     image = f'<img src="{source}" width="{cfg.width}" alt="{caption}">'

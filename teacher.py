@@ -290,16 +290,17 @@ def check_finite(
 def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held: float) -> dict[str, Any]:
     """metrics.json's part of the task; held: the held-out negative log-likelihood."""
     metrics = {
-        "target": task.targets["p95"],
+        "target": task.target,
         **dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention", "heldout_kl")),
         "heldout_nll": held,
     }
     if not (cfg.eval_episodes and task.env_id):
         return metrics
-    for name, target in task.targets.items():
+    for name in (task.target_name, "median"):
+        target = task.targets[name]
         returns, _ = evaluate.rollout(model, task, 0, target, cfg.eval_episodes, evaluate.SEED)
         scores = evaluate.scores(returns, task)
-        metrics |= scores if name == "p95" else {name: {"target": target, **scores}}
+        metrics |= scores if name == task.target_name else {name: {"target": target, **scores}}
         print(
             f"{task.name}: target {target:.0f} ({name}) -> "
             f"return {scores['return_mean']:.0f} +- {scores['return_std']:.0f}, "

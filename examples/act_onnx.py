@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("file", help="written by export.py, its card beside it")
     parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--target", type=float, help="return to ask for; default: the data's 95th percentile")
+    parser.add_argument("--target", type=float, help="return to ask for; default: the card's target")
     parser.add_argument("--seed", type=int, default=1000, help="of the first episode; episode i has seed + i")
     return parser.parse_args()
 
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(args.file, options, providers=["CPUExecutionProvider"])
     env = gym.make(card["environment"], max_episode_steps=card["max_steps"], **card["environment_options"])
-    target = card["targets"]["p95"] if args.target is None else args.target
+    target = card["target"] if args.target is None else args.target
     returns = []
     for i in range(args.episodes):
         returns.append(play(session, env, card, target, args.seed + i))

@@ -82,6 +82,15 @@ def test_load__gives_score_100_to_a_dataset_of_equal_returns():
     assert data.load("tests/equal-v0").task.reference == (0.0, 10.0)
 
 
+def test_load__takes_targets_from_the_training_episodes_returns():
+    make_dataset("tests/targets-v0", [5] * 40)
+    d = data.load("tests/targets-v0")
+    returns = d.train[d.train[:, -1] == 0, -2] * d.task.rtg_scale
+    assert list(d.task.targets) == ["p10", "p25", "median", "p75", "p95"]
+    assert np.allclose([*d.task.targets.values()], np.quantile(returns, [0.1, 0.25, 0.5, 0.75, 0.95]))
+    assert d.task.target == d.task.targets["p95"]
+
+
 def test_load__names_the_choices_for_an_unknown_env():
     choices = "ant, halfcheetah, halfcheetah-back, hopper, walker2d"
     with pytest.raises(UserError, match=f"unknown env 'hoper'; choose from {choices}"):

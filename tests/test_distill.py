@@ -388,6 +388,20 @@ def test_main__names_teachers_that_do_not_fit(teachers, tmp_path):
             distilled(directories, tmp_path / "another", **options)
 
 
+def test_main__takes_a_teacher_saved_with_fewer_targets(tmp_path):
+    options = {"dataset": NAMES[0], "steps": 2, "n_embd": 16, "context": K, **TINY}
+    directory = teacher.main(teacher.Config(out_dir=str(tmp_path / "teacher"), **options))
+    meta = files.read_json(directory / "model.json")
+    targets = meta["tasks"][0]["targets"]
+    meta["tasks"][0]["targets"] = {name: targets[name] for name in ("p95", "median")}
+    files.write_json(directory / "model.json", meta)
+    distilled((str(directory),), tmp_path / "student")
+    meta["tasks"][0]["targets"]["median"] += 1
+    files.write_json(directory / "model.json", meta)
+    with pytest.raises(UserError, match="not what the teacher .* was trained on"):
+        distilled((str(directory),), tmp_path / "other")
+
+
 def test_main__names_a_teacher_whose_dataset_has_changed(tmp_path):
     name = "tests/moves-v0"
     make_dataset(name, [5] * 10)

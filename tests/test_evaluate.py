@@ -155,13 +155,13 @@ def run(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("target, value", [("p95", 8.0), ("median", 2.0), ("-1.5", -1.5)])
+@pytest.mark.parametrize("target, value", [("default", 8.0), ("p95", 8.0), ("median", 2.0), ("-1.5", -1.5)])
 def test_main__writes_what_it_prints(run, capsys, target, value):
     evaluate.main(evaluate.Config(str(run), eval_episodes=3, target=target, device="cpu"))
     returns, _ = evaluate.rollout(dt.load(run)[0], WALK, 0, value, 3, evaluate.SEED)
     evaluation = files.read_json(run / "evaluation.json")
-    # the teacher's score is of its own p95 target: with other targets there is nothing to compare
-    teacher_scores = {"normalized_score": 50.0} if target == "p95" else None
+    # the teacher's score is of its default target: with other targets there is nothing to compare
+    teacher_scores = {"normalized_score": 50.0} if value == WALK.target else None
     scores = evaluate.scores(returns, WALK, teacher_scores)
     assert evaluation == {
         "eval_episodes": 3,
@@ -170,11 +170,11 @@ def test_main__writes_what_it_prints(run, capsys, target, value):
     }
     printed = capsys.readouterr().out
     assert "data only: its dataset names no environment" in printed
-    assert ("retention" in printed) == (target == "p95")
+    assert ("retention" in printed) == (value == WALK.target)
 
 
 def test_main__names_a_target_that_is_none(run):
-    with pytest.raises(UserError, match="--target best: must be p95 or median or a number"):
+    with pytest.raises(UserError, match="--target best: must be default, p95, median or a number"):
         evaluate.main(evaluate.Config(str(run), target="best", device="cpu"))
 
 

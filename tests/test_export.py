@@ -224,7 +224,7 @@ def test_act_onnx__takes_discrete_actions(three_tasks, tmp_path):
 def assert_evaluated_as_the_model_is(run: Run, index: int) -> None:
     task = run.tasks[index]
     entries = run.card(task.name)["files"]
-    returns, _ = evaluate.rollout(run.model, task, index, task.targets["p95"], 3, evaluate.SEED)
+    returns, _ = evaluate.rollout(run.model, task, index, task.target, 3, evaluate.SEED)
     return_mean = evaluate.scores(returns, task)["return_mean"]
     assert entries[f"{task.name}.onnx"]["return_mean"] == pytest.approx(return_mean, abs=0.05)
     assert "return_mean" in entries[f"{task.name}.int8.onnx"]
@@ -265,6 +265,7 @@ def test_main__writes_a_card_with_all_that_acting_needs(hopper):
         "environment": "Hopper-v5",
         "environment_options": {},
         "max_steps": 1000,
+        "target": 300.0,
         "targets": {"p95": 300.0},
         "observation": 11,
         "action_shape": [3],

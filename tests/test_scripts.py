@@ -264,7 +264,10 @@ BAD = [
     ),
     ("distill.py --out-dir /proc/x", "can't write to /proc/x"),
     ("evaluate.py out/nothing", "no model in out/nothing"),
-    ("evaluate.py out/student --target best", "--target best: must be p95 or median or a number"),
+    (
+        "evaluate.py out/student --target best",
+        "--target best: must be default, p10, p25, median, p75, p95 or a number",
+    ),
     ("export.py out/nothing", "no model in out/nothing"),
     ("report.py out/nothing", "out/nothing holds no finished run"),
 ]
