@@ -19,6 +19,7 @@ from typing import Annotated, Any, BinaryIO
 import gymnasium as gym
 import numpy as np
 import tyro
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 import data
@@ -86,7 +87,7 @@ def rollout(
     model: dt.DecisionTransformer,
     task: data.Task,
     index: int,
-    target: float,
+    target: ArrayLike,
     episodes: int,
     seed: int,
     film: bool = False,
@@ -96,12 +97,12 @@ def rollout(
 
 
 def play(
-    policy: Any, task: data.Task, target: float, episodes: int, seed: int, film: bool = False
+    policy: Any, task: data.Task, target: ArrayLike, episodes: int, seed: int, film: bool = False
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """E episodes as one batch, the i-th with seed + i. Gives their returns (E,) and the first one's frames.
 
-    policy: a policy.Policy, or anything with its reset, act and keep. target: the return it is asked for.
-    film: keep every FRAME_INTERVAL-th frame; else there are none.
+    policy: a policy.Policy, or anything with its reset, act and keep. target: the return it is asked for, one
+    number, or (E,) one of each episode. film: keep every FRAME_INTERVAL-th frame; else there are none.
     """
     envs = _make_envs(task, episodes, film)
     check_spaces(envs[0], task)
@@ -112,7 +113,8 @@ def play(
     returns = np.zeros(episodes)
     running = np.arange(episodes)  # indices of the episodes that have not ended
     frames = []
-    description = f"evaluate {task.name} at {target:.0f}"
+    asked = " to ".join(f"{x:.0f}" for x in sorted({np.min(target), np.max(target)}))
+    description = f"evaluate {task.name} at {asked}"
     for t in tqdm(range(task.max_steps), desc=description, unit="step", disable=None, leave=False):
         actions = policy.act(observations[running], rewards[running])
         goes_on = np.ones(len(running), bool)

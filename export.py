@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 import data
@@ -200,7 +201,7 @@ class Exported:
         self.runtime = runtime  # of `session`
         self.step = step
 
-    def reset(self, target_return: float, episodes: int) -> None:
+    def reset(self, target_return: ArrayLike, episodes: int) -> None:
         self.feed = self.step.feed(episodes)
         self.feed["return_to_go"] += target_return
 

@@ -293,11 +293,12 @@ class Policy:
         return self
 
     def reset(
-        self, task: str | None = None, target_return: float | None = None, episodes: int | None = None
+        self, task: str | None = None, target_return: ArrayLike | None = None, episodes: int | None = None
     ) -> None:
         """Begin. Raises UserError for a task that the model does not have.
 
-        task: its name; None: the only one. target_return: of an episode; None: the task's default.
+        task: its name; None: the only one. target_return: one number, or (E,) one of each episode; None: the
+        task's default.
         episodes: E, how many act as a batch; None: one, without a batch axis.
         """
         found = [index for index, t in self.tasks.items() if task in (t.name, None)]
@@ -307,8 +308,13 @@ class Policy:
         self.task = self.tasks[index]
         self.batched = episodes is not None
         E = episodes or 1
-        self.target = self.task.target if target_return is None else target_return
-        self.return_to_go = np.full(E, float(self.target))
+        target = np.asarray(self.task.target if target_return is None else target_return, float)
+        if target.shape not in ((), (E,)):
+            raise UserError(
+                f"target_return of shape {target.shape}: must be one number, or one of each of {E}"
+            )
+        self.target = np.full(E, target)
+        self.return_to_go = self.target.copy()
         self.steps = np.zeros(E, int)  # since each episode's first
         self.actor = Actor(self.model, index, E, self.task.max_steps)
         self.device = next(self.model.parameters()).device
@@ -361,6 +367,7 @@ class Policy:
         """Go on with these episodes alone; rows (E,) bool."""
         rows = np.asarray(rows)
         selected = torch.from_numpy(rows)
+        self.target = self.target[rows]
         self.return_to_go = self.return_to_go[rows]
         self.steps = self.steps[rows]
         self.action = self.action[selected]

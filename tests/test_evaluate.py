@@ -115,6 +115,19 @@ def test_rollout__gives_the_same_returns_alone_and_in_a_batch():
     assert np.allclose(together, alone, atol=1e-4)
 
 
+def test_rollout__asks_each_episode_for_its_own_target():
+    m = make(CFG)
+    targets = np.array([8.0, 2.0, -1.0, 8.0])
+    together, _ = evaluate.rollout(m, WALK, 0, target=targets, episodes=4, seed=200)
+    alone = []
+    for i, target in enumerate(targets):
+        returns, _ = evaluate.rollout(m, WALK, 0, target=target, episodes=1, seed=200 + i)
+        alone.append(returns[0])
+    assert np.allclose(together, alone, atol=1e-4)
+    same, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=4, seed=200)
+    assert not np.allclose(together, same, atol=1e-4)
+
+
 def test_rollout__acts_by_the_policy(monkeypatch):
     act = policy.Policy.act
     batch_sizes = []

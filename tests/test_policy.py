@@ -191,6 +191,21 @@ def test_act__subtracts_rewards_from_the_return_asked_for():
     assert p.return_to_go.tolist() == [300]
 
 
+def test_reset__takes_a_target_of_each_episode():
+    p = hopper_policy()
+    p.reset(target_return=[50, 60, 70], episodes=3)
+    p.act(np.zeros((3, 11)))
+    p.keep([True, False, True])
+    p.act(np.zeros((2, 11)), [3, 4])
+    assert p.return_to_go.tolist() == [47, 66]
+    p.act(np.zeros((2, 11)), [1, 1], began=[False, True])
+    assert p.return_to_go.tolist() == [46, 70]
+    with pytest.raises(
+        UserError, match=r"target_return of shape \(2,\): must be one number, or one of each of 3"
+    ):
+        p.reset(target_return=[50, 60], episodes=3)
+
+
 @pytest.mark.parametrize("first_action", [0, -3])
 def test_act__takes_the_most_likely_discrete_action_by_the_environments_number(f64, first_action):
     cfg = dt.ModelConfig((4, 3), (3, 2), n_layer=2, n_head=1, n_embd=16, context=8, discrete=(True, False))
