@@ -1,5 +1,6 @@
 """data.py: tasks, the split, windows. Reading Minari's files: test_support_minari_files.py."""
 
+import math
 import time
 
 import minari
@@ -86,9 +87,28 @@ def test_load__takes_targets_from_the_training_episodes_returns():
     make_dataset("tests/targets-v0", [5] * 40)
     d = data.load("tests/targets-v0")
     returns = d.train[d.train[:, -1] == 0, -2] * d.task.rtg_scale
-    assert list(d.task.targets) == ["p10", "p25", "median", "p75", "p95"]
-    assert np.allclose([*d.task.targets.values()], np.quantile(returns, [0.1, 0.25, 0.5, 0.75, 0.95]))
-    assert d.task.target == d.task.targets["p95"]
+    *quantiles, supported = d.task.targets.items()
+    assert [name for name, _ in quantiles] == ["p10", "p25", "median", "p75", "p95"]
+    assert np.allclose([x for _, x in quantiles], np.quantile(returns, [0.1, 0.25, 0.5, 0.75, 0.95]))
+    assert supported == ("supported", d.task.target)
+    assert d.task.target == pytest.approx(np.median(np.sort(returns)[-data.BEST_EPISODES :]))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.floats(0.01, 1))
+def test_best_rows__are_the_share_or_eight_episodes(lengths, share):
+    first_rows = np.cumsum([0, *lengths[:-1]])
+    n = data.best_rows(first_rows, sum(lengths), share)
+    assert share * sum(lengths) <= n <= sum(lengths)
+    assert n >= sum(lengths[-data.BEST_EPISODES :])
+    assert n in (math.ceil(share * sum(lengths)), sum(lengths[-data.BEST_EPISODES :]))
+
+
+def test_load__asks_by_default_for_what_eight_of_few_episodes_returned():
+    make_dataset("tests/few-v0", [5] * 12)
+    d = data.load("tests/few-v0")
+    returns = d.train[d.train[:, -1] == 0, -2] * d.task.rtg_scale
+    assert len(returns) == 11
+    assert d.task.target == pytest.approx(np.median(returns[3:]))
 
 
 def test_load__names_the_choices_for_an_unknown_env():

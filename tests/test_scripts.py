@@ -266,7 +266,7 @@ BAD = [
     ("evaluate.py out/nothing", "no model in out/nothing"),
     (
         "evaluate.py out/student --target best",
-        "--target best: must be default, p10, p25, median, p75, p95 or a number",
+        "--target best: must be default, p10, p25, median, p75, p95, supported or a number",
     ),
     ("export.py out/nothing", "no model in out/nothing"),
     ("report.py out/nothing", "out/nothing holds no finished run"),
