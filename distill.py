@@ -74,7 +74,7 @@ class Config:
     probe_interval: int = 1  # updates between probes, with --novelty-power inf
     # optimisation
     steps: int = 3000  # updates
-    batch_size: int = 64  # windows per update and process, of all teachers together
+    batch_size: int = 512  # windows per update and process, of all teachers together
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; all else: AdamW
     lr: float = 16e-3  # peak, after linear warm-up; then linear decay to zero
     warmup: int = 100  # updates

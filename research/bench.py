@@ -64,6 +64,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from research.variants import LONG_STUDENT, LONG_TEACHER
 from support import UserError, files, machine
 
 if TYPE_CHECKING:
@@ -446,7 +447,7 @@ def ours_distil(device: str, dtype: str, size: str, **options: Any) -> Step:
     import model as dt
 
     dims = ((11, 3), (17, 6), (17, 6), (27, 8))
-    cfg = distill.Config(steps=20_000, **options)
+    cfg = distill.Config(steps=20_000, **{**LONG_STUDENT, **options})
     tasks = [task(i, *dims[i % 4]) for i in range(int(size))]
     tables = [table(2000, t.obs_dim, t.act_dim) for t in tasks]
     windows = data.Windows(tables, tasks, K, device, targets=True)
@@ -473,7 +474,7 @@ def by_optimizer(device: str, dtype: str, size: str, **options: Any) -> Step:
     import data
     import teacher
 
-    cfg = teacher.Config(steps=20_000, device=device, dtype=dtype, **options)
+    cfg = teacher.Config(steps=20_000, device=device, dtype=dtype, **{**LONG_TEACHER, **options})
     windows = data.Windows([table()], [task()], cfg.context, device)
     generator = torch.Generator(device).manual_seed(0)
     model = teacher_model(tokens=cfg.tokens).to(device)
@@ -491,7 +492,7 @@ def by_optimizer(device: str, dtype: str, size: str, **options: Any) -> Step:
 
 # ---- training to a held-out loss ---------------------------------------------------------------------------
 
-# these were the defaults; today's are teacher.Config and distill.Config themselves
+# these were the defaults; today's are teacher.Config and distill.Config, with a context of 20 timesteps
 TEACHER_BEFORE = {"optimizer": "adamw", "tokens": 3, "lr": 3e-3, "steps": 5000, "batch_size": 32}
 STUDENT_BEFORE = {"optimizer": "adamw", "tokens": 3, "lr": 8e-3, "steps": 4000, "batch_size": 64}
 BATCH = 64  # of every peer
@@ -568,7 +569,7 @@ def ours_training(device: str, dtype: str, folder: str, **options: Any) -> Train
     import data
     import teacher
 
-    cfg = teacher.Config(device=device, dtype=dtype, **options)
+    cfg = teacher.Config(device=device, dtype=dtype, **{**LONG_TEACHER, **options})
     dataset = data.load(cfg.env, cfg.seed)
     windows = data.Windows([dataset.train], [dataset.task], cfg.context, device)
     held_out = data.Windows([dataset.held_out], [dataset.task], cfg.context, device).spread(256)
@@ -585,6 +586,7 @@ def student_training(device: str, dtype: str, folder: str, **options: Any) -> Tr
     import distill
     import teacher
 
+    options = {**LONG_STUDENT, **options}
     cfg = distill.Config(device=device, dtype=dtype, teachers=settings(folder)["teachers"], **options)
     found = teacher.find(cfg)
     models = [t.model for t in found]

@@ -46,6 +46,7 @@ import model as dt
 import muon
 import teacher
 from kernels import attention, kl, project, triton
+from research.variants import LONG_STUDENT, LONG_TEACHER
 from support import UserError, files
 
 OBS_DIMS = (11, 17, 17)  # of hopper, halfcheetah, walker2d
@@ -159,9 +160,9 @@ def update_case(name: str, cfg: dt.ModelConfig, surgery: bool) -> Case:
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
-    """What the default settings launch in this precision, and some others."""
-    t = teacher.Config()
-    s = distill.Config()
+    """What the default settings launch in this precision, with a context of 20 timesteps, and some others."""
+    t = teacher.Config(**LONG_TEACHER)
+    s = distill.Config(**LONG_STUDENT)
     K = t.context
     probes = s.probe_windows * len(ACT_DIMS)
     if kernels.multiplies(dtype):

@@ -18,9 +18,9 @@ best. Budgets:
     half       half the updates
     acting     `acting_steps` updates, then 20 episodes of each task: retention
 
-The case "defaults" is what distill.py does without options: only evaluated, with no rates tuned. All others
-keep the optimiser and the tokens they were begun with (variants.FIRST_TEACHER and FIRST_STUDENT), so that old
-rows and new ones are of one kind.
+The case "defaults" is what distill.py did without options when teachers had a context of 20 timesteps
+(variants.LONG_TEACHER): only evaluated, with no rates tuned. All others keep the optimiser and the tokens
+they were begun with, too (FIRST_TEACHER and FIRST_STUDENT), so that old rows and new ones are of one kind.
 
 Measured are the KL(teacher || student) to each teacher on held-out episodes over training, and retention. The
 report is in study_report.py, the variants in variants.py.
@@ -58,6 +58,8 @@ from research.variants import (
     FIRST_STUDENT,
     FIRST_TEACHER,
     HALF,
+    LONG_STUDENT,
+    LONG_TEACHER,
     ROUND_ROBIN,
     SCORE_COLUMNS,
     THIRDPARTY,
@@ -276,6 +278,7 @@ def options_of(spec: Spec) -> dict[str, Any]:
         "log_interval": spec["steps"] // POINTS,
         "device": "cpu",
         "top": 1.0,
+        **LONG_STUDENT,
     }
     if spec["case"] != DEFAULTS:
         options |= FIRST_STUDENT
@@ -294,11 +297,9 @@ def separately(spec: Spec, s: Setup) -> list[Trained]:
     budget = sum(m.n_params for m in s.models) / spec["times"] / len(s.tasks)
     trained = []
     for i, task in enumerate(s.tasks):
-        cfg = distill.Config(
-            **options_of(spec),
-            n_embd=width([task], s.windows.K, budget),
-            batch_size=distill.Config.batch_size // len(s.tasks),
-        )
+        options = options_of(spec)
+        options["batch_size"] //= len(s.tasks)
+        cfg = distill.Config(**options, n_embd=width([task], s.windows.K, budget))
         trained.append(distil(cfg, of_one_task(s, i)))
     return trained
 
@@ -459,7 +460,7 @@ def train_teacher_if_missing(case: str, name: str, seed: int, directory: Path) -
         return
     print(f"no teacher in {directory}: training it", flush=True)
     option = "env" if name in data.ENVS else "dataset"
-    options = {option: name, "seed": seed, "out_dir": str(directory), "resume": True}
+    options = {option: name, "seed": seed, "out_dir": str(directory), "resume": True, **LONG_TEACHER}
     if case != DEFAULTS:
         options |= FIRST_TEACHER
     if name in THIRDPARTY:

@@ -22,8 +22,10 @@ Surgery = Callable[..., tuple[Tensor, Tensor]]  # (g, u, kappa) -> (g, next u), 
 
 BUILTIN = ("hopper", "halfcheetah", "walker2d", "ant")
 THIRDPARTY = tuple(f"thirdparty/{task}/trpo-replay-v0" for task in BUILTIN)  # docs/results.md: nothing tuned
-DEFAULTS = "defaults"  # the case of teachers and students as teacher.py and distill.py make them by default
-FIRST_TEACHER = {"optimizer": "adamw", "tokens": 3, "lr": 3e-3, "steps": 5000}  # of all other cases
+DEFAULTS = "defaults"  # the case of teachers and students as by default, but for what follows
+LONG_TEACHER = {"context": 20, "batch_size": 32, "top": 1.0}  # of all cases: these were the defaults
+LONG_STUDENT = {"batch_size": 64}
+FIRST_TEACHER = {"optimizer": "adamw", "tokens": 3, "lr": 3e-3, "steps": 5000}  # of all cases but DEFAULTS
 FIRST_STUDENT = {"optimizer": "adamw", "tokens": 3}
 CASES = {
     DEFAULTS: BUILTIN,
