@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from research import battery as datasets
 from research.markdown import table
 from research.statistics import cell
 
@@ -302,6 +303,67 @@ def tokens() -> str:
     return table(["", "one token", "three tokens", "difference"], lines)
 
 
+# ---- the battery -------------------------------------------------------------------------------------------
+
+BASELINES = ("before", "context 1", "BC", "BC best 10 %")
+
+
+def battery_means(rows: list[dict[str, str]]) -> dict[tuple[str, str, str], list[float]]:
+    """Returns of each seed by dataset, variant and what was asked for; a student's variant: student."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        variant = row["variant"].split()[0] if row["variant"].startswith("student") else row["variant"]
+        found.setdefault((row["dataset"], variant, row["asked"]), []).append(float(row["return_mean"]))
+    return found
+
+
+def battery(names: list[str]) -> str:
+    """Returns on these datasets, means over seeds, and the default's share of the best baseline."""
+    rows = [row for row in read_rows("battery.csv") if row["dataset"] in names]
+    returns = battery_means(rows)
+    low = {row["dataset"]: float(row["low"]) for row in rows if row["low"]}
+    asked = {row["dataset"]: row["target"] for row in rows if row["asked"] == "supported"}
+    flags = {row["dataset"]: row["flags"] for row in rows if row["variant"] == "default"}
+    lines = []
+    shares = []
+    retention = []
+    for name in (name for name in names if (name, "default", "supported") in returns):
+
+        def mean(variant: str, *targets: str, name: str = name) -> float:
+            return max(np.mean(returns.get((name, variant, t), [-math.inf])) for t in targets)
+
+        ours = mean("default", "supported")
+        others = [mean(b, "p95", "supported") for b in BASELINES]
+        shares.append((ours - low[name]) / (max(others) - low[name]))
+        student = mean("student", "supported")
+        if math.isfinite(student):
+            retention.append((student - low[name]) / (ours - low[name]))
+        cells = [f"{x:.0f}" if math.isfinite(x) else "" for x in (ours, student, *others)]
+        n_seeds = len(returns[name, "default", "supported"])
+        lines.append([name, f"{float(asked[name]):.0f}", *cells, f"{shares[-1]:.2f}", n_seeds, flags[name]])
+    head = ["dataset", "asked for", "default", "student", *BASELINES, "default / best", "seeds", "flags"]
+    text = f"Default / best baseline: {np.mean(shares):.2f} on average, {min(shares):.2f} at worst."
+    if retention:
+        text += f" Students' retention: {np.mean(retention):.2f} on average, {min(retention):.2f} at worst."
+    return f"{table(head, lines)}\n\n{text}"
+
+
+def battery_median(names: list[str]) -> str:
+    """Returns on these datasets when asked for the median of the data's own, means over seeds."""
+    rows = [row for row in read_rows("battery.csv") if row["dataset"] in names and row["asked"] == "median"]
+    returns = battery_means(rows)
+    asked = {row["dataset"]: float(row["target"]) for row in rows}
+    variants = ("default", "before", "context 1")
+    lines = []
+    for name in (name for name in names if name in asked):
+        cells = [
+            f"{np.mean(returns[name, v, 'median']):.0f}" if (name, v, "median") in returns else ""
+            for v in variants
+        ]
+        lines.append([name, f"{asked[name]:.0f}", *cells])
+    return table(["dataset", "median asked for", *variants], lines)
+
+
 # ---- what was tried ----------------------------------------------------------------------------------------
 
 
@@ -330,6 +392,9 @@ def main() -> None:
         files = exported(run)
         if files:
             print(f"\n{files}")
+    for half in ("UNSEEN", "CHOOSING"):
+        names = list(getattr(datasets, half))
+        print(f"\nbattery, {half.lower()}\n\n{battery(names)}\n\n{battery_median(names)}")
     print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):
