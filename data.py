@@ -44,6 +44,7 @@ ENVS = {
 DEFAULT_ENVS = ("hopper", "halfcheetah", "walker2d")  # of distill.py
 COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
+HELD_OUT_TIMESTEPS = 5120  # of each task's held-out ones, on which losses are measured
 BEST_STEPS = 0.1  # share of the timesteps, of highest return: what these episodes returned is asked for
 BEST_EPISODES = 8  # but at least so many episodes
 QUANTILES = {"p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}  # target returns

@@ -42,6 +42,7 @@ from support.update_log import Diverged, UpdateLog
 Envs = tuple[Literal[tuple(data.ENVS)], ...]
 Curricula = Literal[tuple(curriculum.METHODS)]
 Surgeries = Literal[tuple(surgery.METHODS)]
+TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 
 
 @dataclasses.dataclass
@@ -70,7 +71,7 @@ class Config:
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
     top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
-    probe_windows: int = 8  # windows per teacher, where KLs or alignments need windows of their own
+    probe_windows: int = 128  # windows per teacher, where KLs or alignments need windows of their own
     probe_interval: int = 1  # updates between probes, with --novelty-power inf
     # optimisation
     steps: int = 3000  # updates
@@ -424,7 +425,8 @@ def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows)
     # last rows of the windows: one for every `half` timesteps
     ends = ((t % half == half - 1) | last_of_episode).nonzero().flatten()
     task = torch.searchsorted(windows.offset, ends, right=True) - 1
-    parts = torch.arange(len(ends), device=t.device).split(256)[processes.rank() :: processes.world()]
+    parts = torch.arange(len(ends), device=t.device).split(max(1, TARGETS_AT_ONCE // windows.K))
+    parts = parts[processes.rank() :: processes.world()]
     silent = True if processes.rank() else None
     for part in tqdm(parts, desc="teachers' targets", unit="batch", disable=silent):
         batch = windows.gather(task[part], ends[part])
@@ -496,7 +498,7 @@ def main(cfg: Config) -> None:
 
 
 def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[data.Windows, data.Batch]:
-    """Training windows, and 256 held-out ones of each task.
+    """Training windows, and held-out ones of data.HELD_OUT_TIMESTEPS of each task.
 
     Raises UserError where a dataset is not what its teacher was trained on.
     """
@@ -515,7 +517,7 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
     train_tables = [s.train for s in sets]
     windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, cached, cfg.top)
     held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
-    return windows, held_out.spread(256)
+    return windows, held_out.spread(max(1, data.HELD_OUT_TIMESTEPS // context))
 
 
 def make_student(
