@@ -591,11 +591,15 @@ def evaluated(
     """metrics.json's part of each task. teachers: their metrics; held (N,): the student's held-out KLs."""
     metrics = {}
     for i, task in enumerate(tasks):
-        unknown = dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention"))
+        unknown = dict.fromkeys(
+            ("return_mean", "return_std", "episodes", "normalized_score", "retention", "sweep")
+        )
         metrics[task.name] = {"target": task.target, **unknown, "heldout_kl": held[i]}
         if cfg.eval_episodes and task.env_id:
             returns, _ = evaluate.rollout(student, task, i, task.target, cfg.eval_episodes, evaluate.SEED)
             metrics[task.name] |= evaluate.scores(returns, task, teachers[task.name])
+            episodes = evaluate.sweep_episodes(cfg.eval_episodes)
+            metrics[task.name]["sweep"] = evaluate.sweep(student, task, i, episodes, evaluate.SEED)
     return metrics
 
 

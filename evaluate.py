@@ -142,11 +142,33 @@ def scores(returns: np.ndarray, task: data.Task, teacher: dict[str, Any] | None 
     metrics = {
         "return_mean": mean,
         "return_std": float(returns.std()),
+        "episodes": len(returns),
         "normalized_score": 100 * (mean - low) / (high - low),
     }
     if teacher and teacher.get("normalized_score"):
         metrics["retention"] = metrics["normalized_score"] / teacher["normalized_score"]
     return metrics
+
+
+def sweep(
+    model: dt.DecisionTransformer, task: data.Task, index: int, episodes: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return asked against return obtained: the scores at each of the task's named targets, lowest first.
+
+    episodes: of each target. All of them are one batch, whose first episode has `seed`.
+    """
+    names = sorted(task.targets, key=task.targets.get)
+    targets = np.repeat([task.targets[name] for name in names], episodes)
+    returns, _ = rollout(model, task, index, targets, len(targets), seed)
+    rows = []
+    for name, of_target in zip(names, returns.reshape(len(names), episodes), strict=True):
+        rows.append({"name": name, "target": task.targets[name], **scores(of_target, task)})
+    return rows
+
+
+def sweep_episodes(eval_episodes: int) -> int:
+    """Of each target, in the evaluation that follows a training: few, so that it stays short."""
+    return max(1, eval_episodes // 4)
 
 
 def film(

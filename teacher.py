@@ -292,7 +292,8 @@ def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held:
     """metrics.json's part of the task; held: the held-out negative log-likelihood."""
     metrics = {
         "target": task.target,
-        **dict.fromkeys(("return_mean", "return_std", "normalized_score", "retention", "heldout_kl")),
+        **dict.fromkeys(("return_mean", "return_std", "episodes", "normalized_score", "sweep")),
+        **dict.fromkeys(("retention", "heldout_kl")),  # of students
         "heldout_nll": held,
     }
     if not (cfg.eval_episodes and task.env_id):
@@ -308,6 +309,8 @@ def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held:
             f"score {scores['normalized_score']:.1f} (mean and std of {cfg.eval_episodes} episodes)",
             flush=True,
         )
+    episodes = evaluate.sweep_episodes(cfg.eval_episodes)
+    metrics["sweep"] = evaluate.sweep(model, task, 0, episodes, evaluate.SEED)
     return metrics
 
 

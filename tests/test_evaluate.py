@@ -143,13 +143,31 @@ def test_rollout__acts_by_the_policy(monkeypatch):
 
 def test_scores__are_the_mean_the_deviation_and_the_normalised_score():
     scores = evaluate.scores(np.array([2.0, 4.0]), WALK)
-    assert scores == {"return_mean": 3.0, "return_std": 1.0, "normalized_score": 50.0}
+    assert scores == {"return_mean": 3.0, "return_std": 1.0, "episodes": 2, "normalized_score": 50.0}
 
 
 def test_scores__have_retention_where_the_teacher_has_a_score():
     returns = np.array([2.0, 4.0])
     assert evaluate.scores(returns, WALK, {"normalized_score": 40.0})["retention"] == 1.25
     assert "retention" not in evaluate.scores(returns, WALK, {})
+
+
+def test_sweep__plays_every_target_lowest_first():
+    m = make(CFG)
+    rows = evaluate.sweep(m, WALK, 0, episodes=3, seed=200)
+    assert [(row["name"], row["target"]) for row in rows] == [("median", 2.0), ("p95", 8.0)]
+    for row, seed in zip(rows, (200, 203), strict=True):
+        returns, _ = evaluate.rollout(m, WALK, 0, row["target"], 3, seed)
+        assert row["return_mean"] == pytest.approx(returns.mean(), abs=1e-4)
+        assert row["return_std"] == pytest.approx(returns.std(), abs=1e-4)
+        assert row["episodes"] == 3
+
+
+def test_sweep__takes_targets_that_are_equal():
+    task = dataclasses.replace(WALK, targets={"p95": 8.0, "p10": 8.0, "median": 8.0})
+    rows = evaluate.sweep(make(CFG), task, 0, episodes=1, seed=200)
+    assert [row["target"] for row in rows] == [8.0] * 3
+    assert all(np.isfinite(row["return_mean"]) for row in rows)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
