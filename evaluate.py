@@ -2,6 +2,7 @@
 
     python evaluate.py out/student --eval-episodes 100
     python evaluate.py out/teacher-hopper --target median --video
+    python evaluate.py out/student --sweep      # return asked against return obtained
 
 Prints, per task: mean and standard deviation of the return, normalised score, and a student's retention (its
 score / its teacher's). Writes RUN/evaluation.json. The score is 100 (return - random) / (expert - random): of
@@ -38,6 +39,7 @@ class Config:
     target: str = "default"  # return to ask for: a number, or default, median, p75, ... of the data's returns
     seed: int = SEED  # of the first episode; episode i has seed + i
     device: str = "auto"  # cpu, cuda, cuda:<number>, or auto
+    sweep: bool = False  # also ask for each of the data's quantiles: a table, and RUN/sweep.png
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
 
 
@@ -225,10 +227,14 @@ def main(cfg: Config) -> None:
         teachers = meta.get("teachers", {}) if target == task.target else {}  # their scores are of that
         metrics[task.name] = {"target": target, **scores(returns, task, teachers.get(task.name))}
         rows.append(_row(task.name, metrics[task.name]))
+        if cfg.sweep:
+            metrics[task.name]["sweep"] = sweep(model, task, index, cfg.eval_episodes, cfg.seed)
         if cfg.video:
             _film_into_run(cfg, model, task, index, target)
     if rows:
         print(log.table(rows))
+        if cfg.sweep:
+            _print_and_draw_sweeps(cfg, meta, metrics)
         evaluation = {"eval_episodes": cfg.eval_episodes, "seed": cfg.seed, "tasks": metrics}
         files.write_json(Path(cfg.run) / "evaluation.json", evaluation)
 
@@ -256,6 +262,29 @@ def _row(name, metrics):
     if "retention" in metrics:
         row["retention"] = metrics["retention"]
     return row
+
+
+def _print_and_draw_sweeps(cfg, meta, metrics):
+    """The sweeps of the tasks in metrics, and those of a student's teachers where their runs have any."""
+    import report  # it imports this module
+
+    teachers = meta.get("teachers", {})
+    of_teachers = {name: teachers[name]["sweep"] for name in metrics if teachers.get(name, {}).get("sweep")}
+    rows = []
+    for name, of_task in metrics.items():
+        obtained = {row["name"]: row["return_mean"] for row in of_teachers.get(name, [])}
+        for row in of_task["sweep"]:
+            columns = {"task": name, "quantile": row["name"], **_row(name, row)}
+            rows.append(columns | ({"teacher's return": obtained.get(row["name"])} if obtained else {}))
+    print(log.table(rows))
+    sweeps = {"teacher": of_teachers} if of_teachers else {}
+    sweeps["student" if teachers else "teacher"] = {name: m["sweep"] for name, m in metrics.items()}
+    references = {task["name"]: task["reference"] for task in meta["tasks"] if task["name"] in metrics}
+    fig, (ax,) = report.figure(1, 1, (6, 4.5))
+    report.draw_sweep(ax, references, sweeps)
+    path = Path(cfg.run) / "sweep.png"
+    report.finish(fig, path, dpi=150)
+    print(f"return asked against return obtained: {path}")
 
 
 def _film_into_run(cfg, model, task, index, target):

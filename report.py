@@ -13,6 +13,7 @@ import functools
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -85,6 +86,22 @@ class Run:
             "teacher score": teacher["normalized_score"],
             "held-out NLL": teacher["heldout_nll"],
         }
+
+    def sweeps(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """{"teacher" or "student": {task: its sweep of target returns}}, of the tasks that have one."""
+        models = (
+            {"teacher": self.teachers, "student": self.tasks} if self.teachers else {"teacher": self.tasks}
+        )
+        found = {}
+        for model, by_task in models.items():
+            sweeps = {name: metrics["sweep"] for name, metrics in by_task.items() if metrics.get("sweep")}
+            if sweeps:
+                found[model] = sweeps
+        return found
+
+    def references(self) -> dict[str, tuple[float, float]]:
+        """{task: returns of score 0 and 100}."""
+        return {task["name"]: tuple(task["reference"]) for task in self.meta["tasks"]}
 
     def scored_rows(self) -> list[dict[str, Any]]:
         """The rows of the tasks that were evaluated."""
@@ -170,6 +187,46 @@ def plot_returns(run: Run, ax: "Axes") -> None:
     ax.margins(y=0.25)  # room for the legend above the bars
     ax.set(ylabel="score (0 random, 100 expert)", title=f"Normalised return: {' and '.join(models)}")
     add_legend(ax, loc="upper center", ncols=2)
+
+
+def plot_sweep(run: Run, ax: "Axes") -> None:
+    """Return asked against return obtained."""
+    draw_sweep(ax, run.references(), run.sweeps())
+
+
+def draw_sweep(
+    ax: "Axes",
+    references: dict[str, tuple[float, float]],
+    sweeps: dict[str, dict[str, list[dict[str, Any]]]],
+) -> None:
+    """Lines of return asked against return obtained, as scores: a colour for each task.
+
+    references: the returns of score 0 and 100, by task. sweeps: {"teacher" or "student": {task: what
+    evaluate.sweep returned}}; a teacher's line is dashed where a student's is beside it.
+    """
+    labels = short_names(references)
+    limits = []
+    for model, by_task in sweeps.items():
+        beside = model == "teacher" and len(sweeps) > 1
+        look = {"linestyle": "--", "markerfacecolor": "white"} if beside else {"linestyle": "-"}
+        for i, name in enumerate(references):
+            if name not in by_task:
+                continue
+            low, high = references[name]
+            asked = [100 * (row["target"] - low) / (high - low) for row in by_task[name]]
+            obtained = [row["normalized_score"] for row in by_task[name]]
+            label = labels[name] if model == list(sweeps)[-1] else None
+            ax.plot(asked, obtained, marker="o", markersize=4, color=COLOURS[i % 8], label=label, **look)
+            limits += [min(asked), max(asked)]
+        if beside:
+            ax.plot([], [], color="grey", marker="o", markersize=4, label="teachers", **look)
+    ends = [min(limits), max(limits)]
+    ax.plot(ends, ends, color="grey", linestyle=":", linewidth=1, label="as asked")
+    ax.set(
+        xlabel="return asked for, as a score",
+        ylabel="return obtained, as a score",
+        title="Return asked against return obtained",
+    )
 
 
 def label_tasks(ax: "Axes", x: np.ndarray, names: list[str]) -> None:
@@ -287,6 +344,11 @@ def panels(run: Run) -> list[Panel]:
     captions = {}
     if run.scored_rows():
         captions[plot_returns] = "Mean over the evaluation episodes of the last checkpoint."
+    if run.sweeps():
+        captions[plot_sweep] = (
+            "Each point: the mean over episodes that were asked for one return, a quantile of the data's. "
+            "On the dotted line a model obtains what it is asked for."
+        )
     if run.teachers:
         captions |= _student_captions(run)
     else:
@@ -344,15 +406,16 @@ def finish(fig: "Figure", file: Path | io.StringIO, **options: Any) -> None:
 
 
 def plots(out: Path) -> None:
-    """Draw a student's plots.png in its run directory: the first four panels, in one row, or two by two."""
-    shown = panels(Run(out))[:4]
-    if len(shown) < 4:
-        fig, axes = figure(1, len(shown), (4.1 * len(shown), 3.8))
-    else:
-        fig, axes = figure(2, 2, (9, 7.4))
+    """Draw a student's plots.png in its run directory: up to three panels in a row, more in two."""
+    shown = panels(Run(out))
+    rows = 1 if len(shown) < 4 else 2
+    columns = math.ceil(len(shown) / rows)
+    fig, axes = figure(rows, columns, (4.4 * columns, 3.75 * rows))
     fig.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    for ax, panel in zip(axes, shown, strict=True):
+    for ax, panel in zip(axes, shown, strict=False):
         panel.draw(ax)
+    for ax in axes[len(shown) :]:
+        ax.remove()
     finish(fig, out / "plots.png", dpi=150)
 
 

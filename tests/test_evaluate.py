@@ -204,6 +204,17 @@ def test_main__writes_what_it_prints(run, capsys, target, value):
     assert ("retention" in printed) == (value == WALK.target)
 
 
+def test_main__sweeps_the_targets_and_draws_them(run, capsys):
+    evaluate.main(evaluate.Config(str(run), eval_episodes=2, sweep=True, device="cpu"))
+    swept = files.read_json(run / "evaluation.json")["tasks"]["walk"]["sweep"]
+    assert swept == evaluate.sweep(dt.load(run)[0], WALK, 0, 2, evaluate.SEED)
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.startswith("walk ")]
+    assert [row[1] for row in rows[1:]] == ["median", "p95"]
+    assert (run / "sweep.png").stat().st_size > 10_000
+    assert "sweep.png" in printed
+
+
 def test_main__names_a_target_that_is_none(run):
     with pytest.raises(UserError, match="--target best: must be default, p95, median or a number"):
         evaluate.main(evaluate.Config(str(run), target="best", device="cpu"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
 import pytest
 
 import distill
@@ -63,6 +64,23 @@ def student(home, tmp_path) -> Path:
     return path
 
 
+SWEPT = [
+    {"name": "median", "target": 2.0, "return_mean": 2.5, "return_std": 0.5, "normalized_score": 20.0},
+    {"name": "p95", "target": 5.0, "return_mean": 4.5, "return_std": 0.5, "normalized_score": 50.0},
+]
+
+
+def add_sweeps(student: Path) -> None:
+    """Sweeps of two targets, to the student's run and to what it holds of its teachers."""
+    metrics = files.read_json(student / "metrics.json")
+    meta = files.read_json(student / "model.json")
+    for name in TASKS:
+        metrics["tasks"][name]["sweep"] = SWEPT
+        meta["teachers"][name]["sweep"] = SWEPT
+    files.write_json(student / "metrics.json", metrics)
+    files.write_json(student / "model.json", meta)
+
+
 def larger(student: Path) -> report.Run:
     """The same student, as if it had twice the parameters."""
     run = report.Run(student)
@@ -101,6 +119,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 
 
 RETURNS = "Normalised return: teacher and student"
+SWEEP = "Return asked against return obtained"
 KL = "KL to each teacher, held-out episodes"
 SHARES = "Share of the batch by teacher"
 CONFLICT = "Conflict with the previous update"
@@ -179,16 +198,52 @@ def figures(monkeypatch) -> list:
     return drawn
 
 
-@pytest.mark.parametrize(("projected", "grid"), [(0, (1, 3)), (1, (2, 2))])
-def test_plots__lay_three_panels_in_a_row_and_four_two_by_two(student, monkeypatch, figures, projected, grid):
+@pytest.mark.parametrize(
+    ("projected", "swept", "grid", "titles"),
+    [
+        (0, False, (1, 3), [RETURNS, KL, SHARES]),
+        (1, False, (2, 2), [RETURNS, KL, SHARES, CONFLICT]),
+        (0, True, (2, 2), [RETURNS, SWEEP, KL, SHARES]),
+        (1, True, (2, 3), [RETURNS, SWEEP, KL, SHARES, CONFLICT]),
+    ],
+)
+def test_plots__lay_up_to_three_panels_in_a_row_and_more_in_two(
+    student, monkeypatch, figures, projected, swept, grid, titles
+):
     log = files.read_csv(student / "log.csv")
     log["projected"] += projected
     monkeypatch.setattr(files, "read_csv", lambda path: log)
+    if swept:
+        add_sweeps(student)
     report.plots(student)
     assert (student / "plots.png").stat().st_size > 10_000
     (figure,) = figures
-    assert [ax.get_title() for ax in figure.axes] == [RETURNS, KL, SHARES, CONFLICT][: grid[0] * grid[1]]
+    assert [ax.get_title() for ax in figure.axes] == titles
     assert figure.axes[0].get_gridspec().get_geometry() == grid
+
+
+def test_sweep__has_a_line_for_each_task_and_model(student, figures):
+    add_sweeps(student)
+    run = report.Run(student)
+    report.svg(report.panels(run)[1])
+    (ax,) = figures[0].axes
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["teachers", "report-a-v0", "report-b-v0", "as asked"]
+    low, high = run.references()[TASKS[1]]
+    of_student = next(line for line in ax.lines if line.get_label() == "report-b-v0")
+    scores = [100 * (target - low) / (high - low) for target in (2.0, 5.0)]
+    assert np.allclose(of_student.get_xdata(), scores)
+    assert np.allclose(of_student.get_ydata(), [20.0, 50.0])
+    dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert len(dashed) == 3  # one of them for the legend
+
+
+def test_sweep__of_a_teacher_alone_is_drawn_through(home, figures):
+    run = report.Run(home / "teacher0")
+    run.tasks[TASKS[0]]["sweep"] = SWEPT
+    report.svg(report.panels(run)[0])
+    (ax,) = figures[0].axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [TASKS[0], "as asked"]
 
 
 def test_every_plot__names_its_lines(home, student, figures):

@@ -139,7 +139,7 @@ def test_report__makes_a_page_with_films_where_rendering_works(main_job, home):
     films = page.count("data:image/webp")
     assert f"films of {films} of 3 tasks" in printed
     assert films + page.count("rendering does not work here") == 3
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
 
 
 def test_data__shows_what_a_dataset_holds(home):
