@@ -167,6 +167,18 @@ class Dataset:
     lengths: np.ndarray  # (E,)
     saturation: float  # share of action components within 0.1 % of a bound
 
+    def facts(self) -> dict[str, float]:
+        """What a verdict needs (support/verdict.py), of the training episodes; `data` in metrics.json."""
+        returns = self.train[_first_rows(self.train), -2] * self.task.rtg_scale
+        return {
+            "episodes": len(returns),
+            "steps": len(self.train),
+            "return_mean": float(returns.mean()),
+            "return_min": float(returns.min()),
+            "return_max": float(returns.max()),
+            "saturation": self.saturation,
+        }
+
 
 def load(name: str, seed: int = 0) -> Dataset:
     """The dataset of a built-in task (a key of ENVS) or a Minari id; `seed` chooses the held-out tenth of its

@@ -35,7 +35,7 @@ import report
 import surgery
 import teacher
 from kernels.kl import DIRECTIONS, head_kl, per_teacher, policies
-from support import UserError, cli, files, log, machine, processes, run_directory, training
+from support import UserError, cli, files, log, machine, processes, run_directory, training, verdict
 from support.checkpoint import Checkpoint
 from support.update_log import Diverged, UpdateLog
 
@@ -600,6 +600,8 @@ def evaluated(
             metrics[task.name] |= evaluate.scores(returns, task, teachers[task.name])
             episodes = evaluate.sweep_episodes(cfg.eval_episodes)
             metrics[task.name]["sweep"] = evaluate.sweep(student, task, i, episodes, evaluate.SEED)
+        metrics[task.name]["data"] = teachers[task.name].get("data")
+        metrics[task.name]["flags"] = verdict.verdict(task, metrics[task.name], teachers[task.name]).names()
     return metrics
 
 
@@ -607,6 +609,8 @@ def summary(out: Path) -> None:
     """Print a finished run's table and draw its plots.png."""
     run = report.Run(out)
     print(log.table(run.rows()))
+    for line in verdict.lines(data.tasks(run.meta, out), run.tasks, run.teachers):
+        print(line)
     if run.retention:
         retention = list(run.retention.values())
         print(f"retention: mean {np.mean(retention):.3f}, worst {min(retention):.3f}")

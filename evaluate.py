@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import model as dt
 from policy import Policy
-from support import UserError, cli, environments, files, log, machine
+from support import UserError, cli, environments, files, log, machine, verdict
 
 SEED = 1000  # of the first evaluation episode; episode i has SEED + i
 FRAME_INTERVAL = 4  # steps between the frames of a film
@@ -218,6 +218,8 @@ def main(cfg: Config) -> None:
     model, meta = dt.load(cfg.run, machine.device(cfg))
     rows = []
     metrics = {}
+    judged = {}  # what a verdict judges, of the tasks that are asked for their default target
+    of_run = (files.read_json(Path(cfg.run) / "metrics.json") or {}).get("tasks", {})
     for index, task in enumerate(data.tasks(meta, cfg.run)):
         target = _target(cfg, task)
         if task.env_id is None:
@@ -229,12 +231,16 @@ def main(cfg: Config) -> None:
         rows.append(_row(task.name, metrics[task.name]))
         if cfg.sweep:
             metrics[task.name]["sweep"] = sweep(model, task, index, cfg.eval_episodes, cfg.seed)
+        if target == task.target:
+            judged[task.name] = {**of_run.get(task.name, {}), **metrics[task.name]}
         if cfg.video:
             _film_into_run(cfg, model, task, index, target)
     if rows:
         print(log.table(rows))
         if cfg.sweep:
             _print_and_draw_sweeps(cfg, meta, metrics)
+        for line in verdict.lines(data.tasks(meta, cfg.run), judged, meta.get("teachers")):
+            print(line)
         evaluation = {"eval_episodes": cfg.eval_episodes, "seed": cfg.seed, "tasks": metrics}
         files.write_json(Path(cfg.run) / "evaluation.json", evaluation)
 

@@ -24,7 +24,7 @@ import tyro
 import data
 import evaluate
 import model as dt
-from support import UserError, cli, files, log
+from support import UserError, cli, files, log, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -470,6 +470,7 @@ def page(runs: list[Run], films: list[str]) -> str:
 <p class="lead">{html.escape(headline(run))}</p>
 <h2>Results</h2>
 {as_table(run.rows())}
+{verdicts(run)}
 <p>Means over {run.config["eval_episodes"]} episodes of the last checkpoint, +- their standard deviation.
 Retention: the student's score divided by its teacher's.</p>
 <h2>Tasks and data</h2>
@@ -505,6 +506,13 @@ def headline(run: Run) -> str:
             f"{min(retention):.1f} % on the worst task."
         )
     return text
+
+
+def verdicts(run: Run) -> str:
+    """What is wrong with the run and the remedies, as a list; empty if all is well."""
+    lines = verdict.lines(data.tasks(run.meta, run.path), run.tasks, run.teachers)
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if lines else ""
 
 
 def sources(run: Run) -> list[dict[str, Any]]:

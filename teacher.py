@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,7 +25,7 @@ import evaluate
 import kernels
 import model as dt
 import muon
-from support import UserError, cli, files, jobs, log, machine, processes, run_directory, training
+from support import UserError, cli, files, jobs, log, machine, processes, run_directory, training, verdict
 from support.checkpoint import Checkpoint
 
 
@@ -134,6 +135,11 @@ class Learner:
         self.model.train()
         return nll
 
+    @torch.no_grad()
+    def held_out_log_std(self, batch: data.Batch) -> float | None:
+        """Mean over valid timesteps and action dimensions, of a model in eval(); None: discrete actions."""
+        return None if self.discrete else self.model(0, *batch[1:6])[1][batch.mask].mean().item()
+
     def update(self) -> None:
         """One update, in which nothing waits for the device."""
         batch = self.windows.sample(self.cfg.batch_size, self.share, self.generator)
@@ -194,6 +200,10 @@ def main(cfg: Config) -> Path:
     dt.save(out, model, meta)
     with clock("evaluate"):
         metrics = evaluated(cfg, model, task, held)
+    metrics["heldout_nll_rise"] = held - float(np.nanmin(files.read_csv(out / "log.csv")["heldout_nll"]))
+    metrics["heldout_log_std"] = learner.held_out_log_std(held_out)
+    metrics["data"] = dataset.facts()
+    metrics["flags"] = verdict.verdict(task, metrics).names()
     results = {
         "tasks": {task.name: metrics},
         "compression": None,
@@ -204,6 +214,8 @@ def main(cfg: Config) -> Path:
     files.write_json(out / "metrics.json", results)
     checkpoint.finish()
     processes.barrier()
+    for line in verdict.lines([task], results["tasks"]):
+        print(line, flush=True)
     return out
 
 

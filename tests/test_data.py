@@ -111,6 +111,19 @@ def test_load__asks_by_default_for_what_eight_of_few_episodes_returned():
     assert d.task.target == pytest.approx(np.median(returns[3:]))
 
 
+def test_facts__are_of_the_training_episodes():
+    d = small_dataset()
+    facts = d.facts()
+    assert facts["steps"] == len(d.train)
+    assert facts["episodes"] == 4
+    arrays = minari_files.read("tests/windows-v0")[0]
+    held_out = np.isclose(arrays["returns"], d.held_out[0, -2] * d.task.rtg_scale)
+    of_training = arrays["returns"][~held_out]
+    assert facts["return_mean"] == pytest.approx(of_training.mean())
+    assert facts["return_min"] == pytest.approx(of_training.min())
+    assert facts["return_max"] == pytest.approx(of_training.max())
+
+
 def test_load__names_the_choices_for_an_unknown_env():
     choices = "ant, halfcheetah, halfcheetah-back, hopper, walker2d"
     with pytest.raises(UserError, match=f"unknown env 'hoper'; choose from {choices}"):

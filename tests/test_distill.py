@@ -296,7 +296,7 @@ def test_main__logs_no_more_than_so_many_rows(teachers, tmp_path, monkeypatch):
 
 FILES = {".lock", "config.json", "log.csv", "metrics.json", "model.safetensors", "model.json", "plots.png"}
 METRICS = {"target", "return_mean", "return_std", "episodes", "normalized_score", "retention", "sweep"}
-METRICS |= {"heldout_kl"}
+METRICS |= {"heldout_kl", "data", "flags"}
 
 
 def test_main__writes_a_run_and_skips_it_the_second_time(teachers, tmp_path, capsys):
@@ -306,6 +306,7 @@ def test_main__writes_a_run_and_skips_it_the_second_time(teachers, tmp_path, cap
     assert set(metrics) == {"tasks", "compression", "parameters", "seconds", "machine"}
     assert set(metrics["tasks"]) == set(NAMES)
     assert set(metrics["tasks"][NAMES[0]]) == METRICS
+    assert f"{NAMES[0]}, teacher: not evaluated, caution: few-data" in capsys.readouterr().out
     model, meta = dt.load(tmp_path)
     loaded = [dt.load(directory) for directory in teachers]
     assert metrics["parameters"] == model.n_params == sum(p.numel() for p in model.parameters())

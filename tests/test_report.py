@@ -58,7 +58,7 @@ def student(home, tmp_path) -> Path:
         retention = 0.9 + 0.05 * i
         scores = {"return_mean": 100.0 + i, "return_std": 5.0, "normalized_score": 80.0}
         metrics["tasks"][name] |= {**scores, "retention": retention}
-        meta["teachers"][name] = {"return_mean": 110.0, "normalized_score": 88.0}
+        meta["teachers"][name] |= {"return_mean": 110.0, "return_std": 5.0, "normalized_score": 88.0}
     files.write_json(path / "metrics.json", metrics)
     files.write_json(path / "model.json", meta)
     return path
@@ -297,6 +297,13 @@ def test_page__holds_the_runs_own_numbers(student):
         assert name.replace("/", "/<wbr>") in page
         assert f"<td>{log.cell(run.tasks[name]['heldout_kl'])}</td>" in page
     assert page == report.page([run], [])  # to the byte
+
+
+def test_page__shows_verdicts_where_there_are_any(student):
+    assert "<li>" not in report.page([report.Run(student)], [])
+    run = report.Run(student)
+    run.tasks[TASKS[0]]["return_mean"] = -1000.0
+    assert f"<li>{TASKS[0]}, student: below-target" in report.page([run], [])
 
 
 def test_page__of_a_teacher_says_so(home):

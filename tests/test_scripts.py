@@ -84,6 +84,22 @@ def test_distill__trains_missing_teachers_and_a_student_five_times_closer_to_the
     assert "retention: mean" in main_job
 
 
+def test_distill__prints_verdicts_between_its_table_and_the_retention(main_job, home):
+    printed = main_job.split("held-out KL\n")[1].split("retention: mean")[0]
+    teachers = files.read_json(home / "out/student/model.json")["teachers"]
+    students = tasks_of(home / "out/student")
+    for model, by_task in {"teacher": teachers, "student": students}.items():
+        for name, metrics in by_task.items():
+            line = re.search(f"^{name}, {model}: (.*)$", printed, re.M)
+            assert bool(line) == bool(metrics["flags"]), (name, model)
+            assert all(flag in line[1] for flag in metrics["flags"])
+    assert any(metrics["flags"] for metrics in teachers.values())  # of 40 updates
+    again = forked.python("evaluate.py out/student --eval-episodes 1 --device cpu", home)
+    assert [line for line in printed.splitlines() if ", student: " in line] == [
+        line for line in again.splitlines() if ", student: " in line
+    ]
+
+
 def test_distill__skips_a_finished_run_and_reuses_teachers(main_job, home):
     printed = forked.python(MAIN_JOB, home)
     assert "student is there: out/student" in printed

@@ -94,6 +94,20 @@ def test_main__stops_at_a_nan_and_keeps_the_last_good_model(tmp_path, monkeypatc
     assert all(p.isfinite().all() for p in dt.load(tmp_path)[0].parameters())
 
 
+def test_main__cautions_where_nothing_was_evaluated(tmp_path, capsys):
+    trained(tmp_path, steps=20)
+    metrics = files.read_json(tmp_path / "metrics.json")["tasks"][NAME]
+    task = data.load(NAME).task
+    assert metrics["data"]["episodes"] == 5
+    assert metrics["data"]["steps"] == len(data.load(NAME).train)
+    assert metrics["data"]["return_min"] <= task.targets["p10"] <= task.targets["p95"]
+    assert metrics["data"]["return_max"] >= task.targets["p95"]
+    assert metrics["heldout_nll_rise"] >= -1e-5
+    assert -4 < metrics["heldout_log_std"] < 0
+    assert metrics["flags"] == ["few-data"]
+    assert f"{NAME}, teacher: not evaluated, caution: few-data (5 episodes of " in capsys.readouterr().out
+
+
 IMPOSSIBLE = [
     ("steps", 0),
     ("steps", -3),
