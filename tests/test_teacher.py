@@ -49,14 +49,14 @@ def test_main__without_muon_is_plain_adamw_on_the_nll(tmp_path):
     trained(tmp_path, steps=10, warmup=5, grad_clip=clip, **options)
     got, _ = dt.load(tmp_path)
     d = data.load(NAME)
-    w = data.Windows([d.train], [d.task], 6)
+    w = data.Windows([d.train], [d.task], 6, top=teacher.Config.top)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = dt.DecisionTransformer(got.cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-4)
     norms = []
     for step in range(10):
-        batch = w.sample(32, torch.ones(1), generator)
+        batch = w.sample(teacher.Config.batch_size, torch.ones(1), generator)
         mean, log_std = model(0, *batch[1:6])
         nll = -torch.distributions.Normal(mean, log_std.exp()).log_prob(batch.actions)[batch.mask].mean()
         optimizer.zero_grad()
