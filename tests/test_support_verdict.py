@@ -1,6 +1,8 @@
 """support/verdict.py: each flag on numbers that deserve it, none on numbers that do not."""
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_evaluate import WALK
 
+from conftest import ROOT
 from support import verdict
 
 TASK = dataclasses.replace(WALK, reference=(-10.0, 1000.0), obs_dim=6, act_dim=4)
@@ -173,6 +176,13 @@ def test_verdict__judges_what_metrics_of_older_runs_hold():
     assert names(old) == ["below-target"]
     assert names({**old, "heldout_log_std": None, "data": None, "sweep": None}) == ["below-target"]
     assert names(old, {}) == ["below-target"]
+
+
+def test_operations__lists_every_flag():
+    source = Path(verdict.__file__).read_text()
+    section = (ROOT / "docs/operations.md").read_text().split("## Verdicts")[1].split("\n## ")[0]
+    in_code = re.findall(r'Flag\("([a-z-]+)"', source)
+    assert re.findall(r"^\| `([a-z-]+)` \|", section, re.M) == in_code
 
 
 # ---- lines -------------------------------------------------------------------------------------------------
