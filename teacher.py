@@ -137,7 +137,7 @@ class Learner:
 
     @torch.no_grad()
     def held_out_log_std(self, batch: data.Batch) -> float | None:
-        """Mean over valid timesteps and action dimensions, of a model in eval(); None: discrete actions."""
+        """Mean over valid timesteps and action dimensions, of a model in evaluation mode; None: discrete."""
         return None if self.discrete else self.model(0, *batch[1:6])[1][batch.mask].mean().item()
 
     def update(self) -> None:
