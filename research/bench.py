@@ -64,7 +64,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from research.variants import LONG_STUDENT, LONG_TEACHER
 from support import UserError, files, machine
 
 if TYPE_CHECKING:
@@ -445,6 +444,7 @@ def ours_distil(device: str, dtype: str, size: str, **options: Any) -> Step:
     import data
     import distill
     import model as dt
+    from research.variants import LONG_STUDENT
 
     dims = ((11, 3), (17, 6), (17, 6), (27, 8))
     cfg = distill.Config(steps=20_000, **{**LONG_STUDENT, **options})
@@ -473,6 +473,7 @@ def by_optimizer(device: str, dtype: str, size: str, **options: Any) -> Step:
         return ours_distil(device, dtype, "3", **options)
     import data
     import teacher
+    from research.variants import LONG_TEACHER
 
     cfg = teacher.Config(steps=20_000, device=device, dtype=dtype, **{**LONG_TEACHER, **options})
     windows = data.Windows([table()], [task()], cfg.context, device)
@@ -568,6 +569,7 @@ def ours_training(device: str, dtype: str, folder: str, **options: Any) -> Train
     """teacher.py's own loop on hopper, with these fields of its Config."""
     import data
     import teacher
+    from research.variants import LONG_TEACHER
 
     cfg = teacher.Config(device=device, dtype=dtype, **{**LONG_TEACHER, **options})
     dataset = data.load(cfg.env, cfg.seed)
@@ -585,6 +587,7 @@ def student_training(device: str, dtype: str, folder: str, **options: Any) -> Tr
     """distill.py's own loop, with these fields of its Config; its loss is the mean over teachers."""
     import distill
     import teacher
+    from research.variants import LONG_STUDENT
 
     options = {**LONG_STUDENT, **options}
     cfg = distill.Config(device=device, dtype=dtype, teachers=settings(folder)["teachers"], **options)

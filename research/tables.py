@@ -392,9 +392,11 @@ def main() -> None:
         files = exported(run)
         if files:
             print(f"\n{files}")
+    measured = {row["dataset"] for row in read_rows("battery.csv")}
     for half in ("UNSEEN", "CHOOSING"):
-        names = list(getattr(datasets, half))
-        print(f"\nbattery, {half.lower()}\n\n{battery(names)}\n\n{battery_median(names)}")
+        names = [name for name in getattr(datasets, half) if name in measured]
+        if names:
+            print(f"\nbattery, {half.lower()}\n\n{battery(names)}\n\n{battery_median(names)}")
     print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):
