@@ -1,16 +1,11 @@
 """A battery of small, narrow and mixed datasets, for defaults that hold on data that nobody tuned for.
 
-    python -m research.battery --logs ../logs --collect hopper-authors     # or: all; ten minutes
-
 The behaviour policies: the built-in PPO snapshots, the SAC and TQC ones of research/battery_policies.py, 26
-snapshots of a TRPO run for each body (--logs: folder of the files examples/collect_trpo.py names), and a
-scripted controller in a maze. Ten datasets were used to choose the defaults (CHOOSING); the others (UNSEEN)
-for nothing but the table. research/battery_runs.py trains on them.
-
-Needs: pip install gymnasium-robotics==1.4.2 (pen and mazes)
+snapshots of a TRPO run for each body, and a scripted controller in a maze. Ten datasets were used to choose
+the defaults (CHOOSING); the others (UNSEEN) for nothing but the table. research/battery_runs.py makes the
+datasets and trains on them.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +19,7 @@ from minari.data_collector import EpisodeBuffer
 
 from examples import collect_trpo
 from research import battery_policies
-from support import UserError, cli, collect, environments
+from support import collect, environments
 
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of action noise; every action lies in [-1, 1]
 MAZES = {"maze-umaze": "PointMaze_UMaze-v3", "maze-medium": "PointMaze_Medium-v3"}
@@ -190,7 +185,10 @@ def policies(spec: Spec, logs: Path, env: gym.Env) -> list[Behaviour]:
 def rollout(env: gym.Env, policy: Behaviour, rng: np.random.Generator, i: int) -> EpisodeBuffer:
     """The i-th episode, whose seed is i."""
     observations = [env.reset(seed=i)[0]]
-    actions, rewards, terminations, truncations = [], [], [], []
+    actions = []
+    rewards = []
+    terminations = []
+    truncations = []
     done = False
     while not done:
         mean = policy.act(observations[-1])
@@ -222,7 +220,8 @@ def make_dataset(name: str, logs: Path) -> None:
     acting = policies(spec, logs, env)
     buffers = []
     for policy in acting:
-        n_episodes, n_steps = 0, 0
+        n_episodes = 0
+        n_steps = 0
         while n_episodes < spec.episodes or n_steps < spec.steps / len(acting):
             buffers.append(rollout(env, policy, rng, len(buffers)))
             n_episodes += 1
@@ -244,20 +243,3 @@ def make_dataset(name: str, logs: Path) -> None:
         f"return mean {np.mean(returns):.0f}, p95 {np.quantile(returns, 0.95):.0f}",
         flush=True,
     )
-
-
-@dataclasses.dataclass
-class Config:
-    logs: str = "../logs"  # folder of the TRPO logs
-    collect: tuple[str, ...] = ()  # names of datasets, or: all
-
-
-def main(cfg: Config) -> None:
-    for name in DATASETS if cfg.collect == ("all",) else cfg.collect:
-        if name not in DATASETS:
-            raise UserError(f"--collect {name}: choose from all, {', '.join(DATASETS)}")
-        make_dataset(name, Path(cfg.logs))
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, __doc__)

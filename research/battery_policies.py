@@ -72,8 +72,13 @@ def main(cfg: Config) -> None:
         progress = f"step {model.num_timesteps} | return {recent:.0f} | {time.time() - start:.0f} s"
         print(f"{cfg.algorithm} {cfg.env} | {progress}", flush=True)
         snapshots.append(weights(model.actor))
-    stacked = {k: np.ascontiguousarray(np.stack([w[k] for w in snapshots])) for k in snapshots[0]}
-    files.write(FOLDER / f"{cfg.algorithm}-{cfg.env}.safetensors", safetensors.numpy.save(stacked))
+    blob = safetensors.numpy.save(stacked(snapshots))
+    files.write(FOLDER / f"{cfg.algorithm}-{cfg.env}.safetensors", blob)
+
+
+def stacked(snapshots: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Each weight of all snapshots as one array, contiguous: safetensors writes others as they lie."""
+    return {k: np.ascontiguousarray(np.stack([w[k] for w in snapshots])) for k in snapshots[0]}
 
 
 class Actor:

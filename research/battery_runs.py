@@ -1,16 +1,17 @@
 """Teachers, students and baselines on the datasets of research/battery.py.
 
-    python -m research.battery_runs --datasets hopper-authors maze-umaze    # or: all, choosing, unseen
-    python -m research.battery_runs --students 0 1 2                        # seeds; of GROUPS of teachers
-    python -m research.battery_runs --report                                # the tables of docs/data.md
+    python -m research.battery_runs --datasets unseen --logs ../logs   # or: all, choosing, hopper-quiet ...
+    python -m research.battery_runs --students 0 1 2                   # seeds; of GROUPS of those teachers
 
 A row of research/results/battery.csv for each dataset, variant, seed and return asked for: 20 episodes, of
 the last checkpoint. A run whose rows are there is skipped. One thread: run several processes at a time, each
-with datasets of its own.
+with datasets of its own. research/tables.py prints the tables of docs/data.md.
 
 Baselines: behaviour cloning by an MLP (256-256, squared error, 10,000 updates of 256 timesteps with Adam) of
 all episodes, and of the tenth with the highest returns (Chen et al. 2021, section 4.2); the same transformer
 without weighting of episodes; and teacher.py's defaults as they were before, with a context of 20 timesteps.
+
+Needs: pip install gymnasium-robotics==1.4.2 (pen and mazes); the logs that examples/collect_trpo.py names
 """
 
 import contextlib
@@ -33,13 +34,13 @@ import model as dt
 import teacher
 from policy import Policy
 from research import battery, study_rows
+from research.variants import LONG_TEACHER
 from support import UserError, cli, files
 
 RESULTS = Path(__file__).parent / "results" / "battery.csv"
-BASELINES = ("BC", "BC best 10 %", "context 1", "before")
 VARIANTS: dict[str, dict[str, Any] | float] = {  # options of teacher.py; of BC, the share of episodes
     "default": {},
-    "before": {"context": 20, "batch_size": 32, "top": 1.0},
+    "before": LONG_TEACHER,
     "context 1": {"context": 1, "top": 1.0},
     "BC": 1.0,
     "BC best 10 %": 0.1,
@@ -60,6 +61,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # of weights, windows and the held-out split
     variants: tuple[str, ...] = tuple(VARIANTS)
     students: tuple[int, ...] = ()  # seeds of students of GROUPS
+    logs: str = "../logs"  # folder of the TRPO run's files, for datasets that are missing
     work_dir: str = "out/battery"  # of the teachers
 
 
@@ -228,6 +230,8 @@ def main(cfg: Config) -> None:
     unknown = set(names) - set(battery.DATASETS) | set(cfg.variants) - set(VARIANTS)
     if unknown:
         raise UserError(f"{unknown}: choose from {', '.join((*battery.DATASETS, *VARIANTS))}")
+    for name in names:
+        battery.make_dataset(name, Path(cfg.logs))
     for seed in cfg.seeds:
         for name in names:
             for variant in cfg.variants:

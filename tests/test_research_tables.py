@@ -36,6 +36,20 @@ def test_results__has_the_tables_that_are_printed(printed):
     assert [line for line in machines if line not in lines] == []
 
 
+def test_data__has_the_tables_of_the_battery(printed):
+    """All of them: docs/data.md's other table is of the kinds of datasets."""
+    text = (ROOT / "docs/data.md").read_text()
+    of_battery = printed.split("\nbattery, ")[1:]
+    assert of_battery
+    in_docs = set(rows(text))
+    for half in of_battery:
+        half = half.split("\n\ninspect\n")[0].split("\nbattery, ")[0]
+        assert len(rows(half)) >= 3
+        assert [row for row in rows(half) if row not in in_docs] == []
+        (verdict,) = re.findall(r"^Default / best baseline: .*$", half, re.M)
+        assert verdict in text
+
+
 def test_speed__has_the_tables_that_are_printed(printed):
     lines = printed.splitlines()
     for title in ("All rows", "Several processes", "Kernels inspected without a GPU"):

@@ -405,6 +405,8 @@ ELSEWHERE = {  # commands that take long, or need another package: where they ar
     "-m research.behaviour": "test_research_behaviour.py",
     "-m research.inspect": "test_research_inspect.py",
     "-m research.tables": "test_research_tables.py",
+    "-m research.battery_policies": "test_research_battery.py",
+    "-m research.battery_runs": "test_research_battery.py",
 }
 
 
