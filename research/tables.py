@@ -45,7 +45,7 @@ def read_rows(name: str) -> list[dict[str, str]]:
 
 def mean_and_std(metrics: dict[str, Any]) -> str:
     """A return over episodes: 3231 ± 33."""
-    return f"{metrics['return_mean']:.0f} ± {metrics['return_std']:.0f}"
+    return f"{float(metrics['return_mean']):.0f} ± {float(metrics['return_std']):.0f}"
 
 
 # ---- runs of distill.py ------------------------------------------------------------------------------------
@@ -364,6 +364,17 @@ def battery_median(names: list[str]) -> str:
     return table(["dataset", "median asked for", *variants], lines)
 
 
+def remedies() -> str:
+    """What was tried on datasets of CHOOSING, one seed: returns asked for the 95th percentile."""
+    rows = read_rows("remedies.csv")
+    names = list(dict.fromkeys(row["dataset"] for row in rows if row["dataset"] in datasets.CHOOSING))
+    cells = {(row["remedy"], row["dataset"]): mean_and_std(row) for row in rows}
+    lines = []
+    for remedy in dict.fromkeys(row["remedy"] for row in rows):
+        lines.append([remedy, *(cells.get((remedy, name), "") for name in names)])
+    return table(["", *names], lines)
+
+
 # ---- what was tried ----------------------------------------------------------------------------------------
 
 
@@ -397,6 +408,7 @@ def main() -> None:
         names = [name for name in getattr(datasets, half) if name in measured]
         if names:
             print(f"\nbattery, {half.lower()}\n\n{battery(names)}\n\n{battery_median(names)}")
+    print(f"\nremedies\n\n{remedies()}")
     print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):
