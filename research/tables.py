@@ -322,30 +322,52 @@ def battery(names: list[str]) -> str:
     rows = [row for row in read_rows("battery.csv") if row["dataset"] in names]
     returns = battery_means(rows)
     low = {row["dataset"]: float(row["low"]) for row in rows if row["low"]}
-    asked = {row["dataset"]: row["target"] for row in rows if row["asked"] == "supported"}
-    flags = {row["dataset"]: row["flags"] for row in rows if row["variant"] == "default"}
     lines = []
     shares = []
+    of_baselines = []  # of the default's return
     retention = []
-    for name in (name for name in names if (name, "default", "supported") in returns):
-
-        def mean(variant: str, *targets: str, name: str = name) -> float:
-            return max(np.mean(returns.get((name, variant, t), [-math.inf])) for t in targets)
-
-        ours = mean("default", "supported")
-        others = [mean(b, "p95", "supported") for b in BASELINES]
-        shares.append((ours - low[name]) / (max(others) - low[name]))
-        student = mean("student", "supported")
-        if math.isfinite(student):
-            retention.append((student - low[name]) / (ours - low[name]))
-        cells = [f"{x:.0f}" if math.isfinite(x) else "" for x in (ours, student, *others)]
+    for name in names:
+        of_dataset = [row for row in rows if row["dataset"] == name]
+        target = np.mean([float(row["target"]) for row in of_dataset if row["asked"] == "supported"])
+        ours = np.mean(returns[name, "default", "supported"])
+        others = []
+        for baseline in BASELINES:
+            targets = [returns.get((name, baseline, asked), [-math.inf]) for asked in ("supported", "p95")]
+            others.append(max(map(np.mean, targets)))
+        of_ours = [(other - low[name]) / (ours - low[name]) for other in others]
+        of_baselines.append(of_ours)
+        shares.append(1 / max(of_ours))
+        student = ""
+        if (name, "student", "supported") in returns:
+            mean = np.mean(returns[name, "student", "supported"])
+            retention.append((mean - low[name]) / (ours - low[name]))
+            student = number(mean)
         n_seeds = len(returns[name, "default", "supported"])
-        lines.append([name, f"{float(asked[name]):.0f}", *cells, f"{shares[-1]:.2f}", n_seeds, flags[name]])
-    head = ["dataset", "asked for", "default", "student", *BASELINES, "default / best", "seeds", "flags"]
+        cells = [number(target), number(ours), student, *map(number, others), f"{shares[-1]:.2f}", n_seeds]
+        lines.append([name, *cells, flags(of_dataset, "default"), flags(of_dataset, "student")])
+    head = ["dataset", "asked for", "default", "student", *BASELINES, "default / best", "seeds"]
     text = f"Default / best baseline: {np.mean(shares):.2f} on average, {min(shares):.2f} at worst."
+    each = []
+    for baseline, of_ours in zip(BASELINES, np.transpose(of_baselines), strict=True):
+        each.append(f"{baseline} {np.mean(of_ours):.2f} ({min(of_ours):.2f})")
+    text += f" Baseline / default, on average (at worst): {', '.join(each)}."
     if retention:
         text += f" Students' retention: {np.mean(retention):.2f} on average, {min(retention):.2f} at worst."
-    return f"{table(head, lines)}\n\n{text}"
+    return f"{table([*head, 'flags of teachers', 'of students'], lines)}\n\n{text}"
+
+
+def number(x: float) -> str:
+    """A return: 3731, or 0.85."""
+    return f"{x:.0f}" if abs(x) >= 10 else f"{x:.2f}"
+
+
+def flags(rows: list[dict[str, str]], variant: str) -> str:
+    """The verdicts' flags of a variant's seeds: below-target 2, overfit 1."""
+    found = []
+    for row in rows:
+        if row["variant"].startswith(variant) and row["asked"] == "supported":
+            found += row["flags"].split()
+    return ", ".join(f"{name} {found.count(name)}" for name in dict.fromkeys(found))
 
 
 def battery_median(names: list[str]) -> str:
