@@ -200,12 +200,12 @@ def test_distill__mixes_discrete_actions_with_continuous_ones(main_job, cartpole
     curriculum = "all" if loss == "nll" else "novelty"
     method = f"--loss {loss} --curriculum {curriculum} --surgery pcgrad"
     out = home / f"out/mixed-{loss}"
-    options = f"--steps 60 --n-embd 16 {method} --out-dir {out} {TINY}"
+    options = f"--steps 100 --n-embd 16 {method} --out-dir {out} {TINY}"
     forked.python(f"distill.py --envs hopper --datasets cartpole/mixed-v0 {options}", home)
     log = files.read_csv(out / "log.csv")
     for name, metrics in tasks_of(out).items():
         kl = log[f"heldout_kl_{name}"]
-        assert kl[59] < 0.7 * kl[0], name
+        assert kl[99] < 0.7 * kl[0], name
         if name == "cartpole/mixed-v0":
             assert metrics["return_mean"] >= 8
     forked.python(f"evaluate.py {out} --eval-episodes 1 --device cpu", home)

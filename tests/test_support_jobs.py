@@ -70,12 +70,13 @@ class NoOptions:
 
 
 def run_two(folder, code):
-    """In a process of its own: two scripts side by side, which write their process numbers to folder/NAME."""
+    """In a process of its own, two scripts side by side: `code`, their process number into folder/NAME, sleep."""
 
     def main(cfg):
         commands = {}
         for name in ("one", "two", "waiting"):
-            commands[name] = script(f"open('{folder}/{name}', 'w').write(str(os.getpid())); {code}")
+            write = f"open('{folder}/{name}', 'w').write(str(os.getpid()))"
+            commands[name] = script(f"{code}; {write}; [time.sleep(1) for _ in range(60)]")
         jobs.run(commands, [{}] * 2, 10)
 
     sys.argv = ["run_two"]
@@ -105,8 +106,8 @@ def runs(pid):
 
 
 in_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
-ENDS = "import signal; signal.signal(15, lambda *_: (print('checkpoint'), sys.exit(143))); time.sleep(60)"
-STUBBORN = "import signal; signal.signal(15, lambda *_: print('no')); [time.sleep(1) for _ in range(60)]"
+ENDS = "import signal; signal.signal(15, lambda *_: (print('checkpoint'), sys.exit(143)))"
+STUBBORN = "import signal; signal.signal(15, lambda *_: print('no'))"
 
 
 @in_proc
@@ -137,7 +138,7 @@ def test_second_signal__kills_scripts_that_do_not_end(tmp_path):
 
 @in_proc
 def test_killed_parent__leaves_no_script_behind(tmp_path):
-    code = f"sys.path.insert(0, '{ROOT}'); from support import jobs; jobs.end_with_parent(); time.sleep(60)"
+    code = f"sys.path.insert(0, '{ROOT}'); from support import jobs; jobs.end_with_parent()"
     p, children = started(tmp_path, code, tmp_path / "output")
     os.kill(p.pid, signal.SIGKILL)
     wait_until(lambda: not any(map(runs, children)))
