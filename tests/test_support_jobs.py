@@ -70,7 +70,7 @@ class NoOptions:
 
 
 def run_two(folder, code):
-    """In a process of its own, two scripts side by side: `code`, their process number into folder/NAME, sleep."""
+    """In its own process, two scripts side by side: `code`, their process number into folder/NAME, sleep."""
 
     def main(cfg):
         commands = {}
