@@ -6,6 +6,7 @@ the defaults (CHOOSING); the others (UNSEEN) for nothing but the table. research
 datasets and trains on them.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -39,14 +40,17 @@ class Behaviour(NamedTuple):
     noise: np.ndarray | float  # standard deviation
 
 
-def behaviours(algorithm: str, body: str, logs: Path) -> list[Behaviour]:
-    """All snapshots of a training, worst first; with the noise that they had themselves (TRPO), or none."""
+def behaviours(algorithm: str, body: str, logs: Path, env: gym.Env | None = None) -> list[Behaviour]:
+    """All snapshots of a training, worst first; with the noise that they had themselves (TRPO), or none.
+
+    logs: folder of TRPO's files. env: the maze that the controller knows.
+    """
     if algorithm == "ppo":
         return [Behaviour(policy, 0.0) for policy in collect.load_behaviours(body)]
     if algorithm == "trpo":
         return [Behaviour(p.mean, p.std) for p in collect_trpo.snapshots(str(logs / TRPO[body]))]
     if algorithm == "controller":
-        return [Behaviour(steer, 0.0)]
+        return [Behaviour(functools.partial(steer, env), 0.0)]
     stacked = safetensors.numpy.load_file(battery_policies.FOLDER / f"{algorithm}-{body}.safetensors")
     policies = []
     for i in range(len(stacked["w0"])):
@@ -75,6 +79,11 @@ for _name, _steps in (("maze-umaze", 300), ("maze-medium", 600)):
     )
 
 
+def neighbours(cell: tuple[int, int]) -> list[tuple[int, int]]:
+    row, column = cell
+    return [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
+
+
 def steer(env: gym.Env, obs: np.ndarray) -> np.ndarray:
     """Towards the next cell of the shortest way to the goal, with a damping of the velocity."""
     maze = env.unwrapped.maze
@@ -82,16 +91,14 @@ def steer(env: gym.Env, obs: np.ndarray) -> np.ndarray:
     here = tuple(maze.cell_xy_to_rowcol(obs[2:4]))
     distance = {goal: 0}  # by breadth-first search
     queue = [goal]
-    for row, column in queue:
-        for cell in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
-            if cell not in distance and maze.maze_map[cell[0]][cell[1]] != 1:
-                distance[cell] = distance[row, column] + 1
-                queue.append(cell)
+    for cell in queue:
+        for row, column in neighbours(cell):
+            if (row, column) not in distance and maze.maze_map[row][column] != 1:
+                distance[row, column] = distance[cell] + 1
+                queue.append((row, column))
     target = obs[:2]
     if here != goal:
-        row, column = here
-        around = ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1))
-        nearest = min((c for c in around if c in distance), key=distance.get)
+        nearest = min((cell for cell in neighbours(here) if cell in distance), key=distance.get)
         target = maze.cell_rowcol_to_xy(np.array(nearest))
     return np.clip(5 * (target - obs[2:4]) - obs[4:], -1, 1)
 
@@ -103,7 +110,7 @@ class Part(NamedTuple):
     """Episodes of some snapshots of one training."""
 
     algorithm: str
-    snapshots: tuple[int, ...]  # -1: the best
+    snapshots: tuple[int, ...]  # indices, worst first
     noises: tuple[float, ...] = ()  # each snapshot's in turn; empty: their own
 
 
@@ -172,13 +179,10 @@ def policies(spec: Spec, logs: Path, env: gym.Env) -> list[Behaviour]:
     """Those of a dataset, each with its noise."""
     found = []
     for part in spec.parts:
-        available = behaviours(part.algorithm, spec.body, logs)
+        available = behaviours(part.algorithm, spec.body, logs, env)
         for i, noise in zip(part.snapshots, itertools.cycle(part.noises or (None,)), strict=False):
             policy = available[i]
-            act = policy.act
-            if part.algorithm == "controller":
-                act = lambda obs: steer(env, obs)  # noqa: E731
-            found.append(Behaviour(act, policy.noise if noise is None else noise))
+            found.append(policy if noise is None else policy._replace(noise=noise))
     return found
 
 
