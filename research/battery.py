@@ -188,30 +188,9 @@ def policies(spec: Spec, logs: Path, env: gym.Env) -> list[Behaviour]:
 
 def rollout(env: gym.Env, policy: Behaviour, rng: np.random.Generator, i: int) -> EpisodeBuffer:
     """The i-th episode, whose seed is i."""
-    observations = [env.reset(seed=i)[0]]
-    actions = []
-    rewards = []
-    terminations = []
-    truncations = []
-    done = False
-    while not done:
-        mean = policy.act(observations[-1])
-        action = np.clip(mean + policy.noise * rng.standard_normal(len(mean)), -1, 1).astype(np.float32)
-        observation, reward, terminated, truncated, _ = env.step(action)
-        done = terminated or truncated
-        observations.append(observation)
-        actions.append(action)
-        rewards.append(reward)
-        terminations.append(terminated)
-        truncations.append(truncated)
-    return EpisodeBuffer(
-        i,
-        observations=observations,
-        actions=actions,
-        rewards=rewards,
-        terminations=terminations,
-        truncations=truncations,
-    )
+    # float64: noise as given, not rounded to the action space's float32
+    episode = collect.rollout(env, policy.act, np.float64(policy.noise), rng, i)
+    return EpisodeBuffer(id=i, **episode)
 
 
 def make_dataset(name: str, logs: Path) -> None:

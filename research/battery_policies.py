@@ -19,16 +19,14 @@ import gymnasium as gym
 import numpy as np
 import safetensors.numpy
 
+import data
+from research.behaviour import affine, stacked
 from support import UserError, cli, environments, files
 
 FOLDER = Path(__file__).parent / "battery"
-ENVS = {  # Gymnasium's id and options
-    "hopper": ("Hopper-v5", {}),
-    "halfcheetah": ("HalfCheetah-v5", {}),
-    "walker2d": ("Walker2d-v5", {}),
-    "ant": ("Ant-v5", {"include_cfrc_ext_in_observation": False}),
-    "pen": ("AdroitHandPen-v1", {}),
-}
+BODIES = ("hopper", "halfcheetah", "walker2d", "ant")
+# Gymnasium's id and options
+ENVS = {name: data.ENVS[name][:2] for name in BODIES} | {"pen": ("AdroitHandPen-v1", {})}
 SNAPSHOTS = 5  # policies retained of a training, evenly spaced
 OPTIONS = {
     "learning_rate": 1e-3,
@@ -76,11 +74,6 @@ def main(cfg: Config) -> None:
     files.write(FOLDER / f"{cfg.algorithm}-{cfg.env}.safetensors", blob)
 
 
-def stacked(snapshots: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Each weight of all snapshots as one array, contiguous: safetensors writes others as they lie."""
-    return {k: np.ascontiguousarray(np.stack([w[k] for w in snapshots])) for k in snapshots[0]}
-
-
 class Actor:
     """The deterministic policy of one snapshot: observation (O,) -> action (A,) in [-1, 1]."""
 
@@ -96,11 +89,7 @@ class Actor:
 
 def weights(actor) -> dict[str, np.ndarray]:
     """An actor's layers: w0, w1, w2 (in, out) and b0, b1, b2 (out,), float16."""
-    w = {}
-    for i, layer in enumerate((actor.latent_pi[0], actor.latent_pi[2], actor.mu)):
-        w[f"w{i}"] = layer.weight.detach().numpy().T.astype(np.float16)
-        w[f"b{i}"] = layer.bias.detach().numpy().astype(np.float16)
-    return w
+    return affine((actor.latent_pi[0], actor.latent_pi[2], actor.mu))
 
 
 if __name__ == "__main__":

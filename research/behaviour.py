@@ -12,6 +12,7 @@ Needs Stable-Baselines3: pip install stable-baselines3==2.9.2
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import gymnasium as gym
@@ -25,6 +26,7 @@ from support import UserError, cli, collect, environments, files
 if TYPE_CHECKING:
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import VecNormalize
+    from torch import nn
 
 CANDIDATES = 40  # policies of which they are chosen, evenly spaced over training
 STEADY = 0.1  # largest standard deviation of a chosen policy's return over episodes, of the best mean return
@@ -81,13 +83,24 @@ def make_env(name: str) -> gym.Env:
     return environments.make_env(task.id, task.options)
 
 
+def affine(layers: Iterable["nn.Linear"]) -> Weights:
+    """Layers as w0, b0, w1, b1, ...: w (in, out), b (out,), float16."""
+    w = {}
+    for i, layer in enumerate(layers):
+        w[f"w{i}"] = layer.weight.detach().numpy().T.astype(np.float16)
+        w[f"b{i}"] = layer.bias.detach().numpy().astype(np.float16)
+    return w
+
+
+def stacked(snapshots: list[Weights]) -> Weights:
+    """Each weight of all snapshots as one array, contiguous: safetensors writes others as they lie."""
+    return {k: np.ascontiguousarray(np.stack([w[k] for w in snapshots])) for k in snapshots[0]}
+
+
 def weights(model: "PPO", vec: "VecNormalize") -> Weights:
     """A PPO policy's mean network (float16) and observation normaliser (float32)."""
     hidden0, _, hidden1, _ = model.policy.mlp_extractor.policy_net
-    w = {}
-    for i, layer in enumerate((hidden0, hidden1, model.policy.action_net)):
-        w[f"w{i}"] = layer.weight.detach().numpy().T.astype(np.float16)
-        w[f"b{i}"] = layer.bias.detach().numpy().astype(np.float16)
+    w = affine((hidden0, hidden1, model.policy.action_net))
     w["mean"] = vec.obs_rms.mean.astype(np.float32)
     w["std"] = np.sqrt(vec.obs_rms.var + vec.epsilon).astype(np.float32)
     return w
@@ -182,13 +195,11 @@ def main(cfg: Config) -> None:
     candidates = train(cfg)
     returns = evaluate(cfg, candidates)
     chosen = choose(returns, collect.N_SNAPSHOTS)
-    stacked = {}
-    for name in candidates[0]:
-        stacked[name] = np.ascontiguousarray(np.stack([candidates[i][name] for i in chosen]))
-    stacked["returns"] = returns[chosen].mean(1).astype(np.float32)
+    policies = stacked([candidates[i] for i in chosen])
+    policies["returns"] = returns[chosen].mean(1).astype(np.float32)
     collect.BEHAVIOURS.mkdir(exist_ok=True)
-    files.write(collect.BEHAVIOURS / f"{cfg.env}.safetensors", safetensors.numpy.save(stacked))
-    text = " ".join(f"{x:.0f}" for x in stacked["returns"])
+    files.write(collect.BEHAVIOURS / f"{cfg.env}.safetensors", safetensors.numpy.save(policies))
+    text = " ".join(f"{x:.0f}" for x in policies["returns"])
     print(f"{cfg.env}: kept {len(chosen)} of {len(candidates)}, returns {text}")
 
 
