@@ -169,7 +169,7 @@ class Dataset:
 
     def facts(self) -> dict[str, float]:
         """What a verdict needs (support/verdict.py), of the training episodes; `data` in metrics.json."""
-        returns = self.train[_first_rows(self.train), -2] * self.task.rtg_scale
+        returns = self.train[first_rows(self.train), -2] * self.task.rtg_scale
         return {
             "episodes": len(returns),
             "steps": len(self.train),
@@ -259,24 +259,25 @@ def _split(table, lengths, returns, held_out):
     return np.concatenate(train), np.concatenate(held)
 
 
-def best_rows(first_rows: np.ndarray, n_rows: int, share: float = BEST_STEPS) -> int:
-    """How many of a training table's last rows are its best; first_rows (E,): of each episode.
+def best_rows(first: np.ndarray, n_rows: int, share: float = BEST_STEPS) -> int:
+    """How many of a training table's last rows are its best; first: what first_rows returns of it.
 
     This share of them, or the BEST_EPISODES episodes of highest return if these are more.
     """
-    of_episodes = n_rows - first_rows[-min(BEST_EPISODES, len(first_rows))]
+    of_episodes = n_rows - first[-min(BEST_EPISODES, len(first))]
     return max(math.ceil(share * n_rows), int(of_episodes))
 
 
-def _first_rows(table):
-    """Those of the episodes, (E,)."""
+def first_rows(table: np.ndarray) -> np.ndarray:
+    """Where the episodes of a table begin, (E,)."""
     return np.flatnonzero(np.append(True, table[1:, -1] == 0))
 
 
 def _supported_return(table, rtg_scale):
     """The median return of the best episodes: about half of them reached more."""
-    best = table[-best_rows(_first_rows(table), len(table)) :]
-    return rtg_scale * float(np.median(best[best[:, -1] == 0, -2]))
+    first = first_rows(table)
+    best = first >= len(table) - best_rows(first, len(table))
+    return rtg_scale * float(np.median(table[first[best], -2]))
 
 
 def _targets(returns):
@@ -342,7 +343,7 @@ class Windows:
         self.A = max(t.act_dim for t in tasks)
         self.has_targets = targets
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
-        self.first_rows = [_first_rows(t) for t in tables]  # of each task's episodes
+        self.first_rows = [first_rows(t) for t in tables]  # of each task's episodes
         self.prefer(top)
         self.offset = self.size.cumsum(0) - self.size  # (N,) of each task's first row
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
@@ -426,8 +427,12 @@ class Windows:
             generator.set_state(state)
         return batch
 
-    def spread(self, n: int) -> Batch:
-        """n windows of each task, evenly spaced over its rows: the same ones every time."""
+    def spread(self, n: int | None = None) -> Batch:
+        """n windows of each task, evenly spaced over its rows: the same ones every time.
+
+        None: so many that they hold HELD_OUT_TIMESTEPS.
+        """
+        n = n or max(1, HELD_OUT_TIMESTEPS // self.K)
         N = len(self.size)
         task = torch.arange(N, device=self.size.device).repeat_interleave(n)
         i = torch.arange(n, device=self.size.device).repeat(N)

@@ -517,7 +517,7 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
     train_tables = [s.train for s in sets]
     windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, cached, cfg.top)
     held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
-    return windows, held_out.spread(max(1, data.HELD_OUT_TIMESTEPS // context))
+    return windows, held_out.spread()
 
 
 def make_student(

@@ -183,8 +183,7 @@ def main(cfg: Config) -> Path:
             evaluate.check([task])
         device = machine.device(cfg)
         windows = data.Windows([dataset.train], [task], cfg.context, device, cfg.data_device, top=cfg.top)
-        held_out = data.Windows([dataset.held_out], [task], cfg.context, device, cfg.data_device)
-        held_out = held_out.spread(max(1, data.HELD_OUT_TIMESTEPS // cfg.context))
+        held_out = data.Windows([dataset.held_out], [task], cfg.context, device, cfg.data_device).spread()
     learner = make_learner(cfg, dataset, windows)
     model = learner.model
     held_out_nll = functools.partial(learner.held_out_nll, held_out)

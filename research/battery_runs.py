@@ -15,10 +15,8 @@ Needs: pip install gymnasium-robotics==1.4.2 (pen and mazes); the logs that exam
 """
 
 import contextlib
-import csv
 import dataclasses
 import fcntl
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,9 @@ import model as dt
 import teacher
 from policy import Policy
 from research import battery, study_rows
+from research.tables import read_rows
 from research.variants import LONG_TEACHER
-from support import UserError, cli, files
+from support import UserError, cli, files, machine
 
 RESULTS = Path(__file__).parent / "results" / "battery.csv"
 VARIANTS: dict[str, dict[str, Any] | float] = {  # options of teacher.py; of BC, the share of episodes
@@ -75,9 +74,9 @@ class Cloned:
         self.task = dataset.task
         O = self.task.obs_dim
         A = self.task.act_dim
-        first_rows = np.flatnonzero(dataset.train[:, -1] == 0)  # of episodes, lowest return first
-        n_best = max(1, round(share * len(first_rows)))
-        table = torch.from_numpy(dataset.train[first_rows[-n_best] :])
+        first = data.first_rows(dataset.train)  # of episodes, lowest return first
+        n_best = max(1, round(share * len(first)))
+        table = torch.from_numpy(dataset.train[first[-n_best] :])
         torch.manual_seed(seed)
         self.net = nn.Sequential(
             nn.Linear(O, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, A), nn.Tanh()
@@ -118,8 +117,8 @@ def directory(cfg: Config, name: str, variant: str, seed: int) -> Path:
 def run(cfg: Config, name: str, variant: str, seed: int) -> None:
     """Train and evaluate one variant on one dataset; adds its rows."""
     options = VARIANTS[variant]
-    start = time.time()
-    flags = ""
+    asked = ("supported", "p95", "median")
+    flags = ()
     if isinstance(options, dict):
         out = directory(cfg, name, variant, seed)
         episodes = EPISODES if variant == "default" else 0
@@ -133,46 +132,33 @@ def run(cfg: Config, name: str, variant: str, seed: int) -> None:
                 **options,
             )
         )
-        seconds = time.time() - start
         model, meta = dt.load(out)
         task = data.tasks(meta, out)[0]
         policy = Policy.of(model, task, 0)
         metrics = files.read_json(out / "metrics.json")
-        flags = " ".join(metrics["tasks"][task.name].get("flags", ()))
+        flags = metrics["tasks"][task.name].get("flags", ())
         seconds = metrics["seconds"]["train"]
     else:
+        start = time.time()
         dataset = data.load(battery.dataset_id(name), seed)
         task = dataset.task
         policy = Cloned(dataset, options, seed)
         seconds = time.time() - start
-    for asked in ("supported", "p95", "median"):
-        returns, _ = evaluate.play(policy, task, task.targets[asked], EPISODES, evaluate.SEED)
-        add(
-            {
-                "dataset": name,
-                "variant": variant,
-                "seed": seed,
-                "asked": asked,
-                "target": round(task.targets[asked], 2),
-                "return_mean": round(float(returns.mean()), 2),
-                "return_std": round(float(returns.std()), 2),
-                "low": round(task.reference[0], 2),
-                "flags": flags,
-                "seconds": round(seconds, 1),
-                "commit": commit(),
-            }
-        )
-        if isinstance(policy, Cloned):
-            break  # whatever it is asked for
+        asked = asked[:1]  # it returns the same, whatever it is asked for
+    for target in asked:
+        returns, _ = evaluate.play(policy, task, task.targets[target], EPISODES, evaluate.SEED)
+        scores = {"target": task.targets[target], **evaluate.scores(returns, task), "flags": flags}
+        add(name, variant, seed, target, scores, seconds, low=round(task.reference[0], 2))
 
 
 def run_students(cfg: Config, seed: int) -> None:
     """A student of each group of default teachers; adds a row for each of their datasets."""
     for group, names in GROUPS.items():
+        variant = f"student {group}"
+        if (names[0], variant, seed) in measured():
+            continue
         teachers = tuple(str(directory(cfg, name, "default", seed)) for name in names)
         out = Path(cfg.work_dir) / f"student-{group}-{seed}"
-        if any(row["variant"] == f"student {group}" and int(row["seed"]) == seed for row in rows()):
-            continue
         distill.main(
             distill.Config(
                 teachers=teachers, seed=seed, out_dir=str(out), eval_episodes=EPISODES, resume=True
@@ -181,37 +167,41 @@ def run_students(cfg: Config, seed: int) -> None:
         metrics = files.read_json(out / "metrics.json")
         for name in names:
             of_task = metrics["tasks"][battery.dataset_id(name)]
-            add(
-                {
-                    "dataset": name,
-                    "variant": f"student {group}",
-                    "seed": seed,
-                    "asked": "supported",
-                    "target": round(of_task["target"], 2),
-                    "return_mean": round(of_task["return_mean"], 2),
-                    "return_std": round(of_task["return_std"], 2),
-                    "low": "",
-                    "flags": " ".join(of_task.get("flags", ())),
-                    "seconds": metrics["seconds"]["train"],
-                    "commit": commit(),
-                }
-            )
+            add(name, variant, seed, "supported", of_task, metrics["seconds"]["train"])
 
 
-def commit() -> str:
-    return subprocess.check_output(("git", "rev-parse", "--short", "HEAD"), text=True).strip()
+def measured() -> set[tuple[str, str, int]]:
+    """Dataset, variant and seed of the rows of RESULTS."""
+    rows = read_rows(RESULTS) if RESULTS.exists() else []
+    return {(row["dataset"], row["variant"], int(row["seed"])) for row in rows}
 
 
-def rows() -> list[dict[str, str]]:
-    """Those of RESULTS."""
-    if not RESULTS.exists():
-        return []
-    with open(RESULTS, newline="") as f:
-        return list(csv.DictReader(f))
+def add(
+    name: str,
+    variant: str,
+    seed: int,
+    asked: str,
+    scores: dict[str, Any],
+    seconds: float,
+    low: float | str = "",
+) -> None:
+    """Add a row to RESULTS; several processes take turns.
 
-
-def add(row: dict[str, Any]) -> None:
-    """Add a row to RESULTS; several processes take turns."""
+    scores: keys of a task in metrics.json. low: the return of score 0, of teachers' rows.
+    """
+    row = {
+        "dataset": name,
+        "variant": variant,
+        "seed": seed,
+        "asked": asked,
+        "target": round(scores["target"], 2),
+        "return_mean": round(scores["return_mean"], 2),
+        "return_std": round(scores["return_std"], 2),
+        "low": low,
+        "flags": " ".join(scores.get("flags", ())),
+        "seconds": round(seconds, 1),
+        "commit": machine.describe(teacher.Config())["commit"],
+    }
     with open(RESULTS.parent / ".battery.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         study_rows.add(RESULTS, row)
@@ -235,8 +225,7 @@ def main(cfg: Config) -> None:
     for seed in cfg.seeds:
         for name in names:
             for variant in cfg.variants:
-                there = {(r["dataset"], r["variant"], int(r["seed"])) for r in rows()}
-                if (name, variant, seed) not in there:
+                if (name, variant, seed) not in measured():
                     run(cfg, name, variant, seed)
     for seed in cfg.students:
         run_students(cfg, seed)

@@ -527,7 +527,7 @@ def write_folder(folder: Path, cfg: Config, name: str = "hopper") -> None:
 
     dataset = data.load(name)
     of_task = [dataset.task]
-    held_out = data.Windows([dataset.held_out], of_task, K).spread(256)
+    held_out = data.Windows([dataset.held_out], of_task, K).spread()
     thousands = dataset.task.rtg_scale / 1000
     train = torch.from_numpy(dataset.train)
     states, actions, rtg, timesteps = train.tensor_split([O, O + A, O + A + 1], dim=1)
@@ -574,7 +574,7 @@ def ours_training(device: str, dtype: str, folder: str, **options: Any) -> Train
     cfg = teacher.Config(device=device, dtype=dtype, **{**LONG_TEACHER, **options})
     dataset = data.load(cfg.env, cfg.seed)
     windows = data.Windows([dataset.train], [dataset.task], cfg.context, device)
-    held_out = data.Windows([dataset.held_out], [dataset.task], cfg.context, device).spread(256)
+    held_out = data.Windows([dataset.held_out], [dataset.task], cfg.context, device).spread()
 
     def build() -> tuple[Step, Callable[[], float]]:
         learner = teacher.make_learner(cfg, dataset, windows)

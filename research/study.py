@@ -68,7 +68,6 @@ from research.variants import (
 from support import UserError, cli, files, machine
 
 POINTS = 10  # of a curve, after its first
-HELD_OUT_WINDOWS = 256  # of each teacher
 EPISODES = 20  # of each task, where students are evaluated
 COST_SEEDS = 5
 FIRST_TUNING_SEED = 100
@@ -159,7 +158,7 @@ def setup(case: str, seed: int, teachers: int, work_dir: str) -> Setup:
     for path, model, task, dataset, part in zip(directories, models, tasks, sets, parts, strict=True):
         columns = part[:, -2 * windows.A :].unflatten(1, (2, windows.A))
         columns[..., : task.act_dim] = targets(path, model, task, dataset.train)
-    held_out = data.Windows([s.held_out for s in sets], tasks, context).spread(HELD_OUT_WINDOWS)
+    held_out = data.Windows([s.held_out for s in sets], tasks, context).spread()
     return Setup(models, tasks, scores, windows, held_out, distill.live_targets(models, held_out))
 
 

@@ -37,8 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes())
 
 
-def read_rows(name: str) -> list[dict[str, str]]:
-    """The rows of a CSV file in research/results/."""
+def read_rows(name: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file: a name in research/results/, or any path."""
     with open(RESULTS / name, newline="") as f:
         return list(csv.DictReader(f))
 
