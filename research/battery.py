@@ -59,11 +59,16 @@ def behaviours(algorithm: str, body: str, logs: Path, env: gym.Env | None = None
     return policies
 
 
-def point_maze(**options) -> gym.Env:
-    """A maze of gymnasium-robotics, its observations (6,) goal, position and velocity; reward 1 ends it."""
+def register_robotics() -> None:
+    """The environments of gymnasium-robotics. Raises ImportError where it is not installed."""
     import gymnasium_robotics
 
     gym.register_envs(gymnasium_robotics)
+
+
+def point_maze(**options) -> gym.Env:
+    """A maze of gymnasium-robotics, its observations (6,) goal, position and velocity; reward 1 ends it."""
+    register_robotics()
     env = gym.make(MAZES[options.pop("maze")], continuing_task=False, **options)
     return gym.wrappers.FlattenObservation(
         gym.wrappers.FilterObservation(env, ["desired_goal", "observation"])
@@ -169,9 +174,7 @@ def make_env(body: str) -> gym.Env:
     if body in MAZES:
         return gym.make(f"battery/{body}-v0")
     if body == "pen":
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
+        register_robotics()
     return environments.make_env(*battery_policies.ENVS[body])
 
 

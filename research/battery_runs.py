@@ -211,10 +211,7 @@ def add(
 def main(cfg: Config) -> None:
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
-        import gymnasium as gym
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
+        battery.register_robotics()
     sets = {"all": battery.DATASETS, "choosing": battery.CHOOSING, "unseen": battery.UNSEEN}
     names = [name for given in cfg.datasets for name in sets.get(given, (given,))]
     unknown = set(names) - set(battery.DATASETS) | set(cfg.variants) - set(VARIANTS)
