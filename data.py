@@ -180,12 +180,13 @@ class Dataset:
         }
 
 
-def load(name: str, seed: int = 0) -> Dataset:
+def load(name: str, seed: int = 0, like: Task | None = None) -> Dataset:
     """The dataset of a built-in task (a key of ENVS) or a Minari id; `seed` chooses the held-out tenth of its
     episodes.
 
-    A built-in dataset that is missing is collected, another downloaded. Raises UserError where that fails, or
-    the data can't be learnt from.
+    like: take this task's statistics, of another dataset, in place of its own. A built-in dataset that is
+    missing is collected, another downloaded. Raises UserError where that fails, where the data can't be
+    learnt from, or where they are not of `like`'s spaces.
     """
     id_ = name if "/" in name or name not in ENVS else dataset_id(name)
     if "/" not in id_ and "-v" not in id_:
@@ -198,6 +199,11 @@ def load(name: str, seed: int = 0) -> Dataset:
     mean, std = _obs_statistics(arrays, ~held_out)
     train, held = _split(arrays["table"], lengths, returns, held_out)
     rtg_scale = float(np.abs(train[:, -2]).max()) or 1.0
+    if like:
+        _check_spaces(id_, about, len(mean), like)
+        mean = np.array(like.obs_mean)
+        std = np.array(like.obs_std)
+        rtg_scale = like.rtg_scale
     for rows in (train, held):  # in place: there may be a gigabyte of it
         rows[:, : len(mean)] -= mean.astype(np.float32)
         rows[:, : len(mean)] /= std.astype(np.float32)
@@ -218,7 +224,35 @@ def load(name: str, seed: int = 0) -> Dataset:
         split_seed=seed,
         **about,
     )
-    return Dataset(task, train, held, returns, lengths, saturation)
+    return Dataset(like or task, train, held, returns, lengths, saturation)
+
+
+def _check_spaces(id_, about, O, task):
+    """Raise UserError where a dataset's observations or actions are not those of a task."""
+    keys = ("act_low", "act_high", "first_action")
+    theirs = [O, *(about[key] for key in keys)]
+    ours = [task.obs_dim, *(getattr(task, key) for key in keys)]
+    for name, a, b in zip(("obs_dim", *keys), theirs, ours, strict=True):
+        if a != b:
+            raise UserError(
+                f"dataset {id_} has {name} {a}, the teacher of {task.name} {b}: name another dataset"
+            )
+
+
+def share_of(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """The same with this share of the training episodes, chosen by seed; raises UserError below two."""
+    if share == 1:
+        return dataset
+    first = first_rows(dataset.train)
+    n = round(share * len(first))
+    if n < 2:
+        raise UserError(
+            f"--data-share {share}: {n} of the {len(first)} training episodes of {dataset.task.dataset}; "
+            f"at least 2 are needed, {2 / len(first):.2g} of them"
+        )
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(first))[:n])  # still by return
+    episodes = np.split(dataset.train, first[1:])
+    return dataclasses.replace(dataset, train=np.concatenate([episodes[i] for i in chosen]))
 
 
 def collect_if_missing(id_: str, steps: int = COLLECT_STEPS) -> None:
@@ -322,10 +356,11 @@ class Windows:
 
     tables: of each task (S_i, O_i + A_i + 2), padded here to the widest task's O and A. context: K. where:
     "device": the table lies on the training device; "host": see support/host_table.py; "auto": on the host if
-    it would fill more than half of the device's memory. targets: whether a row has 2A columns more, for a
-    teacher's outputs (distill.cache_targets). top: half of a task's windows come from this share of its rows,
-    the last ones, or from more (best_rows): the episodes that returned most. The other half comes from all
-    rows; 1: all windows do. The simplest trajectory weighting of Hong et al. 2023, arXiv 2306.13085.
+    it would fill more than half of the device's memory. targets: a row has 2A columns more for each of so
+    many outputs of a teacher (distill.cache_targets): at its own return-to-go, then at those of `ask`. top:
+    half of a task's windows come from this share of its rows, the last ones, or from more (best_rows): the
+    episodes that returned most. The other half comes from all rows; 1: all windows do. The simplest
+    trajectory weighting of Hong et al. 2023, arXiv 2306.13085.
     """
 
     def __init__(
@@ -335,19 +370,20 @@ class Windows:
         context: int,
         device: torch.device | str = "cpu",
         where: str = "auto",
-        targets: bool = False,
+        targets: int = 0,
         top: float = 1.0,
     ):
         self.K = context
         self.O = max(t.obs_dim for t in tasks)
         self.A = max(t.act_dim for t in tasks)
-        self.has_targets = targets
+        self.n_targets = targets
+        self.asking = 0.0  # share of the windows that `ask` shifts
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
         self.first_rows = [first_rows(t) for t in tables]  # of each task's episodes
         self.prefer(top)
         self.offset = self.size.cumsum(0) - self.size  # (N,) of each task's first row
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
-        n_columns = self.O + self.A + 2 + 2 * self.A * targets
+        n_columns = self.O + self.A + 2 + 2 * self.A * self.n_targets
         shape = (int(self.size.sum()), n_columns)
         # all processes of a job act on rank 0's answer
         too_large = processes.broadcast_int(4 * math.prod(shape) > free_bytes(device) / 2)
@@ -355,7 +391,7 @@ class Windows:
         if where == "host" or (where == "auto" and too_large):
             self.host = HostTable(shape, self.size.device)
             self.table = self.host.table
-        elif len(tables) == 1 and not targets:
+        elif len(tables) == 1 and not self.n_targets:
             self.table = torch.from_numpy(tables[0]).to(device)  # as it lies
             return
         else:
@@ -368,6 +404,51 @@ class Windows:
         sizes = self.size.tolist()
         best = [best_rows(first, n, top) / n for first, n in zip(self.first_rows, sizes, strict=True)]
         self.top = torch.tensor(best, dtype=torch.float64, device=self.size.device)  # (N,)
+
+    def ask(self, share: float, low: Tensor, high: Tensor, generator: torch.Generator) -> None:
+        """Let this share of the windows that `sample` draws ask for another return than their episode's.
+
+        low, high: of the returns asked for, (N,) over each task's rtg_scale. One constant is added to all of
+        a window's returns-to-go: rewards stay as they are. It is drawn anew for every window where a row has
+        at most one target; else once for every episode and further target, each from its part of the range.
+        """
+        device = self.size.device
+        self.asking = share
+        self.low = low.to(device)
+        self.high = high.to(device)
+        offset = self.offset.tolist()
+        first = torch.cat([torch.from_numpy(f) + o for f, o in zip(self.first_rows, offset, strict=True)])
+        self.first = first.to(device)  # (E,) first row of every episode
+        self.returns = self.table[first.to(self.table.device), self.O + self.A].to(device)
+        copies = self.n_targets - 1
+        if copies > 0:
+            task = torch.searchsorted(self.offset, self.first, right=True) - 1
+            u = torch.rand(copies, len(first), generator=generator, device=device)
+            u = (torch.arange(copies, device=device)[:, None] + u) / copies
+            shift = self.low[task] + u * (self.high - self.low)[task] - self.returns
+            self.shift = torch.cat((torch.zeros_like(shift[:1]), shift))  # (n_targets, E)
+
+    def asked(self, task: Tensor, end: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of a row's targets each window takes, and what is added to its returns-to-go; (B,) each.
+
+        task, end: see gather. u (B,): uniform in [0, 1).
+        """
+        asks = u < self.asking
+        v = (u / self.asking).float()
+        episode = torch.searchsorted(self.first, end, right=True) - 1
+        copies = self.n_targets - 1
+        if copies > 0:
+            which = torch.where(asks, 1 + (v * copies).long().clamp_max(copies - 1), 0)
+            return which, self.shift[which, episode]
+        shift = self.low[task] + v * (self.high - self.low)[task] - self.returns[episode]
+        return torch.zeros_like(task), torch.where(asks, shift, 0.0)
+
+    def asking_for(self, which: int, task: Tensor, end: Tensor) -> Batch:
+        """The windows of tasks (B,) that end with rows `end` (B,), asking for a row's which-th target."""
+        if which == 0:
+            return self.gather(task, end)
+        episode = torch.searchsorted(self.first, end, right=True) - 1
+        return self.gather(task, end, torch.full_like(task, which), self.shift[which, episode])
 
     def _fill(self, rows, table, task):
         """Copy a task's table into its rows of the common one."""
@@ -382,19 +463,25 @@ class Windows:
         """(B, K): those of the windows whose last rows are `end` (B,)."""
         return (end[:, None] - self.steps_back).clamp_min(0)
 
-    def gather(self, task: Tensor, end: Tensor) -> Batch:
-        """The windows of tasks (B,) whose last rows are `end` (B,)."""
+    def gather(
+        self, task: Tensor, end: Tensor, which: Tensor | None = None, shift: Tensor | None = None
+    ) -> Batch:
+        """The windows of tasks (B,) whose last rows are `end` (B,); which, shift: see `asked`."""
         O = self.O
         A = self.A
         rows = self.rows(end)
         x = self.host.fetch(rows) if self.host else self.table[rows]  # (B, K, columns)
+        rtg = x[..., O + A]
         timesteps = x[..., O + A + 1].long()
-        if x.shape[-1] > O + A + 2:
-            targets = torch.stack(x[..., O + A + 2 :].chunk(2, dim=-1))
-        else:
-            targets = x.new_empty(2, *x.shape[:2], 0)
+        targets = x[..., O + A + 2 :]
+        if which is not None:
+            rtg = rtg + shift[:, None]
+        if self.n_targets > 1:
+            targets = targets.unflatten(-1, (self.n_targets, 2 * A))
+            targets = targets[torch.arange(len(end), device=end.device), :, 0 if which is None else which]
+        targets = torch.stack(targets.chunk(2, dim=-1)) if self.n_targets else x.new_empty(2, *x.shape[:2], 0)
         mask = self.steps_back <= timesteps[:, -1:]
-        return Batch(task, x[..., :O], x[..., O : O + A], x[..., O + A], timesteps, mask, rows, targets)
+        return Batch(task, x[..., :O], x[..., O : O + A], rtg, timesteps, mask, rows, targets)
 
     def draw(self, B: int, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Task and last row, (B,) each, of B windows; of a job's processes each takes its part of one common
@@ -419,8 +506,13 @@ class Windows:
         return self.offset[task] + torch.minimum((x * self.size[task]).long(), self.size[task] - 1)
 
     def sample(self, B: int, shares: Tensor, generator: torch.Generator) -> Batch:
-        """B windows, shares (N,) of them of each task."""
-        batch = self.gather(*self.draw(B, shares, generator))
+        """B windows, shares (N,) of them of each task; some ask for other returns (see `ask`)."""
+        task, end = self.draw(B, shares, generator)
+        other = ()
+        if self.asking:
+            u = torch.rand(B * processes.world(), generator=generator, device=end.device, dtype=torch.float64)
+            other = self.asked(task, end, u[B * processes.rank() :][:B])
+        batch = self.gather(task, end, *other)
         if self.host:  # the next windows are probably those that these shares would give
             state = generator.get_state()
             self.host.read_ahead(self.rows(self.draw(B, shares, generator)[1]))

@@ -43,6 +43,7 @@ Envs = tuple[Literal[tuple(data.ENVS)], ...]
 Curricula = Literal[tuple(curriculum.METHODS)]
 Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
+ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns
 
 
 @dataclasses.dataclass
@@ -51,6 +52,8 @@ class Config:
     envs: Envs = ()  # built-in tasks; default, where no task is given: the first three
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
     teachers: tuple[str, ...] = ()  # runs of teacher.py; default: out/teacher-<task>, trained if missing
+    student_datasets: tuple[str, ...] = ()  # one for each teacher, in place of what it was trained on
+    data_share: float = 1.0  # of each dataset's training episodes, for the student
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
     jobs: int = 0  # teachers trained at a time; 0: as many as keep all CPU cores or GPUs busy; 1: in turn
     # student
@@ -70,7 +73,12 @@ class Config:
     sigma_floor: float = 0.05  # added in squares to every variance, in half action ranges
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
     top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
+    ask: float = 0.5  # share of the windows that ask teachers for another return than was obtained
+    ask_low: float = 0.5  # lowest of these: 0 is the data's 10th percentile, 1 the default target return
+    ask_high: float = 1.05  # highest, likewise
+    state_noise: float = 0.0  # standard deviations, on what teachers and student see, with --targets live
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
+    ask_copies: int = 0  # cached targets of an episode at other returns; 0: 1 to 8, the more the less data
     probe_windows: int = 128  # windows per teacher, where KLs or alignments need windows of their own
     probe_interval: int = 1  # updates between probes, with --novelty-power inf
     # optimisation
@@ -107,6 +115,15 @@ class Config:
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
         cli.check_share(self)
+        cli.at_least(self, ask=0, ask_copies=0, state_noise=0)
+        if self.ask > 1:
+            raise UserError(f"--ask {self.ask}: must be at most 1")
+        if not self.ask_low <= self.ask_high:  # nor NaN
+            raise UserError(f"--ask-low {self.ask_low}: must be at most --ask-high {self.ask_high}")
+        if not 0 < self.data_share <= 1:
+            raise UserError(f"--data-share {self.data_share}: must be above 0 and at most 1")
+        if self.state_noise and (self.targets == "cached" or self.loss == "nll"):
+            raise UserError(f"--state-noise {self.state_noise}: teachers must see it; needs --targets live")
         if not math.isfinite(self.alignment_weight):
             raise UserError(f"--alignment-weight {self.alignment_weight}: must be finite")
         if self.surgery_scope == "teacher" and self.surgery in ("none", *surgery.EACH):
@@ -186,6 +203,9 @@ class Learner:
             score = self.kl * (1 + self.cfg.alignment_weight * a).clamp_min(0)
             self.shares.copy_(self.choose(score, self.done, self.shares, self.generator))
             batch = self.windows.sample(self.cfg.batch_size, self.shares, self.generator)
+            if self.cfg.state_noise:
+                noise = torch.empty_like(batch.states).normal_(generator=self.generator)
+                batch = batch._replace(states=batch.states + self.cfg.state_noise * noise)
             targets = self.targets(batch)
 
         # the distance from each teacher, and the gradient of their sum, weighted by share
@@ -412,15 +432,16 @@ def live_targets(teachers: list[dt.DecisionTransformer], batch: data.Batch) -> T
 
 @torch.no_grad()
 def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows) -> None:
-    """Fill the last 2A columns of windows.table: each row's target.
+    """Fill the last columns of windows.table: each row's target, and those at other returns asked for.
 
-    It comes from a window that shows its teacher at least half a context of what came before, or all there
+    They come from a window that shows its teacher at least half a context of what came before, or all there
     is. Each of a job's processes computes its part.
     """
     table = windows.table
     A = windows.A
     half = max(1, windows.K // 2)
-    t = table[:, -2 * A - 1].to(windows.size.device).long()  # timestep of each row
+    n = windows.n_targets
+    t = table[:, -2 * A * n - 1].to(windows.size.device).long()  # timestep of each row
     last_of_episode = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])
     # last rows of the windows: one for every `half` timesteps
     ends = ((t % half == half - 1) | last_of_episode).nonzero().flatten()
@@ -429,17 +450,18 @@ def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows)
     parts = parts[processes.rank() :: processes.world()]
     silent = True if processes.rank() else None
     for part in tqdm(parts, desc="teachers' targets", unit="batch", disable=silent):
-        batch = windows.gather(task[part], ends[part])
         newest = windows.steps_back <= (t[ends[part]] % half)[:, None]  # those no earlier window has filled
-        rows = batch.rows[newest].to(table.device)
-        table[rows, -2 * A :] = torch.cat(tuple(live_targets(teachers, batch)), dim=-1)[newest].to(
-            table.device
-        )
+        rows = windows.rows(ends[part])[newest].to(table.device)
+        targets = []
+        for which in range(n):
+            batch = windows.asking_for(which, task[part], ends[part])
+            targets.extend(live_targets(teachers, batch))
+        table[rows, -2 * A * n :] = torch.cat(targets, dim=-1)[newest].to(table.device)
     if processes.world() > 1:
         for rows in table.split(2**20):
-            x = rows[:, -2 * A :].contiguous()
+            x = rows[:, -2 * A * n :].contiguous()
             processes.all_reduce(x)
-            rows[:, -2 * A :] = x
+            rows[:, -2 * A * n :] = x
 
 
 # ---- a run -------------------------------------------------------------------------------------------------
@@ -465,7 +487,7 @@ def main(cfg: Config) -> None:
         windows, held_out = load_windows(cfg, tasks, models[0].cfg.context)
     student, generator = make_student(cfg, tasks, models)
     with clock("targets"):
-        if windows.has_targets:
+        if windows.n_targets:
             cache_targets(models, windows)
         held_out_targets = live_targets(models, held_out)
     learner = Learner(cfg, student, models, windows, generator)
@@ -502,22 +524,46 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
 
     Raises UserError where a dataset is not what its teacher was trained on.
     """
+    sources = cfg.student_datasets or [t.dataset for t in tasks]
+    if len(sources) != len(tasks):
+        raise UserError(
+            f"{len(sources)} --student-datasets for {len(tasks)} teachers; name one for each, in order"
+        )
     with processes.rank_0_first():
-        sets = [data.load(t.dataset, t.split_seed) for t in tasks]
-    for task, dataset in zip(tasks, sets, strict=True):
-        targets = {name: dataset.task.targets.get(name) for name in task.targets}  # older teachers have two
-        same = dataclasses.replace(dataset.task, targets=targets)
-        if json.dumps(dataclasses.asdict(task)) != json.dumps(dataclasses.asdict(same)):
-            raise UserError(
-                f"dataset {task.dataset} is not what the teacher of {task.name} was trained on any more; "
-                f"train the teacher again with --overwrite"
-            )
+        sets = []
+        for task, source in zip(tasks, sources, strict=True):
+            like = task if cfg.student_datasets else None
+            dataset = data.load(source, task.split_seed, like)
+            check_unchanged(task, dataset.task)
+            sets.append(data.share_of(dataset, cfg.data_share, cfg.seed))
     device = machine.device(cfg)
-    cached = cfg.targets == "cached" and cfg.loss != "nll"  # nll asks no teacher
     train_tables = [s.train for s in sets]
-    windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, cached, cfg.top)
+    asks_teachers = cfg.loss != "nll"
+    asking = cfg.ask > 0 and asks_teachers
+    n_targets = 0
+    if cfg.targets == "cached" and asks_teachers:
+        copies = cfg.ask_copies or min(8, math.ceil(ASKED_ROWS / sum(map(len, train_tables)) * len(tasks)))
+        n_targets = 1 + copies * asking
+    windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, n_targets, cfg.top)
+    if asking:
+        lowest = torch.tensor([min(t.targets.values()) / t.rtg_scale for t in tasks])
+        span = torch.tensor([t.target / t.rtg_scale for t in tasks]) - lowest
+        low = lowest + cfg.ask_low * span
+        high = lowest + cfg.ask_high * span
+        windows.ask(cfg.ask, low, high, torch.Generator(device).manual_seed(cfg.seed))
     held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
     return windows, held_out.spread()
+
+
+def check_unchanged(task: data.Task, now: data.Task) -> None:
+    """Raise UserError where a dataset is not what its teacher was trained on; now: its task as of now."""
+    targets = {name: now.targets.get(name) for name in task.targets}  # older teachers have two
+    same = dataclasses.replace(now, targets=targets)
+    if json.dumps(dataclasses.asdict(task)) != json.dumps(dataclasses.asdict(same)):
+        raise UserError(
+            f"dataset {task.dataset} is not what the teacher of {task.name} was trained on any more; "
+            f"train the teacher again with --overwrite"
+        )
 
 
 def make_student(

@@ -281,7 +281,7 @@ def test_gather__pads_tasks_to_the_widest_and_gives_targets_where_there_are():
     make_dataset("tests/narrow-v0", [6, 6], obs_dim=2, act_dim=1, spec=None)
     make_dataset("tests/wide-v0", [6, 6], obs_dim=4, act_dim=3, spec=None, seed=1)
     sets = [data.load(name) for name in ("tests/narrow-v0", "tests/wide-v0")]
-    w = data.Windows([d.train for d in sets], [d.task for d in sets], K, targets=True)
+    w = data.Windows([d.train for d in sets], [d.task for d in sets], K, targets=1)
     w.table[:, -6:] = torch.arange(6.0)
     batch = w.gather(torch.tensor([0, 1]), torch.tensor([5, 11]))
     assert torch.equal(batch.rows, torch.tensor([[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]]))
@@ -300,6 +300,86 @@ def test_gather__pads_tasks_to_the_widest_and_gives_targets_where_there_are():
     assert batch.targets[1, 1, 2].tolist() == [3.0, 4.0, 5.0]
     without = data.Windows([d.train for d in sets], [d.task for d in sets], K)
     assert without.gather(torch.tensor([0]), torch.tensor([5])).targets.shape == (2, 1, K, 0)
+
+
+def asking(low: float, high: float, share: float = 1.0, targets: int = 0) -> data.Windows:
+    """Windows of the small dataset, this share of which ask for a return between low and high."""
+    w = windows_of(2, targets=targets)
+    w.ask(share, torch.tensor([0.0, low]), torch.tensor([0.0, high]), generator(7))
+    return w
+
+
+@given(st.floats(-2, 2), st.floats(0, 3), st.integers(0, 4), st.integers(0, 1000))
+def test_ask__shifts_an_episodes_returns_to_go_by_one_constant(low, width, targets, seed):
+    w = asking(low, low + width, targets=targets)
+    batch = w.sample(40, torch.tensor([0.0, 1.0]), generator(seed))
+    own = w.gather(batch.task, batch.rows[:, -1])
+    shift = batch.rtg - own.rtg
+    assert torch.allclose(shift, shift[:, -1:].expand_as(shift), atol=1e-5)
+    first = batch.rows[:, -1] - batch.timesteps[:, -1]  # rows where the episodes begin
+    asked = w.table[first, w.O + w.A] + shift[:, -1]
+    assert (asked >= low - 1e-5).all()
+    assert (asked <= low + width + 1e-5).all()
+    for field in ("states", "actions", "timesteps", "mask"):
+        assert torch.equal(getattr(batch, field), getattr(own, field))
+
+
+def test_ask__gives_each_of_an_episodes_targets_its_own_part_of_the_range():
+    w = asking(1.0, 5.0, targets=5)
+    asked = w.returns + w.shift[1:]  # (4, E)
+    of_task = w.first >= w.offset[1]
+    for copy in range(4):
+        assert ((asked[copy, of_task] >= 1 + copy) & (asked[copy, of_task] <= 2 + copy)).all()
+    assert not w.shift[0].any()
+    assert asked[0, of_task].unique().numel() == of_task.sum()  # drawn for each episode
+
+
+@pytest.mark.parametrize("targets", [1, 4])
+def test_ask__leaves_the_other_windows_as_they_are(targets):
+    w = asking(3.0, 4.0, share=0.3, targets=targets)
+    batch = w.sample(20_000, torch.tensor([0.0, 1.0]), generator())
+    asks = batch.rtg[:, -1] != w.gather(batch.task, batch.rows[:, -1]).rtg[:, -1]
+    assert asks.float().mean() == pytest.approx(0.3, abs=0.01)
+    ends = torch.bincount(batch.rows[asks, -1]) / asks.sum() * len(w.table) / 2  # of any row alike
+    assert ends[int(w.offset[1]) :].min() > 0.7
+
+
+def test_share_of__takes_whole_episodes_by_seed():
+    make_dataset("tests/shared-v0", [3, 9, 5, 20, 1, 8, 4, 10, 2, 7] * 10)
+    d = data.load("tests/shared-v0")
+    all_of_it = {episode.tobytes() for episode in np.split(d.train, data.first_rows(d.train)[1:])}
+    fifth = data.share_of(d, 0.2, 0)
+    first = data.first_rows(fifth.train)
+    episodes = np.split(fifth.train, first[1:])
+    assert len(episodes) == 18  # of 90
+    assert {episode.tobytes() for episode in episodes} <= all_of_it
+    assert (np.diff(fifth.train[first, -2]) >= 0).all()
+    assert np.array_equal(fifth.train, data.share_of(d, 0.2, 0).train)
+    assert not np.array_equal(fifth.train, data.share_of(d, 0.2, 1).train)
+    assert np.array_equal(fifth.held_out, d.held_out)
+    assert data.share_of(d, 1.0, 0) is d
+    with pytest.raises(UserError, match=r"--data-share 0.01: 1 of the 90 training episodes.*0.022 of them"):
+        data.share_of(d, 0.01, 0)
+
+
+def test_load__takes_the_statistics_of_another_task():
+    make_dataset("tests/of-v0", [5] * 40)
+    make_dataset("tests/like-v0", [5] * 10, seed=3)
+    of = data.load("tests/of-v0").task
+    own = data.load("tests/like-v0")
+    d = data.load("tests/like-v0", like=of)
+    assert d.task == of
+    O = of.obs_dim
+    raw = d.train[:, :O] * np.array(of.obs_std) + np.array(of.obs_mean)
+    assert np.allclose(
+        raw, own.train[:, :O] * np.array(own.task.obs_std) + np.array(own.task.obs_mean), atol=1e-4
+    )
+    assert np.allclose(d.train[:, -2] * of.rtg_scale, own.train[:, -2] * own.task.rtg_scale, atol=1e-4)
+    make_dataset("tests/like-wide-v0", [5] * 10, obs_dim=7)
+    with pytest.raises(
+        UserError, match="dataset tests/like-wide-v0 has obs_dim 7, the teacher of tests/of-v0"
+    ):
+        data.load("tests/like-wide-v0", like=of)
 
 
 def test_sample__takes_at_most_a_fifth_of_a_millisecond_for_64_windows():

@@ -84,6 +84,22 @@ def test_cache_targets__shows_each_teacher_at_least_half_a_context():
     assert not table[:, : w.size[0], 2:].any()  # beyond a teacher's action size
 
 
+def test_cache_targets__holds_what_the_teachers_say_when_asked_for_other_returns():
+    """A context of one timestep: every row's targets are its only window's."""
+    teachers = untrained_teachers()
+    sets = two_tasks()
+    w = data.Windows([d.train for d in sets], [d.task for d in sets], 1, targets=3)
+    w.ask(0.5, torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4]), torch.Generator().manual_seed(0))
+    distill.cache_targets(teachers, w)
+    batch = w.sample(200, torch.tensor([0.5, 0.5]), torch.Generator().manual_seed(0))
+    own = w.gather(batch.task, batch.rows[:, -1])
+    asks = (batch.rtg != own.rtg).flatten()
+    assert 60 < asks.sum() < 140
+    assert torch.allclose(batch.targets, distill.live_targets(teachers, batch), atol=1e-5)
+    assert not torch.allclose(batch.targets[:, asks], own.targets[:, asks], atol=1e-3)
+    assert torch.equal(batch.targets[:, ~asks], own.targets[:, ~asks])
+
+
 def test_live_targets__are_each_windows_own_teachers():
     teachers = untrained_teachers()
     batch = windows(teachers).sample(20, torch.tensor([0.5, 0.5]), torch.Generator().manual_seed(0))
@@ -223,6 +239,8 @@ METHODS = [
     {"alignment_weight": 0.5, "alignment": "estimate", **BY_TEACHER},
     {"kl": "reverse", "temperature": 2.0},
     {"loss": "mse"},
+    {"ask": 0.0},
+    {"targets": "live", "state_noise": 0.05},
 ]
 
 
@@ -264,7 +282,7 @@ def test_main__without_surgery_and_muon_is_plain_adamw_on_the_mean_kl(teachers, 
     """Ten steps of an independent loop, parameter by parameter, give the same student."""
     clip = 5.0  # below the first norms, above the last: AdamW alone would not see their scale
     options = {"grad_clip": clip, "lr": 4e-3, "top": 0.25, "dtype": "float32", "log_interval": 100}
-    options |= {"optimizer": "adamw", "surgery": "none", "curriculum": "all"}
+    options |= {"optimizer": "adamw", "surgery": "none", "curriculum": "all", "ask": 0.0}
     distilled(teachers, tmp_path, steps=10, **options)
     got, _ = dt.load(tmp_path)
     w = windows([dt.load(directory)[0] for directory in teachers], top=0.25)
@@ -276,7 +294,7 @@ def test_main__without_surgery_and_muon_is_plain_adamw_on_the_mean_kl(teachers, 
         batch = w.sample(16, torch.tensor([0.5, 0.5]), generator)
         policy = student(*batch[:6])
         sums, counts = policy_kl(
-            *policy, *batch.targets, batch.mask, batch.task, ACT_DIMS, "forward", sigma_floor=0.05
+            *policy, *batch.targets, batch.mask, batch.task, ACT_DIMS, "forward", distill.Config.sigma_floor
         )
         optimizer.zero_grad()
         (sums / counts).mean().backward()
@@ -369,12 +387,39 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
         ({"top": 0.0}, "--top 0.0: must be above 0"),
         ({"top": float("nan")}, "--top nan: must be above 0 and at most 1"),
         ({"datasets": NAMES[:1]}, "2 --teachers for 1 tasks"),
+        ({"ask": 1.5}, "--ask 1.5: must be at most 1"),
+        ({"ask": -0.1}, "--ask -0.1: must be at least 0"),
+        ({"ask_copies": -1}, "--ask-copies -1: must be at least 0"),
+        ({"ask_low": 0.9, "ask_high": 0.5}, "--ask-low 0.9: must be at most --ask-high 0.5"),
+        ({"ask_high": float("nan")}, "must be at most --ask-high nan"),
+        ({"data_share": 0.0}, "--data-share 0.0: must be above 0 and at most 1"),
+        (
+            {"data_share": 0.25},
+            "--data-share 0.25: 1 of the 5 training episodes of tests/a-v0; .* 0.4 of them",
+        ),
+        ({"state_noise": 0.1}, "--state-noise 0.1: teachers must see it; needs --targets live"),
+        ({"student_datasets": NAMES[:1]}, "1 --student-datasets for 2 teachers"),
+        ({"student_datasets": NAMES[::-1]}, "dataset tests/b-v0 has obs_dim 5, the teacher of tests/a-v0 3"),
     ],
     ids=str,
 )
 def test_main__names_an_option_that_does_not_fit(teachers, tmp_path, option, message):
     with pytest.raises(UserError, match=message):
         distilled(teachers, tmp_path, **option)
+
+
+def test_main__takes_the_students_data_from_elsewhere(teachers, tmp_path):
+    """Of other episodes, in the teachers' units: with the same episodes, the same student."""
+    same = distilled(teachers, tmp_path / "same", steps=10, student_datasets=NAMES)
+    assert np.array_equal(distilled(teachers, tmp_path / "own", steps=10)["loss"], same["loss"])
+    for name, O, A in zip(NAMES, (3, 5), (2, 3), strict=True):
+        other = name.replace("-v", "-other-v")
+        if other not in minari.list_local_datasets():
+            make_dataset(other, [6, 9, 4], obs_dim=O, act_dim=A, seed=7)
+    others = ("tests/a-other-v0", "tests/b-other-v0")
+    log = distilled(teachers, tmp_path / "other", steps=10, student_datasets=others)
+    assert not np.array_equal(log["loss"], same["loss"])
+    assert dt.load(tmp_path / "other")[1]["tasks"] == dt.load(tmp_path / "same")[1]["tasks"]
 
 
 def test_main__names_teachers_that_do_not_fit(teachers, tmp_path):
