@@ -646,7 +646,9 @@ def evaluated(
             metrics[task.name] |= evaluate.scores(returns, task, teachers[task.name])
             episodes = evaluate.sweep_episodes(cfg.eval_episodes)
             metrics[task.name]["sweep"] = evaluate.sweep(student, task, i, episodes, evaluate.SEED)
-        metrics[task.name]["data"] = teachers[task.name].get("data")
+        of_data = teachers[task.name].get("data")
+        metrics[task.name]["data"] = of_data
+        metrics[task.name]["target_gap"] = evaluate.target_gap(metrics[task.name]["sweep"], of_data, task)
         metrics[task.name]["flags"] = verdict.verdict(task, metrics[task.name], teachers[task.name]).names()
     return metrics
 
@@ -660,6 +662,10 @@ def summary(out: Path) -> None:
     if run.retention:
         retention = list(run.retention.values())
         print(f"retention: mean {np.mean(retention):.3f}, worst {min(retention):.3f}")
+    gaps = run.target_gaps()
+    if gaps:
+        text = ", ".join(f"{model} {gap:.3f}" for model, gap in gaps.items())
+        print(f"return asked against return obtained, mean gap over the range of returns: {text}")
     compression = run.metrics["compression"]
     parameters = run.metrics["parameters"]
     print(

@@ -168,6 +168,21 @@ def sweep(
     return rows
 
 
+def target_gap(
+    sweep: list[dict[str, Any]] | None, of_data: dict[str, float] | None, task: data.Task
+) -> float | None:
+    """How far returns are from what was asked: the mean of |return - target| over data.QUANTILES.
+
+    As a share of the range from a random policy's return to the data's highest; of_data: Dataset.facts. None
+    where nothing was evaluated.
+    """
+    if not sweep or not of_data:
+        return None
+    gaps = [abs(row["return_mean"] - row["target"]) for row in sweep if row["name"] in data.QUANTILES]
+    low = min(of_data["return_min"], task.reference[0])
+    return float(np.mean(gaps)) / max(of_data["return_max"] - low, 1e-9)
+
+
 def sweep_episodes(eval_episodes: int) -> int:
     """Of each target, in the evaluation that follows a training: few, so that it stays short."""
     return max(1, eval_episodes // 4)

@@ -99,6 +99,18 @@ class Run:
                 found[model] = sweeps
         return found
 
+    def target_gaps(self) -> dict[str, float]:
+        """{"teacher", "student": the mean of evaluate.target_gap over the tasks that have one}."""
+        by_model = {"teacher": self.teachers or self.tasks}
+        if self.teachers:
+            by_model["student"] = self.tasks
+        found = {}
+        for model, by_task in by_model.items():
+            gaps = [m["target_gap"] for m in by_task.values() if m.get("target_gap") is not None]
+            if gaps:
+                found[model] = float(np.mean(gaps))
+        return found
+
     def references(self) -> dict[str, tuple[float, float]]:
         """{task: returns of score 0 and 100}."""
         return {task["name"]: tuple(task["reference"]) for task in self.meta["tasks"]}
@@ -349,6 +361,9 @@ def panels(run: Run) -> list[Panel]:
             "Each point: the mean over episodes that were asked for one return, a quantile of the data's. "
             "On the dotted line a model obtains what it is asked for."
         )
+        gaps = [f"{model} {gap:.3f}" for model, gap in run.target_gaps().items()]
+        if gaps:
+            captions[plot_sweep] += f" Mean gap, over the range of returns: {', '.join(gaps)}."
     if run.teachers:
         captions |= _student_captions(run)
     else:

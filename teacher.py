@@ -202,6 +202,7 @@ def main(cfg: Config) -> Path:
     metrics["heldout_nll_rise"] = held - float(np.nanmin(files.read_csv(out / "log.csv")["heldout_nll"]))
     metrics["heldout_log_std"] = learner.held_out_log_std(held_out)
     metrics["data"] = dataset.facts()
+    metrics["target_gap"] = evaluate.target_gap(metrics["sweep"], metrics["data"], task)
     metrics["flags"] = verdict.verdict(task, metrics).names()
     results = {
         "tasks": {task.name: metrics},

@@ -314,7 +314,7 @@ def test_main__logs_no_more_than_so_many_rows(teachers, tmp_path, monkeypatch):
 
 FILES = {".lock", "config.json", "log.csv", "metrics.json", "model.safetensors", "model.json", "plots.png"}
 METRICS = {"target", "return_mean", "return_std", "episodes", "normalized_score", "retention", "sweep"}
-METRICS |= {"heldout_kl", "data", "flags"}
+METRICS |= {"heldout_kl", "data", "flags", "target_gap"}
 
 
 def test_main__writes_a_run_and_skips_it_the_second_time(teachers, tmp_path, capsys):

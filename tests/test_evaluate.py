@@ -170,6 +170,16 @@ def test_sweep__takes_targets_that_are_equal():
     assert all(np.isfinite(row["return_mean"]) for row in rows)
 
 
+def test_target_gap__is_the_mean_distance_over_the_range_of_returns():
+    rows = [("p10", 0.0, 1.0), ("median", 5.0, 3.0), ("supported", 9.0, -90.0)]  # the last is no quantile
+    sweep = [{"name": name, "target": target, "return_mean": mean} for name, target, mean in rows]
+    task = dataclasses.replace(WALK, reference=(-2.0, 50.0))
+    assert evaluate.target_gap(sweep, {"return_min": 0.0, "return_max": 8.0}, task) == pytest.approx(0.15)
+    assert evaluate.target_gap(sweep, {"return_min": -7.0, "return_max": 8.0}, task) == pytest.approx(0.1)
+    assert evaluate.target_gap(None, {"return_min": 0.0, "return_max": 8.0}, task) is None
+    assert evaluate.target_gap(sweep, None, task) is None
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 
