@@ -73,7 +73,7 @@ class Config:
     sigma_floor: float = 0.05  # added in squares to every variance, in half action ranges
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
     top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
-    ask: float = 0.5  # share of the windows that ask teachers for another return than was obtained
+    ask: float = 0.0  # share of the windows that ask teachers for another return than was obtained
     ask_low: float = 0.5  # lowest of these: 0 is the data's 10th percentile, 1 the default target return
     ask_high: float = 1.05  # highest, likewise
     state_noise: float = 0.0  # standard deviations, on what teachers and student see, with --targets live

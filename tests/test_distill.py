@@ -239,7 +239,8 @@ METHODS = [
     {"alignment_weight": 0.5, "alignment": "estimate", **BY_TEACHER},
     {"kl": "reverse", "temperature": 2.0},
     {"loss": "mse"},
-    {"ask": 0.0},
+    {"ask": 0.5},
+    {"ask": 0.5, "targets": "live"},
     {"targets": "live", "state_noise": 0.05},
 ]
 
