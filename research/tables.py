@@ -397,6 +397,25 @@ def remedies() -> str:
     return table(["", *names], lines)
 
 
+def students() -> str:
+    """Options tried for students: mean and lowest retention over tasks and seeds, by group of teachers."""
+    rows = read_rows("students.csv")
+
+    def group(row: dict[str, str]) -> str:
+        return f"{row['teachers']}, {float(row['data_share']):.0%}"
+
+    groups = sorted({group(row) for row in rows})
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["options"], group(row)), []).append(float(row["retention"]))
+    lines = []
+    for options in dict.fromkeys(row["options"] for row in rows):
+        of_options = [found.get((options, name), []) for name in groups]
+        cells = [f"{np.mean(x):.2f}, {min(x):.2f} ({len(x)})" if x else "" for x in of_options]
+        lines.append([options, *cells])
+    return table(["", *groups], lines)
+
+
 # ---- what was tried ----------------------------------------------------------------------------------------
 
 
@@ -431,6 +450,7 @@ def main() -> None:
         if names:
             print(f"\nbattery, {half.lower()}\n\n{battery(names)}\n\n{battery_median(names)}")
     print(f"\nremedies\n\n{remedies()}")
+    print(f"\nstudents\n\n{students()}")
     print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):
