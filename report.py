@@ -106,7 +106,11 @@ class Run:
             by_model["student"] = self.tasks
         found = {}
         for model, by_task in by_model.items():
-            gaps = [m["target_gap"] for m in by_task.values() if m.get("target_gap") is not None]
+            gaps = []
+            for task in data.tasks(self.meta, self.path):
+                of_task = by_task[task.name]
+                gaps.append(evaluate.target_gap(of_task.get("sweep"), of_task.get("data"), task))
+            gaps = [gap for gap in gaps if gap is not None]
             if gaps:
                 found[model] = float(np.mean(gaps))
         return found

@@ -31,8 +31,8 @@ def test_results__has_the_tables_that_are_printed(printed):
     lines = printed.splitlines()
     assert len(rows(RESULTS)) >= 25
     assert [row for row in rows(RESULTS) if row not in lines] == []
-    machines = re.findall(r"^(?:Retention|Seconds:) .*$", RESULTS, re.M)
-    assert len(machines) == 6
+    machines = re.findall(r"^(?:Retention|Seconds:|Asked for five) .*$", RESULTS, re.M)
+    assert len(machines) == 9
     assert [line for line in machines if line not in lines] == []
 
 
@@ -42,7 +42,7 @@ def test_data__has_the_tables_of_the_battery(printed):
     of_battery = printed.split("\nbattery, ")[1:]
     assert of_battery
     in_docs = set(rows(text))
-    for half in of_battery:
+    for half in of_battery:  # the last with what was tried for teachers and students
         half = half.split("\n\ninspect\n")[0].split("\nbattery, ")[0]
         assert len(rows(half)) >= 3
         assert [row for row in rows(half) if row not in in_docs] == []
