@@ -51,7 +51,7 @@ class Config:
     # tasks
     envs: Envs = ()  # built-in tasks; default, where no task is given: the first three
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
-    teachers: tuple[str, ...] = ()  # runs of teacher.py; default: out/teacher-<task>, trained if missing
+    teachers: tuple[str, ...] = ()  # runs, or ONNX files; default: out/teacher-<task>, trained if missing
     student_datasets: tuple[str, ...] = ()  # one for each teacher, in place of what it was trained on
     data_share: float = 1.0  # of each dataset's training episodes, for the student
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
@@ -166,7 +166,7 @@ class Learner:
         self,
         cfg: Config,
         student: dt.DecisionTransformer,
-        teachers: list[dt.DecisionTransformer],
+        teachers: list[teacher.Model],
         windows: data.Windows,
         generator: torch.Generator,
     ):
@@ -414,7 +414,7 @@ def curriculum_of(cfg: Config) -> tuple[Callable[..., Tensor], bool]:
 
 
 @torch.no_grad()
-def live_targets(teachers: list[dt.DecisionTransformer], batch: data.Batch) -> Tensor:
+def live_targets(teachers: list[teacher.Model], batch: data.Batch) -> Tensor:
     """(2, B, K, A): mean and log_std of each window's own teacher, zero beyond the teacher's action size."""
     targets = torch.zeros(2, *batch.actions.shape, device=batch.actions.device)
     for i, model in enumerate(teachers):
@@ -431,7 +431,7 @@ def live_targets(teachers: list[dt.DecisionTransformer], batch: data.Batch) -> T
 
 
 @torch.no_grad()
-def cache_targets(teachers: list[dt.DecisionTransformer], windows: data.Windows) -> None:
+def cache_targets(teachers: list[teacher.Model], windows: data.Windows) -> None:
     """Fill the last columns of windows.table: each row's target, and those at other returns asked for.
 
     They come from a window that shows its teacher at least half a context of what came before, or all there
@@ -567,7 +567,7 @@ def check_unchanged(task: data.Task, now: data.Task) -> None:
 
 
 def make_student(
-    cfg: Config, tasks: list[data.Task], teachers: list[dt.DecisionTransformer]
+    cfg: Config, tasks: list[data.Task], teachers: list[teacher.Model]
 ) -> tuple[dt.DecisionTransformer, torch.Generator]:
     """The student, initialised by seed, and the generator of its windows; says what it is."""
     device = machine.device(cfg)

@@ -27,6 +27,7 @@ import model as dt
 import muon
 from support import UserError, cli, files, jobs, log, machine, processes, run_directory, training, verdict
 from support.checkpoint import Checkpoint
+from support.onnx_teacher import OnnxTeacher, load_onnx
 
 
 @dataclasses.dataclass
@@ -329,10 +330,13 @@ def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held:
 # ---- the teachers of a student -----------------------------------------------------------------------------
 
 
+Model = dt.DecisionTransformer | OnnxTeacher
+
+
 class Teacher(NamedTuple):
-    model: dt.DecisionTransformer
+    model: Model
     task: data.Task
-    metrics: dict[str, Any]  # of its task, from its metrics.json
+    metrics: dict[str, Any]  # of its task, as in its metrics.json
 
 
 def find(cfg: Any) -> list[Teacher]:
@@ -356,14 +360,20 @@ def find(cfg: Any) -> list[Teacher]:
         train_missing(cfg, [name for name in names if not is_there(cfg, name)])
     found = []
     for i, path in enumerate(directories):
-        found.append(load(path, machine.device(cfg), names[i] if names else None))
+        name = names[i] if names else None
+        is_onnx = path.suffix == ".onnx" or path.is_file()
+        loaded = load_onnx(path, name, cfg) if is_onnx else load(path, machine.device(cfg), name)
+        found.append(Teacher(*loaded))
     if len({t.task.name for t in found}) < len(found):
         raise UserError(f"two teachers of one task among {listed}; a student takes one for each task")
-    contexts = {t.model.cfg.context for t in found}
+    onnx = [t.model for t in found if isinstance(t.model, OnnxTeacher)]
+    contexts = {t.model.cfg.context for t in found if t.model not in onnx}
     if len(contexts) > 1:
         raise UserError(
             f"teachers of different context lengths {sorted(contexts)}; train them with one --context"
         )
+    for model in onnx:  # each sees one timestep, of as many as the others are shown
+        model.cfg = dataclasses.replace(model.cfg, context=max(contexts, default=1))
     return found
 
 

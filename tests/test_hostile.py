@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 import torch
@@ -26,6 +27,7 @@ import model as dt
 import policy
 from conftest import ROOT, make_dataset
 from support import UserError, files, log, minari_files
+from support.onnx_teacher import OnnxTeacher
 
 CASES = int(os.environ.get("FUZZ_CASES", "10000"))  # of all fuzz tests together, with -m slow
 
@@ -214,6 +216,125 @@ def test_load__does_not_read_a_file_of_a_tebibyte(model_folder, name):
         f.truncate(2**40)
     succeeds_or_tells(lambda: load_and_act(model_folder))
     (model_folder / name).unlink()
+
+
+# ---- ONNX files of teachers --------------------------------------------------------------------------------
+
+# These are other operators than the file's, of one to three inputs; several make much of little.
+OPERATORS = [
+    "MatMul",
+    "Gemm",
+    "Expand",
+    "Tile",
+    "ConstantOfShape",
+    "Range",
+    "Loop",
+    "If",
+    "Scan",
+    "Pad",
+    "Conv",
+]
+OPERATORS += [
+    "Concat",
+    "Gather",
+    "Reshape",
+    "Resize",
+    "Upsample",
+    "EyeLike",
+    "RandomNormal",
+    "LSTM",
+    "Attention",
+]
+OPERATORS += [
+    "Identity",
+    "Transpose",
+    "OneHot",
+    "NonZero",
+    "Slice",
+    "Split",
+    "SequenceEmpty",
+    "StringNormalizer",
+    "x",
+]
+SIZES = st.sampled_from([-1, 0, 1, 2, 3, 7, 2**20, 2**31, 2**40, 2**62])
+
+
+def a_policy():
+    """An ONNX file of a policy for TASK."""
+    of = onnx.helper
+    wide = onnx.numpy_helper.from_array(np.ones((2, 1), np.float32), "wide")
+    shape = onnx.numpy_helper.from_array(np.array([-1, 1]), "shape")
+    nodes = [
+        of.make_node("MatMul", ["observation", "wide"], ["x"]),
+        of.make_node("Reshape", ["x", "shape"], ["y"]),
+        of.make_node("Constant", [], ["z"], value_float=0.5),
+        of.make_node("Add", ["y", "z"], ["mean"]),
+    ]
+    rows = of.make_tensor_value_info("observation", onnx.TensorProto.FLOAT, ["B", 2])
+    mean = of.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["B", 1])
+    graph = of.make_graph(nodes, "policy", [rows], [mean], [wide, shape])
+    return of.make_model(graph, opset_imports=[of.make_opsetid("", 17)], ir_version=8)
+
+
+def changed_graph(draw):
+    """The same as a graph that can be parsed, with operators, sizes, names, types or attributes changed."""
+    model = a_policy()
+    graph = model.graph
+    for _ in range(draw(st.integers(1, 4))):
+        node = draw(st.sampled_from(list(graph.node)))
+        tensor = draw(st.sampled_from(list(graph.initializer)))
+        kind = draw(st.integers(0, 7))
+        if kind == 0:
+            node.op_type = draw(st.sampled_from(OPERATORS))
+        elif kind == 1 and node.input:
+            names = ["observation", "wide", "shape", "x", "y", "z", "mean", "", "nothing"]
+            node.input[draw(st.integers(0, len(node.input) - 1))] = draw(st.sampled_from(names))
+        elif kind == 2:
+            tensor.dims[:] = draw(st.lists(SIZES, max_size=4))
+        elif kind == 3:
+            numbers = draw(st.lists(SIZES, min_size=1, max_size=3))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(numbers), tensor.name))
+        elif kind == 4:
+            tensor.data_type = draw(st.integers(0, 25))
+        elif kind == 5:
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value=draw(st.sampled_from(["/etc/passwd", "../x", ""])))
+        elif kind == 6:
+            name = draw(st.sampled_from(["axis", "value", "shape", "to", "perm", "pads", "group", "mode"]))
+            value = draw(st.one_of(SIZES, st.lists(SIZES, min_size=1, max_size=3), st.just("x")))
+            node.attribute.append(onnx.helper.make_attribute(name, value))
+        else:
+            dimension = draw(st.sampled_from([*graph.input, *graph.output])).type.tensor_type.shape.dim
+            dimension[draw(st.integers(0, 1))].dim_value = draw(SIZES)
+    return model.SerializeToString()
+
+
+@fuzzed(0.3)
+def test_onnx_teacher__survives_hostile_files(tmp_path, n_cases):
+    whole = a_policy().SerializeToString()
+    path = tmp_path / "policy.onnx"
+
+    def read_and_act():
+        teacher = OnnxTeacher(path, TASK)
+        teacher.reset(1.0, 2)
+        assert teacher.act(np.zeros((2, 2)), np.zeros(2)).shape == (2, 1)
+
+    put(path, whole)
+    read_and_act()
+
+    def check(draw):
+        put(path, changed_graph(draw) if draw(st.booleans()) else draw(damage(whole)))
+        succeeds_or_tells(read_and_act)
+
+    fuzz(check, n_cases)
+
+
+def test_onnx_teacher__does_not_read_a_file_of_a_tebibyte(tmp_path):
+    path = tmp_path / "policy.onnx"
+    with open(path, "wb") as f:
+        f.truncate(2**40)
+    with pytest.raises(UserError, match="larger than"):
+        OnnxTeacher(path, TASK)
 
 
 # ---- caches and datasets -----------------------------------------------------------------------------------
