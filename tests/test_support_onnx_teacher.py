@@ -1,0 +1,427 @@
+"""support/onnx_teacher.py: an ONNX file's policy against the same function in float64, and a student of it.
+
+Hostile files: test_hostile.py.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+import data
+import distill
+import evaluate
+import model as dt
+import report
+import teacher
+from conftest import make_dataset, seeds
+from kernels.kl import LOG_STD
+from support import UserError, files, onnx_teacher
+from support.onnx_teacher import SIGMA, OnnxTeacher
+
+
+def a_task(O: int = 3, A: int = 2, seed: int = 0, **fields) -> data.Task:
+    """A task of random statistics and bounds."""
+    rng = np.random.default_rng(seed)
+    low = rng.normal(size=A)
+    given = {
+        "name": "tests/walk-v0",
+        "dataset": "tests/walk-v0",
+        "env_id": None,
+        "env_kwargs": {},
+        "max_steps": 10,
+        "obs_dim": O,
+        "act_dim": A,
+        "obs_mean": rng.normal(size=O).tolist(),
+        "obs_std": rng.uniform(0.1, 9, O).tolist(),
+        "act_low": low.tolist(),
+        "act_high": (low + rng.uniform(0.1, 5, A)).tolist(),
+        "rtg_scale": rng.uniform(0.5, 2000),
+        "targets": {"p95": 8.0, "median": 2.0},
+        "reference": (1.0, 5.0),
+        "reference_source": "-",
+        "split_seed": 0,
+    }
+    return data.Task(**{**given, **fields})
+
+
+def write(path: Path, nodes: list, inputs: dict, outputs: dict, weights: dict | None = None) -> Path:
+    """An ONNX file. inputs, outputs: their shapes, of floats; weights: arrays, by name."""
+    infos = []
+    for shapes in (inputs, outputs):
+        infos.append([helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in shapes.items()])
+    initializers = [numpy_helper.from_array(np.float32(w), name) for name, w in (weights or {}).items()]
+    graph = helper.make_graph(nodes, "policy", *infos, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+class Function:
+    """y = observation W + b + return_to_go c, as a file and as a function."""
+
+    def __init__(self, O: int, A: int, seed: int):
+        rng = np.random.default_rng(seed)
+        self.W = np.float32(rng.normal(size=(O, A)))
+        self.b = np.float32(rng.normal(size=A))
+        self.c = np.float32(rng.normal(size=(1, A)) / 1000)
+        self.log_std = np.float32(rng.normal(size=A) - 1)
+
+    def __call__(self, observation: np.ndarray, return_to_go: np.ndarray | float = 0.0) -> np.ndarray:
+        return observation @ self.W.astype(float) + self.b + np.reshape(return_to_go, (-1, 1)) * self.c
+
+    def write(self, path: Path, name: str = "action", log_std: str = "", rtg: str = "") -> Path:
+        """name: of the output. log_std: "(A,)", "(B, A)" or none; rtg: likewise, "(B,)" or "(B, 1)"."""
+        O, A = self.W.shape
+        node = helper.make_node
+        nodes = [node("Gemm", ["observation", "W", "b"], ["x"])]
+        inputs = {"observation": ["B", O]}
+        outputs = {name: ["B", A]}
+        weights = {"W": self.W, "b": self.b}
+        column = np.array([-1, 1])
+        if rtg:
+            inputs["return_to_go"] = ["B", 1] if rtg == "(B, 1)" else ["B"]
+            nodes.append(node("Constant", [], ["column"], value=numpy_helper.from_array(column)))
+            nodes.append(node("Reshape", ["return_to_go", "column"], ["R"]))
+            nodes.append(node("Gemm", ["R", "c", "x"], [name]))
+            weights["c"] = self.c
+        else:
+            nodes.append(node("Identity", ["x"], [name]))
+        if log_std:
+            outputs["log_std"] = ["B", A] if log_std == "(B, A)" else [A]
+            weights["s"] = self.log_std
+            nodes.append(node("Mul", [name, "zero"], ["zeros"]))
+            weights["zero"] = np.zeros(1)
+            of_rows = node("Add", ["zeros", "s"], ["log_std"])
+            nodes.append(of_rows if log_std == "(B, A)" else node("Identity", ["s"], ["log_std"]))
+        return write(path, nodes, inputs, outputs, weights)
+
+
+def a_batch(task: data.Task, B: int, K: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """What a model is called with, besides the task's index: the last timesteps of each row are valid."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(B, K, task.obs_dim, generator=generator)
+    rtg = torch.rand(B, K, generator=generator)
+    mask = torch.arange(K) >= torch.randint(K, (B, 1), generator=generator)
+    states[~mask] = float("nan")  # what is masked must not matter
+    return states, torch.zeros(B, K, task.act_dim), rtg, torch.zeros(B, K, dtype=torch.long), mask
+
+
+# ---- the policy --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rtg", ["", "(B,)", "(B, 1)"])
+@pytest.mark.parametrize("log_std", ["", "(A,)", "(B, A)"])
+@settings(max_examples=10)
+@given(O=st.integers(1, 5), A=st.integers(1, 4), B=st.integers(1, 6), K=st.integers(1, 4), seed=seeds)
+def test_onnx_teacher__is_its_function_in_the_students_units(
+    tmp_path_factory, rtg, log_std, O, A, B, K, seed
+):
+    task = a_task(O, A, seed)
+    f = Function(O, A, seed)
+    path = f.write(tmp_path_factory.mktemp("onnx") / "a.onnx", "mean" if seed % 2 else "action", log_std, rtg)
+    batch = a_batch(task, B, K, seed)
+    mean, got_log_std = OnnxTeacher(path, task)(0, *batch)
+    states, _, returns, _, mask = batch
+    observation = states[mask].double().numpy() * task.obs_std + task.obs_mean
+    return_to_go = returns[mask].double().numpy() * task.rtg_scale
+    low, high = np.array([task.act_low, task.act_high])
+    y = f(observation, return_to_go if rtg else 0.0)
+    expected = 2 * (y - low) / (high - low) - 1
+    error = np.abs(mean[mask].numpy() - expected.clip(-1, 1)).max()
+    assert error < 1e-5 * (1 + np.abs(expected).max()) / (high - low).min()
+    expected = np.log(SIGMA) if not log_std else f.log_std - np.log((high - low) / 2)
+    expected = np.broadcast_to(np.clip(expected, *LOG_STD), (int(mask.sum()), A))
+    assert np.abs(got_log_std[mask].numpy() - expected).max() < 1e-6
+    assert not mean[~mask].any() and not got_log_std[~mask].any()
+    assert mean.dtype == torch.float32 and mean.shape == (B, K, A)
+
+
+def test_onnx_teacher__gives_log_probabilities_of_discrete_actions(tmp_path):
+    task = a_task(A=3, first_action=4)
+    f = Function(3, 3, seed=1)
+    model = OnnxTeacher(f.write(tmp_path / "a.onnx", "logits"), task)
+    batch = a_batch(task, 5, 2, seed=0)
+    logp, zeros = model(0, *batch)
+    mask = batch[-1]
+    logits = f(batch[0][mask].double().numpy() * task.obs_std + task.obs_mean)
+    assert torch.allclose(logp[mask], torch.from_numpy(logits).log_softmax(-1).float(), atol=1e-4)
+    assert not zeros.any()
+    model.reset(0.0, 6)
+    observation = np.random.default_rng(0).normal(size=(6, 3)) * 5
+    assert model.act(observation, np.zeros(6)).tolist() == (f(observation).argmax(1) + 4).tolist()
+
+
+def test_onnx_teacher__takes_masked_logits(tmp_path):
+    f = Function(3, 2, seed=0)
+    f.b[1] = -np.inf
+    task = a_task(first_action=0)
+    logp, _ = OnnxTeacher(f.write(tmp_path / "a.onnx", "logits"), task)(0, *a_batch(task, 2, 1, seed=0))
+    assert logp.isfinite().all()
+    assert (logp.argmax(-1) == 0).all()
+
+
+def test_onnx_teacher__acts_on_its_mean_and_asks_for_what_is_left(tmp_path):
+    task = a_task()
+    f = Function(3, 2, seed=0)
+    model = OnnxTeacher(f.write(tmp_path / "a.onnx", "mean", "(A,)", "(B,)"), task)
+    observation = np.random.default_rng(0).normal(size=(4, 3)) / 5
+    model.reset(100.0, 4)
+    first = model.act(observation, np.zeros(4))
+    assert np.allclose(first, f(observation, 100.0).clip(task.act_low, task.act_high), atol=1e-4)
+    model.keep(np.array([True, False, False, True]))
+    second = model.act(observation[[0, 3]], np.array([70.0, -500.0]))
+    returns = np.array([30.0, 600.0])
+    expected = f(observation[[0, 3]], returns).clip(task.act_low, task.act_high)
+    assert np.allclose(second, expected, atol=1e-4)
+
+
+class CleanRLAgent(torch.nn.Module):
+    """The actor of CleanRL's ppo_continuous_action.py: mean by an MLP, one log-std for all observations."""
+
+    def __init__(self, O: int, A: int):
+        super().__init__()
+        widths = (O, 64, 64, A)
+        layers = []
+        for i in range(3):
+            layers += [torch.nn.Linear(widths[i], widths[i + 1]), torch.nn.Tanh()]
+        self.actor_mean = torch.nn.Sequential(*layers[:-1])
+        self.actor_logstd = torch.nn.Parameter(torch.full((1, A), -0.5))
+
+    def forward(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = self.actor_mean(observation)
+        return mean, self.actor_logstd.expand_as(mean)
+
+
+def test_onnx_teacher__takes_what_torch_exports_of_an_actor(tmp_path):
+    torch.manual_seed(0)
+    agent = CleanRLAgent(3, 2).eval()
+    path = tmp_path / "a.onnx"
+    torch.onnx.export(
+        agent,
+        (torch.zeros(2, 3),),
+        path,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=["observation"],
+        output_names=["mean", "log_std"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    task = a_task(act_low=[-2.0, -2.0], act_high=[2.0, 2.0])
+    model = OnnxTeacher(path, task)
+    assert model.n_params >= sum(p.numel() for p in agent.parameters())
+    states, *rest = a_batch(task, 7, 1, seed=0)
+    mean, log_std = model(0, states, *rest)
+    with torch.no_grad():
+        wanted, _ = agent(states * torch.tensor(task.obs_std) + torch.tensor(task.obs_mean))
+    assert torch.allclose(mean, (wanted / 2).clamp(-1, 1), atol=1e-5)
+    assert torch.allclose(log_std, torch.tensor(-0.5 - math.log(2)), atol=1e-6)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def wrong(path: Path, kind: str) -> None:
+    """Write a file that is no policy of a_task()."""
+    f = Function(3, 2, seed=0)
+    copy = [helper.make_node("Identity", ["observation"], ["action"])]
+    if kind == "inputs":
+        names = {"observation": ["B", 3], "memory": ["B", 7]}
+        write(path, [helper.make_node("Concat", [*names], ["action"], axis=1)], names, {"action": ["B", 10]})
+    elif kind == "outputs":
+        f.write(path, "value")
+    elif kind == "discrete":
+        f.write(path, "logits")
+    elif kind == "image":
+        write(path, copy, {"observation": ["B", 3, 8, 8]}, {"action": ["B", 3, 8, 8]})
+    elif kind == "fixed":
+        write(path, copy, {"observation": [1, 3]}, {"action": [1, 3]})
+    elif kind == "observations":
+        Function(5, 2, seed=0).write(path)
+    elif kind == "unnamed observations":
+        weights = {"W": np.zeros((5, 2))}
+        nodes = [helper.make_node("MatMul", ["observation", "W"], ["action"])]
+        write(path, nodes, {"observation": ["B", "O"]}, {"action": ["B", 2]}, weights)
+    elif kind == "actions":
+        Function(3, 4, seed=0).write(path)
+    elif kind == "log_std":
+        nodes = [helper.make_node("Identity", ["observation"], [name]) for name in ("x", "log_std")]
+        nodes.append(helper.make_node("MatMul", ["x", "W"], ["action"]))
+        outputs = {"action": ["B", 2], "log_std": ["B", 3]}
+        write(path, nodes, {"observation": ["B", 3]}, outputs, {"W": np.zeros((3, 2))})
+    elif kind == "nan":
+        f.W[:] = np.nan
+        f.write(path)
+    elif kind == "integers":
+        nodes = [helper.make_node("Cast", ["observation"], ["action"], to=TensorProto.INT64)]
+        write(path, nodes, {"observation": ["B", 3]}, {"action": ["B", 3]})
+        model = onnx.load(path)
+        model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+        path.write_bytes(model.SerializeToString())
+    elif kind == "elsewhere":
+        model = onnx.load(f.write(path))
+        tensor = model.graph.initializer[0]
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights.bin")
+        (path.parent / "weights.bin").write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        path.write_bytes(model.SerializeToString())
+    elif kind == "custom":
+        nodes = [helper.make_node("Mine", ["observation"], ["action"], domain="mine")]
+        write(path, nodes, {"observation": ["B", 3]}, {"action": ["B", 3]})
+    elif kind == "loop":
+        write(
+            path, [helper.make_node("Loop", ["n", ""], ["action"])], {"observation": ["B", 3]}, {"action": []}
+        )
+    elif kind == "damaged":
+        path.write_bytes(f.write(path).read_bytes()[:-50])
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+REFUSED = {
+    "inputs": r"inputs .*'memory'.* understood are inputs observation .*run directory",
+    "outputs": r"outputs \['value'\]; understood",
+    "discrete": r"actions are continuous: .*\['logits'\]",
+    "image": r"\['B', 3, 8, 8\]",
+    "fixed": r"takes batches of 1 alone; export .* dynamic first dimension of observation",
+    "observations": r"takes 5 observations, dataset tests/walk-v0 has 3",
+    "unnamed observations": r"does not run on 3 observations of 3 numbers",
+    "actions": r"gives action \(3, 4\) for 3 observations, dataset tests/walk-v0 needs \(3, 2\)",
+    "log_std": r"gives log_std \(3, 3\)",
+    "nan": r"gives action NaN",
+    "integers": r"action is not an array of floats",
+    "elsewhere": r"keeps weights in other files; export it as one",
+    "custom": r"no ONNX file that onnxruntime can run .*export it again",
+    "loop": r"holds loops or functions",
+    "damaged": r"no ONNX file that onnxruntime can run .*export it again",
+    "empty": r"no ONNX file that onnxruntime can run .*export it again",
+    "missing": r"can't read .*No such file",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_onnx_teacher__refuses(tmp_path, monkeypatch, capfd, kind):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "policy.onnx"
+    wrong(path, kind)
+    with pytest.raises(UserError, match=REFUSED[kind]) as e:
+        OnnxTeacher(path, a_task())
+    assert "\n" not in str(e.value)
+    assert str(path) in str(e.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_onnx_teacher__refuses_means_for_discrete_actions(tmp_path):
+    path = Function(3, 2, seed=0).write(tmp_path / "a.onnx")
+    with pytest.raises(UserError, match="actions are discrete"):
+        OnnxTeacher(path, a_task(first_action=0))
+
+
+def test_onnx_teacher__stops_at_nan_later(tmp_path):
+    nodes = [helper.make_node("Log", ["observation"], ["action"])]
+    path = write(tmp_path / "a.onnx", nodes, {"observation": ["B", 2]}, {"action": ["B", 2]})
+    task = a_task(2, 2, obs_mean=[1.0, 1.0], obs_std=[1.0, 1.0])
+    model = OnnxTeacher(path, task)
+    with pytest.raises(UserError, match="gives action NaN"):
+        model.policy(-np.ones((1, 2)), np.zeros(1))
+
+
+# ---- a student of it ---------------------------------------------------------------------------------------
+
+HOPPER = "tests/onnx-hopper-v0"
+CARTPOLE = "tests/onnx-cartpole-v0"
+TINY = {"steps": 20, "batch_size": 16, "n_layer": 1, "n_embd": 16, "warmup": 5, "log_interval": 10}
+TINY |= {"eval_episodes": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def two_teachers(tmp_path_factory) -> tuple[Path, Path]:
+    """A run directory of a hopper, context 4; and an ONNX file of a cart pole."""
+    root = tmp_path_factory.mktemp("teachers")
+    spaces = {"observation_space": Box(-1, 1, (4,)), "action_space": Discrete(2)}
+    make_dataset(HOPPER, [9, 5, 23, 4, 12, 7], obs_dim=11, act_dim=3, spec="Hopper-v5")
+    make_dataset(CARTPOLE, [9, 15, 23, 4, 12, 7], spec="CartPole-v1", **spaces)
+    cfg = teacher.Config(dataset=HOPPER, context=4, out_dir=str(root / "hopper"), **TINY)
+    f = Function(4, 2, seed=0)
+    f.W = np.float32(2 * [[0, 0]] + [[-3, 3], [-1, 1]])  # pushes to the side that the pole falls to
+    f.b *= 0
+    return teacher.main(cfg), f.write(root / "cartpole.onnx", "logits")
+
+
+def distilled(two_teachers: tuple[Path, Path], out: Path, **options) -> None:
+    teachers = tuple(map(str, two_teachers))
+    options = {"datasets": (HOPPER, CARTPOLE), **TINY, **options}
+    distill.main(distill.Config(teachers=teachers, out_dir=str(out), **options))
+
+
+@pytest.mark.parametrize("targets", ["cached", "live"])
+def test_distill__mixes_run_directories_and_onnx_files(two_teachers, tmp_path, targets, capsys):
+    distilled(two_teachers, tmp_path, targets=targets, steps=60, lr=1e-2)
+    log = files.read_csv(tmp_path / "log.csv")
+    kl = log[f"heldout_kl_{CARTPOLE}"]
+    kl = kl[~np.isnan(kl)]
+    assert kl[-1] < kl[0] / 2
+    meta = files.read_json(tmp_path / "model.json")
+    of_teacher = meta["teachers"][CARTPOLE]
+    task = data.load(CARTPOLE).task
+    model = OnnxTeacher(two_teachers[1], task)
+    returns, _ = evaluate.play(model, task, 0.0, 2, evaluate.SEED)
+    assert of_teacher["return_mean"] == returns.mean() > 60
+    assert of_teacher["target"] == returns.mean()  # it is asked for nothing
+    assert of_teacher["sweep"] is None and of_teacher["data"]["episodes"] == 5
+    metrics = files.read_json(tmp_path / "metrics.json")
+    of_student = metrics["tasks"][CARTPOLE]
+    assert of_student["retention"] == of_student["normalized_score"] / of_teacher["normalized_score"]
+    of_hopper = dt.load(two_teachers[0])[0].n_params
+    assert metrics["compression"] == (of_hopper + 10) / metrics["parameters"]
+    assert meta["config"]["context"] == 4
+    report.main(report.Config(runs=(str(tmp_path),), film_steps=0))
+    evaluate.main(evaluate.Config(str(tmp_path), eval_episodes=1, sweep=True, device="cpu"))
+    assert f"{CARTPOLE}: {two_teachers[1]} returns" in capsys.readouterr().out
+
+
+def test_distill__sweeps_a_file_that_takes_return_to_go(two_teachers, tmp_path):
+    path = Function(4, 2, seed=0).write(tmp_path / "a.onnx", "logits", rtg="(B,)")
+    distilled((path,), tmp_path / "student", datasets=(CARTPOLE,), ask=0.5)
+    meta = files.read_json(tmp_path / "student/model.json")
+    of_teacher = meta["teachers"][CARTPOLE]
+    task = data.load(CARTPOLE).task
+    assert meta["config"]["context"] == 1
+    assert [row["target"] for row in of_teacher["sweep"]] == sorted(task.targets.values())
+    assert of_teacher["target"] == task.target
+    assert of_teacher["target_gap"] > 0
+
+
+def test_distill__without_evaluation_knows_no_retention(two_teachers, tmp_path):
+    distilled(two_teachers, tmp_path, eval_episodes=0)
+    assert files.read_json(tmp_path / "metrics.json")["tasks"][CARTPOLE]["retention"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"datasets": ()}, "cartpole.onnx: an ONNX file names no dataset; name each teacher's with"),
+        ({"datasets": (CARTPOLE,)}, "2 --teachers for 1 tasks"),
+        ({"ask": 0.5}, "--ask 0.5: .*cartpole.onnx takes no return_to_go"),
+        ({"datasets": (HOPPER, HOPPER)}, "whose actions are continuous"),
+    ],
+)
+def test_distill__refuses(two_teachers, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        distilled(two_teachers, tmp_path, **options)
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_read__refuses_a_file_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_teacher, "MAX_BYTES", 100)
+    with pytest.raises(UserError, match="larger than 100 bytes"):
+        OnnxTeacher(Function(3, 2, seed=0).write(tmp_path / "a.onnx"), a_task())
