@@ -49,39 +49,38 @@ class OnnxTeacher:
         self.cfg = dt.ModelConfig.of([task], context=1)
         blob = _read(path)
         self.n_params = _checked(path, blob)
-        self.session = _session(path, blob)
-        self._take_names()
+        self.session, inputs, outputs = _session(path, blob)
+        self._take_names(inputs, outputs)
         self._try()
 
-    def _take_names(self):
-        """Which inputs and outputs there are. Raises UserError where they are not those of a policy."""
-        inputs = {x.name: x for x in self.session.get_inputs()}
-        outputs = [x.name for x in self.session.get_outputs()]
-        ranks = {name: len(x.shape) for name, x in inputs.items()}
+    def _take_names(self, inputs, outputs):
+        """Which of them there are; see _session. Raises UserError where they are not those of a policy."""
+        ranks = {name: len(shape) for name, (_, shape) in inputs.items()}
         understood = ranks.pop("observation", None) == 2 and ranks.pop("return_to_go", 1) in (1, 2)
-        understood = understood and not ranks and all(x.type in TYPES for x in inputs.values())
+        understood = understood and not ranks and all(type_ in TYPES for type_, _ in inputs.values())
         wanted = ("logits",) if self.task.discrete else ("mean", "action")
         self.names = [name for name in wanted if name in outputs][:1]
         if not (understood and self.names):
-            given = ", ".join(f"{x.name!r} {x.type} {x.shape}" for x in inputs.values())
+            given = ", ".join(f"{name!r} {type_} {shape}" for name, (type_, shape) in inputs.items())
             kind = "discrete" if self.task.discrete else "continuous"
             raise UserError(
                 f"{self.path} is no policy of {self.task.name}, whose actions are {kind}: inputs "
                 f"{given[:300]}; outputs {str(outputs)[:200]}; {UNDERSTOOD}; of what export.py wrote, name "
                 f"the run directory"
             )
-        fixed = [name for name, x in inputs.items() if isinstance(x.shape[0], int)]
+        fixed = [name for name, (_, shape) in inputs.items() if isinstance(shape[0], int)]
         if fixed:
             raise UserError(
-                f"{self.path} takes batches of {inputs[fixed[0]].shape[0]} alone; export it again with a "
+                f"{self.path} takes batches of {inputs[fixed[0]][1][0]} alone; export it again with a "
                 f"dynamic first dimension of {', '.join(fixed)}"
             )
-        self.types = {name: TYPES[x.type] for name, x in inputs.items()}
+        self.types = {name: TYPES[type_] for name, (type_, _) in inputs.items()}
         self.takes_return = "return_to_go" in inputs
-        self.return_shape = (-1,) + (1,) * (self.takes_return and len(inputs["return_to_go"].shape) - 1)
+        if self.takes_return:
+            self.return_shape = (-1, 1)[: len(inputs["return_to_go"][1])]
         if "log_std" in outputs and not self.task.discrete:
             self.names.append("log_std")
-        observation_size = inputs["observation"].shape[1]
+        observation_size = inputs["observation"][1][1]
         if isinstance(observation_size, int) and observation_size != self.task.obs_dim:
             raise UserError(
                 f"{self.path} takes {observation_size} observations, dataset {self.task.dataset} has "
@@ -263,16 +262,18 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _session(path, blob):
-    """An onnxruntime.InferenceSession on one thread, which prints nothing of damaged files."""
+    """An onnxruntime.InferenceSession on one thread, {input: (type, shape)}, and the outputs' names."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # prints nothing
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where it says that it tries again
-            return onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+        inputs = {x.name: (x.type, x.shape) for x in session.get_inputs()}
+        return session, inputs, [x.name for x in session.get_outputs()]
     except Exception as e:  # noqa: BLE001 - onnxruntime has a class of its own for each of its errors
         raise UserError(_damaged(path, e)) from None
 

@@ -22,6 +22,7 @@ import model as dt
 import report
 import teacher
 from conftest import make_dataset, seeds
+from examples import onnx_teacher as example
 from kernels.kl import LOG_STD
 from support import UserError, files, onnx_teacher
 from support.onnx_teacher import SIGMA, OnnxTeacher
@@ -72,7 +73,7 @@ class Function:
         self.W = np.float32(rng.normal(size=(O, A)))
         self.b = np.float32(rng.normal(size=A))
         self.c = np.float32(rng.normal(size=(1, A)) / 1000)
-        self.log_std = np.float32(rng.normal(size=A) - 1)
+        self.log_std = np.float32(rng.normal(size=A) * 4 - 2)  # beyond LOG_STD too
 
     def __call__(self, observation: np.ndarray, return_to_go: np.ndarray | float = 0.0) -> np.ndarray:
         return observation @ self.W.astype(float) + self.b + np.reshape(return_to_go, (-1, 1)) * self.c
@@ -173,12 +174,13 @@ def test_onnx_teacher__acts_on_its_mean_and_asks_for_what_is_left(tmp_path):
     f = Function(3, 2, seed=0)
     model = OnnxTeacher(f.write(tmp_path / "a.onnx", "mean", "(A,)", "(B,)"), task)
     observation = np.random.default_rng(0).normal(size=(4, 3)) / 5
-    model.reset(100.0, 4)
+    model.reset(np.array([100.0, 0.0, 0.0, 200.0]), 4)
     first = model.act(observation, np.zeros(4))
-    assert np.allclose(first, f(observation, 100.0).clip(task.act_low, task.act_high), atol=1e-4)
+    expected = f(observation, np.array([100.0, 0.0, 0.0, 200.0])).clip(task.act_low, task.act_high)
+    assert np.allclose(first, expected, atol=1e-4)
     model.keep(np.array([True, False, False, True]))
     second = model.act(observation[[0, 3]], np.array([70.0, -500.0]))
-    returns = np.array([30.0, 600.0])
+    returns = np.array([30.0, 700.0])
     expected = f(observation[[0, 3]], returns).clip(task.act_low, task.act_high)
     assert np.allclose(second, expected, atol=1e-4)
 
@@ -202,19 +204,9 @@ class CleanRLAgent(torch.nn.Module):
 
 def test_onnx_teacher__takes_what_torch_exports_of_an_actor(tmp_path):
     torch.manual_seed(0)
-    agent = CleanRLAgent(3, 2).eval()
+    agent = CleanRLAgent(3, 2)
     path = tmp_path / "a.onnx"
-    torch.onnx.export(
-        agent,
-        (torch.zeros(2, 3),),
-        path,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-        input_names=["observation"],
-        output_names=["mean", "log_std"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )
+    example.export(agent, path, observations=3)
     task = a_task(act_low=[-2.0, -2.0], act_high=[2.0, 2.0])
     model = OnnxTeacher(path, task)
     assert model.n_params >= sum(p.numel() for p in agent.parameters())
@@ -224,6 +216,36 @@ def test_onnx_teacher__takes_what_torch_exports_of_an_actor(tmp_path):
         wanted, _ = agent(states * torch.tensor(task.obs_std) + torch.tensor(task.obs_mean))
     assert torch.allclose(mean, (wanted / 2).clamp(-1, 1), atol=1e-5)
     assert torch.allclose(log_std, torch.tensor(-0.5 - math.log(2)), atol=1e-6)
+
+
+class PPOPolicy(torch.nn.Module):
+    """What examples/onnx_teacher.py reads of Stable-Baselines3's ActorCriticPolicy."""
+
+    def __init__(self, O: int, A: int, discrete: bool):
+        super().__init__()
+        self.mlp_extractor = torch.nn.Module()
+        self.mlp_extractor.policy_net = torch.nn.Sequential(torch.nn.Linear(O, 64), torch.nn.Tanh())
+        self.mlp_extractor.forward_actor = self.mlp_extractor.policy_net.forward
+        self.action_net = torch.nn.Linear(64, A)
+        if not discrete:
+            self.log_std = torch.nn.Parameter(torch.full((A,), -1.0))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_example__exports_a_teacher(tmp_path, discrete):
+    torch.manual_seed(0)
+    task = a_task(first_action=0) if discrete else a_task(act_low=[-1.0, -1.0], act_high=[1.0, 1.0])
+    ppo = PPOPolicy(3, 2, discrete)
+    mean, std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])
+    path = tmp_path / "policy.onnx"
+    example.export(example.Actor(ppo, mean, std), path, observations=3)
+    observation = torch.randn(50, 3) * 9
+    got, log_std = OnnxTeacher(path, task).policy(observation.double().numpy(), np.zeros(50))
+    with torch.no_grad():
+        y = ppo.action_net(ppo.mlp_extractor.policy_net(((observation - mean) / std).clamp(-10, 10)))
+    expected = y.log_softmax(-1) if discrete else y.clamp(-1, 1)
+    assert np.allclose(got, expected, atol=1e-5)
+    assert np.allclose(log_std, 0.0 if discrete else -1.0)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -283,6 +305,8 @@ def wrong(path: Path, kind: str) -> None:
         )
     elif kind == "damaged":
         path.write_bytes(f.write(path).read_bytes()[:-50])
+    elif kind == "names":
+        path.write_bytes(f.write(path).read_bytes().replace(b"observation", b"observatio\xff"))
     elif kind == "empty":
         path.write_bytes(b"")
 
@@ -303,6 +327,7 @@ REFUSED = {
     "custom": r"no ONNX file that onnxruntime can run .*export it again",
     "loop": r"holds loops or functions",
     "damaged": r"no ONNX file that onnxruntime can run .*export it again",
+    "names": r"no ONNX file that onnxruntime can run .*utf-8",
     "empty": r"no ONNX file that onnxruntime can run .*export it again",
     "missing": r"can't read .*No such file",
 }
@@ -345,7 +370,7 @@ TINY |= {"eval_episodes": 2, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def two_teachers(tmp_path_factory) -> tuple[Path, Path]:
-    """A run directory of a hopper, context 4; and an ONNX file of a cart pole."""
+    """An ONNX file of a cart pole; and a run directory of a hopper, context 4."""
     root = tmp_path_factory.mktemp("teachers")
     spaces = {"observation_space": Box(-1, 1, (4,)), "action_space": Discrete(2)}
     make_dataset(HOPPER, [9, 5, 23, 4, 12, 7], obs_dim=11, act_dim=3, spec="Hopper-v5")
@@ -354,12 +379,12 @@ def two_teachers(tmp_path_factory) -> tuple[Path, Path]:
     f = Function(4, 2, seed=0)
     f.W = np.float32(2 * [[0, 0]] + [[-3, 3], [-1, 1]])  # pushes to the side that the pole falls to
     f.b *= 0
-    return teacher.main(cfg), f.write(root / "cartpole.onnx", "logits")
+    return f.write(root / "cartpole.onnx", "logits"), teacher.main(cfg)
 
 
 def distilled(two_teachers: tuple[Path, Path], out: Path, **options) -> None:
     teachers = tuple(map(str, two_teachers))
-    options = {"datasets": (HOPPER, CARTPOLE), **TINY, **options}
+    options = {"datasets": (CARTPOLE, HOPPER), **TINY, **options}
     distill.main(distill.Config(teachers=teachers, out_dir=str(out), **options))
 
 
@@ -373,7 +398,7 @@ def test_distill__mixes_run_directories_and_onnx_files(two_teachers, tmp_path, t
     meta = files.read_json(tmp_path / "model.json")
     of_teacher = meta["teachers"][CARTPOLE]
     task = data.load(CARTPOLE).task
-    model = OnnxTeacher(two_teachers[1], task)
+    model = OnnxTeacher(two_teachers[0], task)
     returns, _ = evaluate.play(model, task, 0.0, 2, evaluate.SEED)
     assert of_teacher["return_mean"] == returns.mean() > 60
     assert of_teacher["target"] == returns.mean()  # it is asked for nothing
@@ -381,12 +406,12 @@ def test_distill__mixes_run_directories_and_onnx_files(two_teachers, tmp_path, t
     metrics = files.read_json(tmp_path / "metrics.json")
     of_student = metrics["tasks"][CARTPOLE]
     assert of_student["retention"] == of_student["normalized_score"] / of_teacher["normalized_score"]
-    of_hopper = dt.load(two_teachers[0])[0].n_params
+    of_hopper = dt.load(two_teachers[1])[0].n_params
     assert metrics["compression"] == (of_hopper + 10) / metrics["parameters"]
     assert meta["config"]["context"] == 4
     report.main(report.Config(runs=(str(tmp_path),), film_steps=0))
     evaluate.main(evaluate.Config(str(tmp_path), eval_episodes=1, sweep=True, device="cpu"))
-    assert f"{CARTPOLE}: {two_teachers[1]} returns" in capsys.readouterr().out
+    assert f"{CARTPOLE}: {two_teachers[0]} returns" in capsys.readouterr().out
 
 
 def test_distill__sweeps_a_file_that_takes_return_to_go(two_teachers, tmp_path):
