@@ -307,6 +307,13 @@ def wrong(path: Path, kind: str) -> None:
         path.write_bytes(f.write(path).read_bytes()[:-50])
     elif kind == "names":
         path.write_bytes(f.write(path).read_bytes().replace(b"observation", b"observatio\xff"))
+    elif kind == "operator":
+        path.write_bytes(f.write(path).read_bytes().replace(b"Gemm", b"Gem\xff"))
+    elif kind == "functions":
+        model = onnx.load(f.write(path))
+        opset = [helper.make_opsetid("", 17)]
+        model.functions.append(helper.make_function("mine", "Mine", ["x"], ["y"], [], opset))
+        path.write_bytes(model.SerializeToString())
     elif kind == "empty":
         path.write_bytes(b"")
 
@@ -328,6 +335,8 @@ REFUSED = {
     "loop": r"holds loops or functions",
     "damaged": r"no ONNX file that onnxruntime can run .*export it again",
     "names": r"no ONNX file that onnxruntime can run .*utf-8",
+    "operator": r"no ONNX file that onnxruntime can run",
+    "functions": r"holds loops or functions",
     "empty": r"no ONNX file that onnxruntime can run .*export it again",
     "missing": r"can't read .*No such file",
 }
@@ -422,6 +431,7 @@ def test_distill__sweeps_a_file_that_takes_return_to_go(two_teachers, tmp_path):
     task = data.load(CARTPOLE).task
     assert meta["config"]["context"] == 1
     assert [row["target"] for row in of_teacher["sweep"]] == sorted(task.targets.values())
+    assert [row["episodes"] for row in of_teacher["sweep"]] == [1] * len(task.targets)
     assert of_teacher["target"] == task.target
     assert of_teacher["target_gap"] > 0
 
