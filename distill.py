@@ -661,11 +661,9 @@ def summary(out: Path) -> None:
         print(line)
     if run.retention:
         retention = list(run.retention.values())
-        print(f"retention: mean {np.mean(retention):.3f}, worst {min(retention):.3f}")
-    gaps = run.target_gaps()
-    if gaps:
-        text = ", ".join(f"{model} {gap:.3f}" for model, gap in gaps.items())
-        print(f"return asked against return obtained, mean gap over the range of returns: {text}")
+        gaps = ", ".join(f"{model} {gap:.3f}" for model, gap in run.target_gaps().items())
+        text = f"; mean gap from return to target, over the range of returns: {gaps}" if gaps else ""
+        print(f"retention: mean {np.mean(retention):.3f}, worst {min(retention):.3f}{text}")
     compression = run.metrics["compression"]
     parameters = run.metrics["parameters"]
     print(
