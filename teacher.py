@@ -25,7 +25,19 @@ import evaluate
 import kernels
 import model as dt
 import muon
-from support import UserError, cli, files, jobs, log, machine, processes, run_directory, training, verdict
+from support import (
+    UserError,
+    cli,
+    files,
+    hub,
+    jobs,
+    log,
+    machine,
+    processes,
+    run_directory,
+    training,
+    verdict,
+)
 from support.checkpoint import Checkpoint
 from support.onnx_teacher import OnnxTeacher, load_onnx
 
@@ -352,7 +364,8 @@ def find(cfg: Any) -> list[Teacher]:
             f"{len(cfg.teachers)} --teachers for {len(names)} tasks; "
             "name one for each task, in the same order"
         )
-    directories = [Path(d) for d in cfg.teachers] or [directory(name) for name in names]
+    with processes.rank_0_first():
+        directories = [hub.directory(d) for d in cfg.teachers] or [directory(name) for name in names]
     listed = " ".join(map(str, directories))
     if len(set(directories)) < len(directories):
         raise UserError(f"the same task twice among {listed}; name each once")

@@ -14,6 +14,7 @@ training       learning-rate schedule, CUDA graphs
 environments   making environments, sizes of their spaces
 minari_files   a Minari dataset as arrays: download, isolated reader, cache
 host_table     data too large for the training device
+hub            run directories on the Hugging Face Hub
 onnx_teacher   any policy as a teacher: an ONNX file
 verdict        whether a model does what it is asked for
 collect        the built-in datasets, collected with the policies in behaviours/

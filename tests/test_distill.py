@@ -6,6 +6,7 @@ Processes: test_distributed.py. Stopping and resuming: test_resume.py. The comma
 import functools
 from pathlib import Path
 
+import huggingface_hub
 import minari
 import numpy as np
 import pytest
@@ -434,6 +435,14 @@ def test_main__names_teachers_that_do_not_fit(teachers, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             distilled(directories, tmp_path / "another", **options)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_main__takes_teachers_from_the_hub(teachers, tmp_path, monkeypatch):
+    shared = {"maker/a": teachers[0], "maker/b": teachers[1]}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: shared[name])
+    log = distilled(("hf://maker/a", "hf://maker/b"), tmp_path / "hub", steps=5)
+    assert np.array_equal(log["loss"], distilled(teachers, tmp_path / "local", steps=5)["loss"])
 
 
 def test_main__takes_a_teacher_saved_with_fewer_targets(tmp_path):
