@@ -205,7 +205,7 @@ def folder(tmp_path, monkeypatch):
         held_out[:, -1] %= 30
         sets[t.name] = data.Dataset(t, train, held_out, np.zeros(100), np.full(100, 1000), 0.0)
     sets["hopper"] = sets["task0"]
-    monkeypatch.setattr(data, "load", lambda name, seed=0: sets[name])
+    monkeypatch.setattr(data, "load", lambda name, seed=0, like=None: sets[name])
     models = [dt.DecisionTransformer(dt.ModelConfig.of([t], n_layer=1, n_embd=8)) for t in tasks]
     found = [teacher.Teacher(model, t, {}) for model, t in zip(models, tasks, strict=True)]
     monkeypatch.setattr(teacher, "find", lambda cfg: found if cfg.teachers else [])
