@@ -15,6 +15,7 @@ Outputs: action, like last_action, and next_memory, the memory of the next times
 
 examples/act_onnx.py acts with numpy and onnxruntime alone. The JSON file beside a task's files is their card:
 sizes, environment, target returns, the run's metrics, and each file's largest difference from the model.
+README.md is the run's card on the Hugging Face Hub: `hf upload <org>/<name> out/student` shares it.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ import data
 import evaluate
 import model as dt
 from policy import Actor, Policy
-from support import UserError, cli, files, log
+from support import UserError, cli, files, hub, log
 
 OPSET = 23  # of ONNX 1.18; onnxruntime reads it from 1.23 on
 INPUTS = ("observation", "return_to_go", "last_action", "timestep", "memory")
@@ -295,6 +296,9 @@ def main(cfg: Config) -> None:
             card["files"][name] = _measure(cfg, step, blob, teacher)
             rows.append(_row(name, card["files"][name]))
         files.write_json(path.with_suffix(".json"), card)
+    run = Path(cfg.run)
+    card = hub.model_card(run.resolve().name, data.tasks(meta, run), measured, model.n_params)
+    files.write(run / "README.md", card.encode())
     print(log.table(rows))
 
 

@@ -1,7 +1,11 @@
-"""A run directory shared on the Hugging Face Hub: hf://organisation/name, or with @ and a revision."""
+"""Run directories on the Hugging Face Hub: hf://organisation/name, or with @ and a revision.
+
+Used by teacher.find and export.py.
+"""
 
 import re
 from pathlib import Path
+from typing import Any
 
 from support import UserError
 
@@ -30,3 +34,62 @@ def directory(address: str) -> Path:
             f"{address} is not in the hub's cache and can't be downloaded ({type(e).__name__}: {reason}); "
             f"check the name and the network, or copy the run directory and name that"
         ) from None
+
+
+def model_card(name: str, tasks: list[Any], metrics: dict[str, dict[str, Any]], parameters: int) -> str:
+    """README.md of a run on the hub: what it is, how to act with it, and what it returned.
+
+    tasks: data.Task. metrics: {task: as in metrics.json}; tasks without a return have no row.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    lines = []
+    for task in tasks:
+        m = metrics.get(task.name) or {}
+        if m.get("return_mean") is None:
+            continue
+        returned = f"{m['return_mean']:.6g} +/- {m['return_std']:.3g}"
+        lines.append(f"| {task.name} | {task.env_id} | {m['target']:.6g} | {returned} | {m['episodes']} |")
+        results.append(
+            EvalResult(
+                task_type="reinforcement-learning",
+                dataset_type=task.env_id,
+                dataset_name=task.env_id,
+                dataset_args={"dataset": task.dataset, "target_return": m["target"]},
+                metric_type="mean_reward",
+                metric_value=returned,
+                metric_name="return",
+            )
+        )
+    about = ModelCardData(
+        model_name=name,
+        library_name="manyteachers",
+        pipeline_tag="reinforcement-learning",
+        tags=["offline-rl", "decision-transformer", "onnx"],
+        eval_results=results or None,
+    )
+    head = [
+        "| task | environment | target return | return, mean +/- std | episodes |",
+        "|---|---|---|---|---|",
+    ]
+    table = "\n".join(head + lines if lines else ["Nothing was evaluated."])
+    return f"""---
+{about.to_yaml()}
+---
+
+# {name}
+
+A Decision Transformer of {parameters:,} parameters for {len(tasks)} task(s), trained offline by manyteachers.
+Weights are in `model.safetensors`, all else that acting needs in `model.json`; `<task>.onnx` acts with
+onnxruntime alone.
+
+{table}
+
+```python
+from policy import Policy
+
+policy = Policy("path/to/this/directory")
+policy.reset("{tasks[0].name}", target_return={tasks[0].target:.6g})
+```
+"""

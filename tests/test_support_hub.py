@@ -1,10 +1,12 @@
 """support/hub.py: the hub's own client, kept from the network, on a cache as it writes one."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from test_evaluate import WALK
 
 from support import UserError, hub
 
@@ -57,3 +59,20 @@ def test_directory__says_what_can_not_be_downloaded(cache, address):
 def test_directory__names_an_address_that_can_not_be(address):
     with pytest.raises(UserError, match="an address on the hub is hf://organisation/name or"):
         hub.directory(address)
+
+
+def test_model_card__is_read_by_the_hubs_client():
+    metrics = {"walk": {"target": 8.0, "return_mean": 1234.5678, "return_std": 3.21, "episodes": 20}}
+    other = dataclasses.replace(WALK, name="data only", env_id=None)
+    text = hub.model_card("student", [WALK, other], {**metrics, "data only": {"return_mean": None}}, 12_345)
+    card = huggingface_hub.ModelCard(text)
+    (result,) = card.data.eval_results
+    assert result.dataset_name == WALK.env_id
+    assert result.metric_value == "1234.57 +/- 3.21"
+    assert card.data.library_name == "manyteachers"
+    assert "12,345 parameters" in card.text
+    assert f"| walk | {WALK.env_id} | 8 | 1234.57 +/- 3.21 | 20 |" in card.text
+
+
+def test_model_card__takes_a_run_that_was_not_evaluated():
+    assert huggingface_hub.ModelCard(hub.model_card("run", [WALK], {}, 1)).data.eval_results is None
