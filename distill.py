@@ -51,9 +51,7 @@ class Config:
     # tasks
     envs: Envs = ()  # built-in tasks; default, where no task is given: the first three
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
-    teachers: tuple[
-        str, ...
-    ] = ()  # runs, hf://<org>/<name>, ONNX files; default: out/teacher-<task>, trained
+    teachers: tuple[str, ...] = ()  # runs, hf://org/name, ONNX files; default: out/teacher-<task>, trained
     student_datasets: tuple[str, ...] = ()  # one for each teacher, in place of what it was trained on
     data_share: float = 1.0  # of each dataset's training episodes, for the student
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
