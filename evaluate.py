@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import model as dt
 from policy import Policy
-from support import UserError, cli, environments, files, log, machine, verdict
+from support import UserError, cli, environments, files, first_line, log, machine, verdict
 
 SEED = 1000  # of the first evaluation episode; episode i has SEED + i
 FRAME_INTERVAL = 4  # steps between the frames of a film
@@ -216,7 +216,7 @@ def film(
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001 - no display, EGL or GL library: each platform fails in its own way
-        reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        reason = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(
             f"no film of {task.name}: rendering does not work here ({reason}); try MUJOCO_GL=egl or osmesa"
         ) from None

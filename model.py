@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels.attention import attention, dropout_factors
 from kernels.kl import bounded, policies
-from support import UserError, files
+from support import UserError, files, first_line
 
 MAX_CONTEXT = 1024  # timesteps; what acting keeps grows with the square
 N_FREQUENCIES = 16  # that timesteps are embedded by
@@ -352,7 +352,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Decision
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        reason = (first_line(e) or type(e).__name__)[:200]
         raise UserError(f"the model in {path} is damaged ({reason}); train it again") from None
     return model.to(device).eval(), meta
 

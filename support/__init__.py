@@ -23,3 +23,8 @@ collect        the built-in datasets, collected with the policies in behaviours/
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line with the value and the remedy, exit code 2."""
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of what an exception says, for a UserError's one line; empty where it says nothing."""
+    return (str(e).strip().splitlines() or [""])[0]

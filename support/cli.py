@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from support import UserError, jobs, machine, processes, signals
+from support import UserError, first_line, jobs, machine, processes, signals
 from support.signals import Stopped
 
 USER_ERROR = 2
@@ -66,7 +66,7 @@ def _exit_code(main, cfg):
     except (RuntimeError, MemoryError) as e:
         if not _out_of_memory(e):
             raise
-        reason = (str(e).splitlines() or [""])[0][:150]
+        reason = first_line(e)[:150]
         remedy = "try a smaller --batch-size, or --data-device host"
         print(f"error: out of memory ({reason}); {remedy}", file=sys.stderr)
         return USER_ERROR

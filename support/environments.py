@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from support import UserError
+from support import UserError, first_line
 
 
 def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
@@ -19,7 +19,7 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
     try:
         return gym.make(env_id, **{"disable_env_checker": True, **env_kwargs, **kwargs})
     except Exception as e:  # noqa: BLE001 - a package that it needs, an option that it does not know, ...
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        reason = (first_line(e) or type(e).__name__)[:200]
         raise UserError(
             f"environment {env_id!r} can't be made ({reason}); "
             f"install what it needs, or use --eval-episodes 0"

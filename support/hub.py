@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from support import UserError
+from support import UserError, first_line
 
 FILES = ("model.json", "model.safetensors", "config.json", "metrics.json")
 
@@ -29,7 +29,7 @@ def directory(address: str) -> Path:
     try:
         return Path(snapshot_download(found[1], revision=found[2], allow_patterns=list(FILES)))
     except Exception as e:  # noqa: BLE001 - whatever the hub's client raises
-        reason = (str(e).strip().splitlines() or [""])[0][:150]
+        reason = first_line(e)[:150]
         raise UserError(
             f"{address} is not in the hub's cache and can't be downloaded ({type(e).__name__}: {reason}); "
             f"check the name and the network, or copy the run directory and name that"

@@ -29,7 +29,7 @@ import safetensors.numpy
 from minari.dataset.minari_dataset import parse_dataset_id
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from support import UserError, environments, files
+from support import UserError, environments, files, first_line
 
 MAX_STEPS = 100_000  # of an episode at evaluation
 CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
@@ -68,7 +68,7 @@ def find(dataset_id: str) -> Path:
     try:
         minari.download_dataset(dataset_id)
     except Exception as e:  # noqa: BLE001 - whatever the hub's client raises
-        reason = (str(e).strip().splitlines() or [""])[0][:150]
+        reason = first_line(e)[:150]
         raise UserError(
             f"dataset {dataset_id} is not in {root} and can't be downloaded ({type(e).__name__}: {reason}); "
             f"check the id with `minari list remote` and the network, or copy the dataset there"
@@ -224,7 +224,7 @@ def _child(f, args, n_bytes, sender):
         code = OS_ERROR
         message = str(e)
     except BaseException as e:  # noqa: BLE001 - whatever it is, the parent reports it
-        message = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+        message = f"{type(e).__name__}: {first_line(e)[:200]}"
     finally:
         os.write(sender, message.encode()[:60_000])
         os._exit(code)
@@ -299,7 +299,7 @@ def _fill_rows(rows, episode, O, A, act_space):
 
 
 def _reason(e):
-    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    return f"{type(e).__name__}: {first_line(e)}"
 
 
 def _check_spaces(dataset_id, obs_space, act_space):

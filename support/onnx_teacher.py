@@ -24,7 +24,7 @@ import data
 import evaluate
 import model as dt
 from kernels.kl import LOG_STD, NEVER
-from support import UserError, processes, verdict
+from support import UserError, first_line, processes, verdict
 
 MAX_BYTES = 2**30  # as of a model's weights
 # Of a policy that has no log_std, in half action ranges: twice distill.py's --sigma-floor, so that the floor
@@ -283,4 +283,4 @@ def _damaged(path, e):
 
 
 def _reason(e):
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+    return (first_line(e) or type(e).__name__)[:200]
