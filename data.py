@@ -435,7 +435,7 @@ class Windows:
         """
         asks = u < self.asking
         v = (u / self.asking).float()
-        episode = torch.searchsorted(self.first, end, right=True) - 1
+        episode = self.episode(end)
         copies = self.n_targets - 1
         if copies > 0:
             which = torch.where(asks, 1 + (v * copies).long().clamp_max(copies - 1), 0)
@@ -447,8 +447,11 @@ class Windows:
         """The windows of tasks (B,) that end with rows `end` (B,), asking for a row's which-th target."""
         if which == 0:
             return self.gather(task, end)
-        episode = torch.searchsorted(self.first, end, right=True) - 1
-        return self.gather(task, end, torch.full_like(task, which), self.shift[which, episode])
+        return self.gather(task, end, torch.full_like(task, which), self.shift[which, self.episode(end)])
+
+    def episode(self, row: Tensor) -> Tensor:
+        """The episodes of rows (B,), counted over all tasks, where `ask` was called."""
+        return torch.searchsorted(self.first, row, right=True) - 1
 
     def _fill(self, rows, table, task):
         """Copy a task's table into its rows of the common one."""

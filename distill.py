@@ -35,6 +35,7 @@ import report
 import surgery
 import teacher
 from kernels.kl import DIRECTIONS, head_kl, per_teacher, policies
+from policy import Policy
 from support import UserError, cli, files, log, machine, processes, run_directory, training, verdict
 from support.checkpoint import Checkpoint
 from support.update_log import Diverged, UpdateLog
@@ -645,7 +646,8 @@ def evaluated(
             returns, _ = evaluate.rollout(student, task, i, task.target, cfg.eval_episodes, evaluate.SEED)
             metrics[task.name] |= evaluate.scores(returns, task, teachers[task.name])
             episodes = evaluate.sweep_episodes(cfg.eval_episodes)
-            metrics[task.name]["sweep"] = evaluate.sweep(student, task, i, episodes, evaluate.SEED)
+            policy = Policy.of(student, task, i)
+            metrics[task.name]["sweep"] = evaluate.sweep(policy, task, episodes, evaluate.SEED)
         of_data = teachers[task.name].get("data")
         metrics[task.name]["data"] = of_data
         metrics[task.name]["target_gap"] = evaluate.target_gap(metrics[task.name]["sweep"], of_data, task)

@@ -152,16 +152,14 @@ def scores(returns: np.ndarray, task: data.Task, teacher: dict[str, Any] | None 
     return metrics
 
 
-def sweep(
-    model: dt.DecisionTransformer, task: data.Task, index: int, episodes: int, seed: int
-) -> list[dict[str, Any]]:
+def sweep(policy: Any, task: data.Task, episodes: int, seed: int) -> list[dict[str, Any]]:
     """Return asked against return obtained: the scores at each of the task's named targets, lowest first.
 
-    episodes: of each target. All of them are one batch, whose first episode has `seed`.
+    policy: see `play`. episodes: of each target. All of them are one batch, whose first episode has `seed`.
     """
     names = sorted(task.targets, key=task.targets.get)
     targets = np.repeat([task.targets[name] for name in names], episodes)
-    returns, _ = rollout(model, task, index, targets, len(targets), seed)
+    returns, _ = play(policy, task, targets, len(targets), seed)
     rows = []
     for name, of_target in zip(names, returns.reshape(len(names), episodes), strict=True):
         rows.append({"name": name, "target": task.targets[name], **scores(of_target, task)})
@@ -245,7 +243,9 @@ def main(cfg: Config) -> None:
         metrics[task.name] = {"target": target, **scores(returns, task, teachers.get(task.name))}
         rows.append(_row(task.name, metrics[task.name]))
         if cfg.sweep:
-            metrics[task.name]["sweep"] = sweep(model, task, index, cfg.eval_episodes, cfg.seed)
+            metrics[task.name]["sweep"] = sweep(
+                Policy.of(model, task, index), task, cfg.eval_episodes, cfg.seed
+            )
         if target == task.target:
             judged[task.name] = {**of_run.get(task.name, {}), **metrics[task.name]}
         if cfg.video:

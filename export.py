@@ -182,13 +182,15 @@ def quantised(blob: bytes) -> bytes:
         return path.read_bytes()
 
 
-def session(file: str | bytes) -> Any:
-    """An onnxruntime.InferenceSession on one thread, of a path or of a file's bytes."""
+def session(file: str | bytes, quiet: bool = False) -> Any:
+    """An onnxruntime.InferenceSession on one thread, of a path or of bytes; quiet: it logs nothing."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
+    if quiet:
+        options.log_severity_level = 4
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 

@@ -25,6 +25,7 @@ import evaluate
 import kernels
 import model as dt
 import muon
+from policy import Policy
 from support import (
     UserError,
     cli,
@@ -335,7 +336,7 @@ def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held:
             flush=True,
         )
     episodes = evaluate.sweep_episodes(cfg.eval_episodes)
-    metrics["sweep"] = evaluate.sweep(model, task, 0, episodes, evaluate.SEED)
+    metrics["sweep"] = evaluate.sweep(Policy.of(model, task, 0), task, episodes, evaluate.SEED)
     return metrics
 
 

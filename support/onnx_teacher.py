@@ -22,6 +22,7 @@ from torch import Tensor
 
 import data
 import evaluate
+import export
 import model as dt
 from kernels.kl import LOG_STD, NEVER
 from support import UserError, first_line, processes, verdict
@@ -201,12 +202,11 @@ def _metrics(model, dataset, eval_episodes):
     names = ("return_mean", "return_std", "episodes", "normalized_score", "sweep", "retention")
     metrics = {"target": task.target, **dict.fromkeys(names), "data": dataset.facts()}
     if eval_episodes and task.env_id and not processes.rank():
-        metrics |= _scores(model, task.target, eval_episodes)
+        returns, _ = evaluate.play(model, task, task.target, eval_episodes, evaluate.SEED)
+        metrics |= evaluate.scores(returns, task)
         if model.takes_return:
-            metrics["sweep"] = []
-            for name in sorted(task.targets, key=task.targets.get):
-                scores = _scores(model, task.targets[name], evaluate.sweep_episodes(eval_episodes))
-                metrics["sweep"].append({"name": name, **scores})
+            episodes = evaluate.sweep_episodes(eval_episodes)
+            metrics["sweep"] = evaluate.sweep(model, task, episodes, evaluate.SEED)
         else:
             metrics["target"] = metrics["return_mean"]
         print(
@@ -217,11 +217,6 @@ def _metrics(model, dataset, eval_episodes):
     metrics["target_gap"] = evaluate.target_gap(metrics["sweep"], metrics["data"], task)
     metrics["flags"] = verdict.verdict(task, metrics).names()
     return metrics
-
-
-def _scores(model, target, episodes):
-    returns, _ = evaluate.play(model, model.task, target, episodes, evaluate.SEED)
-    return {"target": target, **evaluate.scores(returns, model.task)}
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -262,16 +257,10 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _session(path, blob):
-    """An onnxruntime.InferenceSession on one thread, {input: (type, shape)}, and the outputs' names."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # prints nothing
+    """An onnxruntime.InferenceSession, {input: (type, shape)}, and the outputs' names."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where it says that it tries again
-            session = onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+            session = export.session(blob, quiet=True)
         inputs = {x.name: (x.type, x.shape) for x in session.get_inputs()}
         return session, inputs, [x.name for x in session.get_outputs()]
     except Exception as e:  # noqa: BLE001 - onnxruntime has a class of its own for each of its errors

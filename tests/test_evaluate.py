@@ -154,7 +154,7 @@ def test_scores__have_retention_where_the_teacher_has_a_score():
 
 def test_sweep__plays_every_target_lowest_first():
     m = make(CFG)
-    rows = evaluate.sweep(m, WALK, 0, episodes=3, seed=200)
+    rows = evaluate.sweep(policy.Policy.of(m, WALK, 0), WALK, episodes=3, seed=200)
     assert [(row["name"], row["target"]) for row in rows] == [("median", 2.0), ("p95", 8.0)]
     for row, seed in zip(rows, (200, 203), strict=True):
         returns, _ = evaluate.rollout(m, WALK, 0, row["target"], 3, seed)
@@ -165,7 +165,7 @@ def test_sweep__plays_every_target_lowest_first():
 
 def test_sweep__takes_targets_that_are_equal():
     task = dataclasses.replace(WALK, targets={"p95": 8.0, "p10": 8.0, "median": 8.0})
-    rows = evaluate.sweep(make(CFG), task, 0, episodes=1, seed=200)
+    rows = evaluate.sweep(policy.Policy.of(make(CFG), task, 0), task, episodes=1, seed=200)
     assert [row["target"] for row in rows] == [8.0] * 3
     assert all(np.isfinite(row["return_mean"]) for row in rows)
 
@@ -217,7 +217,7 @@ def test_main__writes_what_it_prints(run, capsys, target, value):
 def test_main__sweeps_the_targets_and_draws_them(run, capsys):
     evaluate.main(evaluate.Config(str(run), eval_episodes=2, sweep=True, device="cpu"))
     swept = files.read_json(run / "evaluation.json")["tasks"]["walk"]["sweep"]
-    assert swept == evaluate.sweep(dt.load(run)[0], WALK, 0, 2, evaluate.SEED)
+    assert swept == evaluate.sweep(policy.Policy.of(dt.load(run)[0], WALK, 0), WALK, 2, evaluate.SEED)
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line.startswith("walk ")]
     assert [row[1] for row in rows[1:]] == ["median", "p95"]
