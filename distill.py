@@ -34,7 +34,7 @@ import muon
 import report
 import surgery
 import teacher
-from kernels.kl import DIRECTIONS, head_kl, per_teacher, policies
+from kernels.kl import DIRECTIONS, head_kl, own_map, per_teacher, policies
 from policy import Policy
 from support import UserError, cli, files, log, machine, processes, run_directory, training, verdict
 from support.checkpoint import Checkpoint
@@ -387,7 +387,7 @@ class Distance:
         if cfg.loss == "kl":
             options = (cfg.kl, cfg.sigma_floor, cfg.temperature, self.discrete)
             return head_kl(h, weight, bias, *targets, batch.mask, batch.task, self.act_dims, *options)
-        x = torch.baddbmm(bias[batch.task][:, None], h, weight[batch.task])
+        x = own_map(h, weight, bias, batch.task)
         x = self._baseline(*policies(x, batch.task, self.act_dims, self.discrete), batch, targets)
         return per_teacher(x, batch.mask, batch.task, self.act_dims, self.discrete)
 

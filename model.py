@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import attention, dropout_factors
-from kernels.kl import bounded, policies
+from kernels.kl import bounded, own_map, policies
 from support import UserError, files, first_line
 
 MAX_CONTEXT = 1024  # timesteps; what acting keeps grows with the square
@@ -120,11 +120,9 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """x (B, K, in) -> (B, K, out). task: an int, or one index per window (B,)."""
-        weight = self.weight[task]
-        bias = self.bias[task]
         if isinstance(task, int):
-            return x @ weight[: x.shape[-1]] + bias
-        return torch.baddbmm(bias[:, None], x, weight)
+            return x @ self.weight[task, : x.shape[-1]] + self.bias[task]
+        return own_map(x, self.weight, self.bias, task)
 
 
 def waves(timesteps: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ from conftest import (
 )
 from kernels.kl import (
     DIRECTIONS,
+    FEW_TASKS,
     LOG_STD,
     bounded,
     categorical_divergence,
     divergence,
     head_kl,
     head_kl_ref,
+    own_map,
     per_teacher,
     policies,
     policy_kl,
@@ -251,6 +253,20 @@ def test_policies__of_categoricals_are_log_probabilities_of_their_own_actions_an
     assert not second[::2].any()
     assert torch.equal(first[1], x[1, :, :4].tanh())
     assert torch.equal(second[1], bounded(x[1, :, 4:]))
+
+
+@pytest.mark.parametrize("n_tasks", [1, 3, FEW_TASKS, FEW_TASKS + 1])
+def test_own_map__takes_each_window_through_its_own_tasks_map(n_tasks):
+    generator = torch.Generator().manual_seed(n_tasks)
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((40, 3, 5), (n_tasks, 5, 4), (n_tasks, 4))
+    )
+    task = torch.randint(n_tasks, (40,), generator=generator)
+    expected = torch.stack([x[i] @ weight[t] + bias[t] for i, t in enumerate(task.tolist())])
+    torch.testing.assert_close(own_map(x, weight, bias, task), expected)
+    gradients = torch.autograd.grad(own_map(x, weight, bias, task).square().sum(), (x, weight, bias))
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), (x, weight, bias)))
 
 
 def test_references__default_to_the_reverse_kl_without_floor_or_temperature():
