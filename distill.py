@@ -62,6 +62,7 @@ class Config:
     n_head: int = 1  # attention heads
     n_embd: int = 64  # channels
     tokens: Literal[1, 3] = 1  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
+    dropout: float = 0.0  # share of the activations dropped in training
     # method
     curriculum: Curricula = "novelty"  # which teacher next
     novelty_power: float = 2.0  # shares ~ KL^power; inf: argmax of KL, 0: equal shares
@@ -69,7 +70,7 @@ class Config:
     surgery_scope: Literal["batch", "teacher"] = "batch"  # project the gradient of either
     alignment_weight: float = 0.0  # lambda of the score KL x (1 + lambda x alignment with the last update)
     alignment: Literal["exact", "estimate"] = "exact"  # forward mode, or the KL's change by an update
-    loss: Literal["kl", "mse", "nll"] = "kl"  # mse of the means; nll of the data's actions, no teachers
+    loss: Literal["kl", "mse", "nll", "kl+nll"] = "kl"  # mse of the means; nll of the data's actions
     kl: Literal[DIRECTIONS] = "forward"  # forward: KL(teacher || student), reverse: KL(student || teacher)
     sigma_floor: float = 0.05  # added in squares to every variance, in half action ranges
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
@@ -132,11 +133,18 @@ class Config:
                 f"--surgery-scope teacher: with --surgery {self.surgery} there is nothing "
                 "to project by teacher; choose previous"
             )
-        if self.loss == "nll" and self.curriculum not in ("all", "fixed", "uniform"):
+        if "nll" in self.loss and self.curriculum not in ("all", "fixed", "uniform"):
             raise UserError(
-                f"--loss nll is no distance, for it may be negative: with --curriculum {self.curriculum} "
-                f"it means nothing; choose all, fixed or uniform"
+                f"--loss {self.loss} is no distance, for it may be negative: with --curriculum "
+                f"{self.curriculum} it means nothing; choose all, fixed or uniform"
             )
+        if self.loss == "kl+nll" and self.ask:
+            raise UserError(
+                f"--loss kl+nll with --ask {self.ask}: the data's actions are no answer to another return; "
+                f"use --ask 0 or --loss kl"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
         for env in self.envs:
             data.dataset_id(env)  # raises for a name that is none
 
@@ -384,14 +392,18 @@ class Distance:
             h = torch.func.functional_call(student, parameters, batch[:6], {"hidden": True})
             weight = parameters["head.weight"]
             bias = parameters["head.bias"]
-        if cfg.loss == "kl":
+        kl = 0.0
+        if "kl" in cfg.loss:
             options = (cfg.kl, cfg.sigma_floor, cfg.temperature, self.discrete)
-            return head_kl(h, weight, bias, *targets, batch.mask, batch.task, self.act_dims, *options)
+            kl, counts = head_kl(h, weight, bias, *targets, batch.mask, batch.task, self.act_dims, *options)
+            if cfg.loss == "kl":
+                return kl, counts
         x = own_map(h, weight, bias, batch.task)
-        x = self._baseline(*policies(x, batch.task, self.act_dims, self.discrete), batch, targets)
-        return per_teacher(x, batch.mask, batch.task, self.act_dims, self.discrete)
+        x = self._other(*policies(x, batch.task, self.act_dims, self.discrete), batch, targets)
+        sums, counts = per_teacher(x, batch.mask, batch.task, self.act_dims, self.discrete)
+        return kl + sums, counts
 
-    def _baseline(self, mean, log_std, batch, targets):
+    def _other(self, mean, log_std, batch, targets):
         """(B, K, A): squared error of the means, or probabilities; or the data's negative log-likelihood."""
         mse = self.cfg.loss == "mse"
         x = (mean - targets[0]).square() if mse else dt.gaussian_nll(mean, log_std, batch.actions)
@@ -579,10 +591,14 @@ def make_student(
         "n_head": cfg.n_head,
         "n_embd": cfg.n_embd,
         "tokens": cfg.tokens,
+        "dropout": cfg.dropout,
         "context": teachers[0].cfg.context,
     }
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     student.bfloat16 = machine.bfloat16(cfg)
+    if processes.rank():
+        # for dropout's masks, which differ among processes
+        torch.manual_seed(cfg.seed + 2**32 * processes.rank())
     parameters = sum(t.n_params for t in teachers)
     print(
         f"{len(tasks)} teachers of {parameters:,} parameters -> student of {student.n_params:,}, "

@@ -117,6 +117,17 @@ def test_live_targets__are_each_windows_own_teachers():
 # ---- the update --------------------------------------------------------------------------------------------
 
 
+def test_distance__kl_and_nll_together_are_their_sum():
+    learner = learner_of(distill.Config())
+    batch = learner.windows.sample(30, torch.tensor([0.5, 0.5]), learner.generator)
+
+    def distance(loss):
+        cfg = distill.Config(loss=loss, curriculum="all")
+        return distill.Distance(cfg, learner.student)(batch, batch.targets)
+
+    torch.testing.assert_close(distance("kl+nll"), distance("kl") + distance("nll"))
+
+
 def gradients_by_teacher(learner: distill.Learner, batch: data.Batch) -> Tensor:
     """(N, P): of each teacher's own mean KL, one backward pass each."""
     student = learner.student
@@ -240,6 +251,7 @@ METHODS = [
     {"alignment_weight": 0.5, "alignment": "estimate", **BY_TEACHER},
     {"kl": "reverse", "temperature": 2.0},
     {"loss": "mse"},
+    {"dropout": 0.05},
     {"ask": 0.5},
     {"ask": 0.5, "targets": "live"},
     {"targets": "live", "state_noise": 0.05},
@@ -400,6 +412,12 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
             "--data-share 0.25: 1 of the 5 training episodes of tests/a-v0; .* 0.4 of them",
         ),
         ({"state_noise": 0.1}, "--state-noise 0.1: teachers must see it; needs --targets live"),
+        ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
+        ({"loss": "kl+nll"}, "--loss kl\\+nll is no distance"),
+        (
+            {"loss": "kl+nll", "curriculum": "all", "ask": 0.5},
+            "--ask 0.5: the data's actions are no answer to another return",
+        ),
         ({"student_datasets": NAMES[:1]}, "1 --student-datasets for 2 teachers"),
         ({"student_datasets": NAMES[::-1]}, "dataset tests/b-v0 has obs_dim 5, the teacher of tests/a-v0 3"),
     ],
