@@ -356,11 +356,11 @@ class Windows:
 
     tables: of each task (S_i, O_i + A_i + 2), padded here to the widest task's O and A. context: K. where:
     "device": the table lies on the training device; "host": see support/host_table.py; "auto": on the host if
-    it would fill more than half of the device's memory. targets: a row has 2A columns more for each of so
-    many outputs of a teacher (distill.cache_targets): at its own return-to-go, then at those of `ask`. top:
-    half of a task's windows come from this share of its rows, the last ones, or from more (best_rows): the
-    episodes that returned most. The other half comes from all rows; 1: all windows do. The simplest
-    trajectory weighting of Hong et al. 2023, arXiv 2306.13085.
+    it would fill more than half of the device's memory. targets: a row has 2A columns more, a teacher's
+    outputs (distill.cache_targets). top: half of a task's windows come from this share of its rows, the last
+    ones, or from more (best_rows): the episodes that returned most. The other half comes from all rows; 1:
+    all windows do. The simplest trajectory weighting of Hong et al. 2023, arXiv 2306.13085. copies: a task's
+    rows are followed by so many copies of them, which `ask` changes.
     """
 
     def __init__(
@@ -370,34 +370,39 @@ class Windows:
         context: int,
         device: torch.device | str = "cpu",
         where: str = "auto",
-        targets: int = 0,
+        targets: bool = False,
         top: float = 1.0,
+        copies: int = 0,
     ):
         self.K = context
         self.O = max(t.obs_dim for t in tasks)
         self.A = max(t.act_dim for t in tasks)
-        self.n_targets = targets
-        self.asking = 0.0  # share of the windows that `ask` shifts
+        self.has_targets = targets
+        self.copies = copies
+        self.asking = 0.0  # share of the windows that ask for other returns
         self.size = torch.tensor([len(t) for t in tables], device=device)  # (N,)
         self.first_rows = [first_rows(t) for t in tables]  # of each task's episodes
         self.prefer(top)
-        self.offset = self.size.cumsum(0) - self.size  # (N,) of each task's first row
+        self.offset = (1 + copies) * (self.size.cumsum(0) - self.size)  # (N,) of each task's first row
+        obs_dims = torch.tensor([t.obs_dim for t in tasks], device=device)
+        self.observed = torch.arange(self.O, device=device) < obs_dims[:, None]  # (N, O) not padding
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
-        n_columns = self.O + self.A + 2 + 2 * self.A * self.n_targets
-        shape = (int(self.size.sum()), n_columns)
+        n_columns = self.O + self.A + 2 + 2 * self.A * targets
+        shape = ((1 + copies) * int(self.size.sum()), n_columns)
         # all processes of a job act on rank 0's answer
         too_large = processes.broadcast_int(4 * math.prod(shape) > free_bytes(device) / 2)
         self.host = None
         if where == "host" or (where == "auto" and too_large):
             self.host = HostTable(shape, self.size.device)
             self.table = self.host.table
-        elif len(tables) == 1 and not self.n_targets:
+        elif len(tables) == 1 and not targets and not copies:
             self.table = torch.from_numpy(tables[0]).to(device)  # as it lies
             return
         else:
             self.table = torch.zeros(shape, device=device)
         for table, task, offset in zip(tables, tasks, self.offset.tolist(), strict=True):
-            self._fill(self.table[offset : offset + len(table)], torch.from_numpy(table), task)
+            for start in range(offset, offset + (1 + copies) * len(table), len(table)):
+                self._fill(self.table[start : start + len(table)], torch.from_numpy(table), task)
 
     def prefer(self, top: float) -> None:
         """Draw half of the windows from this share of the data, as `top` above says."""
@@ -405,52 +410,58 @@ class Windows:
         best = [best_rows(first, n, top) / n for first, n in zip(self.first_rows, sizes, strict=True)]
         self.top = torch.tensor(best, dtype=torch.float64, device=self.size.device)  # (N,)
 
-    def ask(self, share: float, low: Tensor, high: Tensor, generator: torch.Generator) -> None:
-        """Let this share of the windows that `sample` draws ask for another return than their episode's.
+    def ask(self, share: float, low: Tensor, high: Tensor, noise: float, generator: torch.Generator) -> None:
+        """Let this share of the windows that `sample` draws ask for other returns, in other states.
 
         low, high: of the returns asked for, (N,) over each task's rtg_scale. One constant is added to all of
-        a window's returns-to-go: rewards stay as they are. It is drawn anew for every window where a row has
-        at most one target; else once for every episode and further target, each from its part of the range.
+        a window's returns-to-go: rewards stay as they are. noise: see `moved`. Both are drawn anew for every
+        window, or, where the table has copies, once for each: its constant for every episode, from a part of
+        the range that is the copy's own.
         """
         device = self.size.device
         self.asking = share
+        self.noise = noise
         self.low = low.to(device)
         self.high = high.to(device)
         offset = self.offset.tolist()
         first = torch.cat([torch.from_numpy(f) + o for f, o in zip(self.first_rows, offset, strict=True)])
         self.first = first.to(device)  # (E,) first row of every episode
         self.returns = self.table[first.to(self.table.device), self.O + self.A].to(device)
-        copies = self.n_targets - 1
-        if copies > 0:
-            task = torch.searchsorted(self.offset, self.first, right=True) - 1
-            u = torch.rand(copies, len(first), generator=generator, device=device)
-            u = (torch.arange(copies, device=device)[:, None] + u) / copies
-            shift = self.low[task] + u * (self.high - self.low)[task] - self.returns
-            self.shift = torch.cat((torch.zeros_like(shift[:1]), shift))  # (n_targets, E)
+        for i, size in enumerate(self.size.tolist()):
+            rows = torch.arange(offset[i], offset[i] + size, device=device)
+            task = torch.full_like(rows, i)
+            for copy in range(self.copies):
+                u = torch.rand(len(first), generator=generator, device=device)[self.episode(rows)]
+                table = self.table[offset[i] + (1 + copy) * size :][:size]
+                table[:, self.O + self.A] += self.shift(task, rows, (copy + u) / self.copies).to(table)
+                states = table[:, : self.O].to(device)
+                table[:, : self.O] = self.moved(states, task, generator).to(table)
 
-    def asked(self, task: Tensor, end: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of a row's targets each window takes, and what is added to its returns-to-go; (B,) each.
+    def shift(self, task: Tensor, row: Tensor, u: Tensor) -> Tensor:
+        """(B,): what to add to returns-to-go to ask for a return drawn by u (B,), uniform in [0, 1).
 
-        task, end: see gather. u (B,): uniform in [0, 1).
+        row (B,): of the original rows.
         """
-        asks = u < self.asking
-        v = (u / self.asking).float()
-        episode = self.episode(end)
-        copies = self.n_targets - 1
-        if copies > 0:
-            which = torch.where(asks, 1 + (v * copies).long().clamp_max(copies - 1), 0)
-            return which, self.shift[which, episode]
-        shift = self.low[task] + v * (self.high - self.low)[task] - self.returns[episode]
-        return torch.zeros_like(task), torch.where(asks, shift, 0.0)
+        return self.low[task] + u * (self.high - self.low)[task] - self.returns[self.episode(row)]
 
-    def asking_for(self, which: int, task: Tensor, end: Tensor) -> Batch:
-        """The windows of tasks (B,) that end with rows `end` (B,), asking for a row's which-th target."""
-        if which == 0:
-            return self.gather(task, end)
-        return self.gather(task, end, torch.full_like(task, which), self.shift[which, self.episode(end)])
+    def moved(self, states: Tensor, task: Tensor, generator: torch.Generator) -> Tensor:
+        """States (B, ..., O) like those that other returns lead to, where `noise` is not zero.
+
+        Half of them are multiplied by a factor of up to exp(1.6 noise) or its inverse: what is faster or
+        slower moves farther or less far from the mean state. All get Gaussian noise of at most `noise`
+        standard deviations, mostly much less.
+        """
+        if not self.noise:
+            return states
+        shape = (3, *states.shape[:-1], 1)
+        scaled, factor, size = torch.rand(shape, generator=generator, device=states.device)
+        factor = torch.where(scaled < 0.5, (1.6 * self.noise * (2 * factor - 1)).exp(), 1.0)
+        noise = torch.empty_like(states).normal_(generator=generator)
+        observed = self.observed[task].view(len(task), *[1] * (states.dim() - 2), self.O)
+        return (states * factor + self.noise * size.square() * noise) * observed
 
     def episode(self, row: Tensor) -> Tensor:
-        """The episodes of rows (B,), counted over all tasks, where `ask` was called."""
+        """The episodes of rows (B,) that are no copies, counted over all tasks, where `ask` was called."""
         return torch.searchsorted(self.first, row, right=True) - 1
 
     def _fill(self, rows, table, task):
@@ -466,25 +477,17 @@ class Windows:
         """(B, K): those of the windows whose last rows are `end` (B,)."""
         return (end[:, None] - self.steps_back).clamp_min(0)
 
-    def gather(
-        self, task: Tensor, end: Tensor, which: Tensor | None = None, shift: Tensor | None = None
-    ) -> Batch:
-        """The windows of tasks (B,) whose last rows are `end` (B,); which, shift: see `asked`."""
+    def gather(self, task: Tensor, end: Tensor) -> Batch:
+        """The windows of tasks (B,) whose last rows are `end` (B,)."""
         O = self.O
         A = self.A
         rows = self.rows(end)
         x = self.host.fetch(rows) if self.host else self.table[rows]  # (B, K, columns)
-        rtg = x[..., O + A]
         timesteps = x[..., O + A + 1].long()
-        targets = x[..., O + A + 2 :]
-        if which is not None:
-            rtg = rtg + shift[:, None]
-        if self.n_targets > 1:
-            targets = targets.unflatten(-1, (self.n_targets, 2 * A))
-            targets = targets[torch.arange(len(end), device=end.device), :, 0 if which is None else which]
-        targets = torch.stack(targets.chunk(2, dim=-1)) if self.n_targets else x.new_empty(2, *x.shape[:2], 0)
         mask = self.steps_back <= timesteps[:, -1:]
-        return Batch(task, x[..., :O], x[..., O : O + A], rtg, timesteps, mask, rows, targets)
+        targets = x[..., O + A + 2 :]
+        targets = torch.stack(targets.chunk(2, -1)) if self.has_targets else x.new_empty(2, *x.shape[:2], 0)
+        return Batch(task, x[..., :O], x[..., O : O + A], x[..., O + A], timesteps, mask, rows, targets)
 
     def draw(self, B: int, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Task and last row, (B,) each, of B windows; of a job's processes each takes its part of one common
@@ -511,11 +514,20 @@ class Windows:
     def sample(self, B: int, shares: Tensor, generator: torch.Generator) -> Batch:
         """B windows, shares (N,) of them of each task; some ask for other returns (see `ask`)."""
         task, end = self.draw(B, shares, generator)
-        other = ()
+        u = torch.ones_like(end)
         if self.asking:
             u = torch.rand(B * processes.world(), generator=generator, device=end.device, dtype=torch.float64)
-            other = self.asked(task, end, u[B * processes.rank() :][:B])
-        batch = self.gather(task, end, *other)
+            u = u[B * processes.rank() :][:B]
+        asks = u < self.asking  # (B,)
+        u = u / max(self.asking, 1e-9)  # of those that ask: uniform in [0, 1)
+        if self.copies:
+            copy = 1 + (u * self.copies).long().clamp_max(self.copies - 1)
+            end = end + torch.where(asks, copy * self.size[task], 0)
+        batch = self.gather(task, end)
+        if self.asking and not self.copies:
+            rtg = batch.rtg + torch.where(asks, self.shift(task, end, u.float()), 0.0)[:, None]
+            states = torch.where(asks[:, None, None], self.moved(batch.states, task, generator), batch.states)
+            batch = batch._replace(rtg=rtg, states=states)
         if self.host:  # the next windows are probably those that these shares would give
             state = generator.get_state()
             self.host.read_ahead(self.rows(self.draw(B, shares, generator)[1]))

@@ -44,7 +44,8 @@ Envs = tuple[Literal[tuple(data.ENVS)], ...]
 Curricula = Literal[tuple(curriculum.METHODS)]
 Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
-ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns
+ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
+MOST_COPIES = 32  # of at most so many copies of an episode
 
 
 @dataclasses.dataclass
@@ -78,9 +79,9 @@ class Config:
     ask: float = 0.0  # share of the windows that ask teachers for another return than was obtained
     ask_low: float = 0.5  # lowest of these: 0 is the data's 10th percentile, 1 the default target return
     ask_high: float = 1.05  # highest, likewise
-    state_noise: float = 0.0  # standard deviations, on what teachers and student see, with --targets live
+    state_noise: float = 0.0  # how far these windows' states are moved, in standard deviations
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
-    ask_copies: int = 0  # cached targets of an episode at other returns; 0: 1 to 8, the more the less data
+    ask_copies: int = 0  # of an episode, with cached targets at other returns; 0: the more the less data
     probe_windows: int = 128  # windows per teacher, where KLs or alignments need windows of their own
     probe_interval: int = 1  # updates between probes, with --novelty-power inf
     # optimisation
@@ -124,8 +125,8 @@ class Config:
             raise UserError(f"--ask-low {self.ask_low}: must be at most --ask-high {self.ask_high}")
         if not 0 < self.data_share <= 1:
             raise UserError(f"--data-share {self.data_share}: must be above 0 and at most 1")
-        if self.state_noise and (self.targets == "cached" or self.loss == "nll"):
-            raise UserError(f"--state-noise {self.state_noise}: teachers must see it; needs --targets live")
+        if self.state_noise and not self.ask:
+            raise UserError(f"--state-noise {self.state_noise}: windows that ask have it; needs --ask 0.5")
         if not math.isfinite(self.alignment_weight):
             raise UserError(f"--alignment-weight {self.alignment_weight}: must be finite")
         if self.surgery_scope == "teacher" and self.surgery in ("none", *surgery.EACH):
@@ -212,9 +213,6 @@ class Learner:
             score = self.kl * (1 + self.cfg.alignment_weight * a).clamp_min(0)
             self.shares.copy_(self.choose(score, self.done, self.shares, self.generator))
             batch = self.windows.sample(self.cfg.batch_size, self.shares, self.generator)
-            if self.cfg.state_noise:
-                noise = torch.empty_like(batch.states).normal_(generator=self.generator)
-                batch = batch._replace(states=batch.states + self.cfg.state_noise * noise)
             targets = self.targets(batch)
 
         # the distance from each teacher, and the gradient of their sum, weighted by share
@@ -445,16 +443,15 @@ def live_targets(teachers: list[teacher.Model], batch: data.Batch) -> Tensor:
 
 @torch.no_grad()
 def cache_targets(teachers: list[teacher.Model], windows: data.Windows) -> None:
-    """Fill the last columns of windows.table: each row's target, and those at other returns asked for.
+    """Fill the last columns of windows.table: what a teacher says at each row.
 
-    They come from a window that shows its teacher at least half a context of what came before, or all there
+    It comes from a window that shows the teacher at least half a context of what came before, or all there
     is. Each of a job's processes computes its part.
     """
     table = windows.table
     A = windows.A
     half = max(1, windows.K // 2)
-    n = windows.n_targets
-    t = table[:, -2 * A * n - 1].to(windows.size.device).long()  # timestep of each row
+    t = table[:, -2 * A - 1].to(windows.size.device).long()  # timestep of each row
     last_of_episode = torch.cat([t[1:] == 0, torch.ones(1, dtype=torch.bool, device=t.device)])
     # last rows of the windows: one for every `half` timesteps
     ends = ((t % half == half - 1) | last_of_episode).nonzero().flatten()
@@ -463,18 +460,15 @@ def cache_targets(teachers: list[teacher.Model], windows: data.Windows) -> None:
     parts = parts[processes.rank() :: processes.world()]
     silent = True if processes.rank() else None
     for part in tqdm(parts, desc="teachers' targets", unit="batch", disable=silent):
+        batch = windows.gather(task[part], ends[part])
         newest = windows.steps_back <= (t[ends[part]] % half)[:, None]  # those no earlier window has filled
-        rows = windows.rows(ends[part])[newest].to(table.device)
-        targets = []
-        for which in range(n):
-            batch = windows.asking_for(which, task[part], ends[part])
-            targets.extend(live_targets(teachers, batch))
-        table[rows, -2 * A * n :] = torch.cat(targets, dim=-1)[newest].to(table.device)
+        targets = live_targets(teachers, batch)[:, newest]  # (2, rows, A)
+        table[batch.rows[newest].to(table.device), -2 * A :] = torch.cat((*targets,), -1).to(table.device)
     if processes.world() > 1:
         for rows in table.split(2**20):
-            x = rows[:, -2 * A * n :].contiguous()
+            x = rows[:, -2 * A :].contiguous()
             processes.all_reduce(x)
-            rows[:, -2 * A * n :] = x
+            rows[:, -2 * A :] = x
 
 
 # ---- a run -------------------------------------------------------------------------------------------------
@@ -500,7 +494,7 @@ def main(cfg: Config) -> None:
         windows, held_out = load_windows(cfg, tasks, models[0].cfg.context)
     student, generator = make_student(cfg, tasks, models)
     with clock("targets"):
-        if windows.n_targets:
+        if windows.has_targets:
             cache_targets(models, windows)
         held_out_targets = live_targets(models, held_out)
     learner = Learner(cfg, student, models, windows, generator)
@@ -553,17 +547,20 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
     train_tables = [s.train for s in sets]
     asks_teachers = cfg.loss != "nll"
     asking = cfg.ask > 0 and asks_teachers
-    n_targets = 0
-    if cfg.targets == "cached" and asks_teachers:
-        copies = cfg.ask_copies or min(8, math.ceil(ASKED_ROWS / sum(map(len, train_tables)) * len(tasks)))
-        n_targets = 1 + copies * asking
-    windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, n_targets, cfg.top)
+    cached = cfg.targets == "cached" and asks_teachers
+    copies = 0
+    if asking and cached:
+        rows = sum(map(len, train_tables)) / len(tasks)
+        copies = cfg.ask_copies or math.ceil(min(MOST_COPIES, ASKED_ROWS / rows))
+    options = {"targets": cached, "top": cfg.top, "copies": copies}
+    windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, **options)
     if asking:
         lowest = torch.tensor([min(t.targets.values()) / t.rtg_scale for t in tasks])
         span = torch.tensor([t.target / t.rtg_scale for t in tasks]) - lowest
         low = lowest + cfg.ask_low * span
         high = lowest + cfg.ask_high * span
-        windows.ask(cfg.ask, low, high, torch.Generator(device).manual_seed(cfg.seed))
+        generator = torch.Generator(device).manual_seed(cfg.seed)
+        windows.ask(cfg.ask, low, high, cfg.state_noise, generator)
     held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
     return windows, held_out.spread()
 

@@ -16,7 +16,6 @@ Needs: pip install gymnasium-robotics==1.4.2 (pen and mazes); the logs that exam
 
 import contextlib
 import dataclasses
-import fcntl
 import time
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,7 @@ def add(
     seconds: float,
     low: float | str = "",
 ) -> None:
-    """Add a row to RESULTS; several processes take turns.
+    """Add a row to RESULTS.
 
     scores: keys of a task in metrics.json. low: the return of score 0, of teachers' rows.
     """
@@ -202,9 +201,7 @@ def add(
         "seconds": round(seconds, 1),
         "commit": machine.describe(teacher.Config())["commit"],
     }
-    with open(RESULTS.parent / ".battery.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        study_rows.add(RESULTS, row)
+    study_rows.add(RESULTS, row)
     print({k: row[k] for k in ("dataset", "variant", "seed", "asked", "target", "return_mean")}, flush=True)
 
 

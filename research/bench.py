@@ -450,7 +450,7 @@ def ours_distil(device: str, dtype: str, size: str, **options: Any) -> Step:
     cfg = distill.Config(steps=20_000, **{**LONG_STUDENT, **options})
     tasks = [task(i, *dims[i % 4]) for i in range(int(size))]
     tables = [table(2000, t.obs_dim, t.act_dim) for t in tasks]
-    windows = data.Windows(tables, tasks, K, device, targets=1)
+    windows = data.Windows(tables, tasks, K, device, targets=True)
     windows.table[:, -2 * windows.A :].uniform_(-1, 0)
     sizes = {"n_layer": 2, "n_head": 1, "n_embd": 64, "tokens": cfg.tokens, "context": K}
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)

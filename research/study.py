@@ -153,7 +153,7 @@ def setup(case: str, seed: int, teachers: int, work_dir: str) -> Setup:
         scores.append(files.read_json(path / "metrics.json")["tasks"][task.name]["normalized_score"])
     sets = [data.load(task.dataset, task.split_seed) for task in tasks]
     context = models[0].cfg.context
-    windows = data.Windows([s.train for s in sets], tasks, context, targets=1)
+    windows = data.Windows([s.train for s in sets], tasks, context, targets=True)
     parts = windows.table.split(windows.size.tolist())
     for path, model, task, dataset, part in zip(directories, models, tasks, sets, parts, strict=True):
         columns = part[:, -2 * windows.A :].unflatten(1, (2, windows.A))
@@ -170,7 +170,7 @@ def targets(directory: Path, model: dt.DecisionTransformer, task: data.Task, tab
     path = directory / "targets.safetensors"
     trained = (directory / "model.safetensors").stat().st_mtime_ns
     if not path.exists() or path.stat().st_mtime_ns < trained:
-        windows = data.Windows([table], [task], model.cfg.context, targets=1)
+        windows = data.Windows([table], [task], model.cfg.context, targets=True)
         distill.cache_targets([model], windows)
         outputs = windows.table[:, -2 * task.act_dim :].contiguous()
         files.write(path, safetensors.torch.save({"targets": outputs}))
@@ -200,7 +200,7 @@ def windows_of_one_task(s: Setup, i: int) -> data.Windows:
     rows = s.windows.table[int(s.windows.offset[i]) :][: int(s.windows.size[i])]
     states, actions, rest, mean, log_std = rows.split((O, A, 2, A, A), dim=1)
     table = torch.cat((states[:, : task.obs_dim], actions[:, : task.act_dim], rest), 1)
-    windows = data.Windows([table.numpy()], [task], s.windows.K, targets=1)
+    windows = data.Windows([table.numpy()], [task], s.windows.K, targets=True)
     outputs = torch.cat((mean[:, : task.act_dim], log_std[:, : task.act_dim]), 1)
     windows.table[:, -2 * task.act_dim :] = outputs
     return windows

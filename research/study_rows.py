@@ -5,6 +5,7 @@ study.one_run. Used by research/study.py, study_report.py and study_figures.py.
 """
 
 import csv
+import fcntl
 import io
 import json
 import math
@@ -41,15 +42,20 @@ def read(path: Path | str) -> list[Row]:
 
 
 def add(path: Path | str, row: Row) -> None:
-    """Write the CSV with one row more, whole or as it was; row: as study.one_run returns it."""
+    """Write the CSV with one row more, whole or as it was; row: its columns and their values.
+
+    Several processes take turns.
+    """
     path = Path(path)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, row)
-    if not path.exists():
-        writer.writeheader()
-    writer.writerow(row)
-    before = path.read_bytes() if path.exists() else b""
-    files.write(path, before + text.getvalue().encode())
+    with open(path.with_name(f".{path.stem}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            writer.writeheader()
+        writer.writerow(row)
+        before = path.read_bytes() if path.exists() else b""
+        files.write(path, before + text.getvalue().encode())
 
 
 def key(row: Row) -> tuple:

@@ -1,5 +1,6 @@
 """data.py: tasks, the split, windows. Reading Minari's files: test_support_minari_files.py."""
 
+import dataclasses
 import math
 import time
 
@@ -281,7 +282,7 @@ def test_gather__pads_tasks_to_the_widest_and_gives_targets_where_there_are():
     make_dataset("tests/narrow-v0", [6, 6], obs_dim=2, act_dim=1, spec=None)
     make_dataset("tests/wide-v0", [6, 6], obs_dim=4, act_dim=3, spec=None, seed=1)
     sets = [data.load(name) for name in ("tests/narrow-v0", "tests/wide-v0")]
-    w = data.Windows([d.train for d in sets], [d.task for d in sets], K, targets=1)
+    w = data.Windows([d.train for d in sets], [d.task for d in sets], K, targets=True)
     w.table[:, -6:] = torch.arange(6.0)
     batch = w.gather(torch.tensor([0, 1]), torch.tensor([5, 11]))
     assert torch.equal(batch.rows, torch.tensor([[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]]))
@@ -302,46 +303,84 @@ def test_gather__pads_tasks_to_the_widest_and_gives_targets_where_there_are():
     assert without.gather(torch.tensor([0]), torch.tensor([5])).targets.shape == (2, 1, K, 0)
 
 
-def asking(low: float, high: float, share: float = 1.0, targets: int = 0) -> data.Windows:
+def asking(low: float, high: float, share: float = 1.0, copies: int = 0, noise: float = 0.0) -> data.Windows:
     """Windows of the small dataset, this share of which ask for a return between low and high."""
-    w = windows_of(2, targets=targets)
-    w.ask(share, torch.tensor([0.0, low]), torch.tensor([0.0, high]), generator(7))
+    w = windows_of(2, copies=copies)
+    w.ask(share, torch.tensor([0.0, low]), torch.tensor([0.0, high]), noise, generator(7))
     return w
 
 
+def original(w: data.Windows, batch: data.Batch) -> data.Batch:
+    """The windows of the second task that a batch's were before they asked."""
+    row = (batch.rows[:, -1] - w.offset[1]) % w.size[1]
+    return w.gather(batch.task, w.offset[1] + row)
+
+
+ONLY_SECOND = torch.tensor([0.0, 1.0])
+
+
 @given(st.floats(-2, 2), st.floats(0, 3), st.integers(0, 4), st.integers(0, 1000))
-def test_ask__shifts_an_episodes_returns_to_go_by_one_constant(low, width, targets, seed):
-    w = asking(low, low + width, targets=targets)
-    batch = w.sample(40, torch.tensor([0.0, 1.0]), generator(seed))
-    own = w.gather(batch.task, batch.rows[:, -1])
+def test_ask__shifts_an_episodes_returns_to_go_by_one_constant(low, width, copies, seed):
+    w = asking(low, low + width, copies=copies)
+    batch = w.sample(40, ONLY_SECOND, generator(seed))
+    own = original(w, batch)
     shift = batch.rtg - own.rtg
-    assert torch.allclose(shift, shift[:, -1:].expand_as(shift), atol=1e-5)
-    first = batch.rows[:, -1] - batch.timesteps[:, -1]  # rows where the episodes begin
+    valid = batch.mask
+    assert torch.allclose(shift[valid], shift[:, -1:].expand_as(shift)[valid], atol=1e-5)
+    first = own.rows[:, -1] - own.timesteps[:, -1]  # rows where the episodes begin
     asked = w.table[first, w.O + w.A] + shift[:, -1]
     assert (asked >= low - 1e-5).all()
     assert (asked <= low + width + 1e-5).all()
-    for field in ("states", "actions", "timesteps", "mask"):
-        assert torch.equal(getattr(batch, field), getattr(own, field))
+    for field in ("states", "actions", "timesteps"):
+        assert torch.equal(getattr(batch, field)[valid], getattr(own, field)[valid])
+    assert torch.equal(valid, own.mask)
 
 
-def test_ask__gives_each_of_an_episodes_targets_its_own_part_of_the_range():
-    w = asking(1.0, 5.0, targets=5)
-    asked = w.returns + w.shift[1:]  # (4, E)
-    of_task = w.first >= w.offset[1]
+def test_ask__gives_each_copy_of_an_episode_its_own_part_of_the_range():
+    w = asking(1.0, 5.0, copies=4)
+    size = int(w.size[1])
+    tables = w.table[int(w.offset[1]) :].split(size)
+    first = data.first_rows(tables[0].numpy())
     for copy in range(4):
-        assert ((asked[copy, of_task] >= 1 + copy) & (asked[copy, of_task] <= 2 + copy)).all()
-    assert not w.shift[0].any()
-    assert asked[0, of_task].unique().numel() == of_task.sum()  # drawn for each episode
+        asked = tables[1 + copy][first, w.O + w.A]
+        assert ((asked >= 1 + copy - 1e-5) & (asked <= 2 + copy + 1e-5)).all()
+        assert asked.unique().numel() == len(first)  # drawn for each episode
+    assert torch.equal(tables[0], asking(9.0, 9.0, copies=4).table[int(w.offset[1]) :][:size])
 
 
-@pytest.mark.parametrize("targets", [1, 4])
-def test_ask__leaves_the_other_windows_as_they_are(targets):
-    w = asking(3.0, 4.0, share=0.3, targets=targets)
-    batch = w.sample(20_000, torch.tensor([0.0, 1.0]), generator())
-    asks = batch.rtg[:, -1] != w.gather(batch.task, batch.rows[:, -1]).rtg[:, -1]
+@pytest.mark.parametrize("copies", [0, 3])
+def test_ask__leaves_the_other_windows_as_they_are(copies):
+    w = asking(3.0, 4.0, share=0.3, copies=copies, noise=0.5)
+    batch = w.sample(20_000, ONLY_SECOND, generator())
+    own = original(w, batch)
+    asks = batch.rtg[:, -1] != own.rtg[:, -1]
     assert asks.float().mean() == pytest.approx(0.3, abs=0.01)
-    ends = torch.bincount(batch.rows[asks, -1]) / asks.sum() * len(w.table) / 2  # of any row alike
-    assert ends[int(w.offset[1]) :].min() > 0.7
+    ends = torch.bincount(own.rows[asks, -1], minlength=int(w.offset[1] + w.size[1]))[int(w.offset[1]) :]
+    assert (ends[: int(w.size[1])] / asks.sum() * w.size[1]).min() > 0.7  # of any row alike
+    assert torch.equal(batch.states[~asks], own.states[~asks])
+    assert not torch.equal(batch.states[asks], own.states[asks])
+
+
+@pytest.mark.parametrize("copies", [0, 3])
+def test_ask__moves_the_states_of_a_tasks_own_dimensions(copies):
+    """Half of the states are scaled, by factors up to exp(1.6 noise); the rest of the change is the noise."""
+    dataset = small_dataset()
+    wide = dataclasses.replace(dataset.task, obs_dim=dataset.task.obs_dim + 2)
+    table = np.insert(dataset.train, [dataset.task.obs_dim], np.ones((len(dataset.train), 2), np.float32), 1)
+    w = data.Windows([table, dataset.train], [wide, dataset.task], K, copies=copies)
+    w.ask(1.0, torch.zeros(2), torch.ones(2), 0.5, generator(7))
+    batch = w.sample(5000, ONLY_SECOND, generator())
+    own = original(w, batch)
+    O = dataset.task.obs_dim
+    assert not batch.states[..., O:].any()  # beyond the task's own dimensions
+    change = (batch.states - own.states)[batch.mask][:, :O]
+    assert 0.05 < change.std() < 0.8
+    big = own.states[batch.mask][:, :O].abs() > 1
+    factor = (batch.states[batch.mask][:, :O] / own.states[batch.mask][:, :O])[big]
+    assert factor.quantile(0.02) > 0.3
+    assert factor.quantile(0.98) < 2.8
+    assert factor.quantile(0.9) > 1.3
+    assert factor.quantile(0.1) < 0.8
 
 
 def test_share_of__takes_whole_episodes_by_seed():

@@ -86,15 +86,17 @@ def test_cache_targets__shows_each_teacher_at_least_half_a_context():
 
 
 def test_cache_targets__holds_what_the_teachers_say_when_asked_for_other_returns():
-    """A context of one timestep: every row's targets are its only window's."""
+    """A context of one timestep: every row's target is its only window's."""
     teachers = untrained_teachers()
     sets = two_tasks()
-    w = data.Windows([d.train for d in sets], [d.task for d in sets], 1, targets=3)
-    w.ask(0.5, torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4]), torch.Generator().manual_seed(0))
+    w = data.Windows([d.train for d in sets], [d.task for d in sets], 1, targets=True, copies=2)
+    low, high = torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4])
+    w.ask(0.5, low, high, 0.3, torch.Generator().manual_seed(0))
     distill.cache_targets(teachers, w)
     batch = w.sample(200, torch.tensor([0.5, 0.5]), torch.Generator().manual_seed(0))
-    own = w.gather(batch.task, batch.rows[:, -1])
-    asks = (batch.rtg != own.rtg).flatten()
+    copy = (batch.rows[:, -1] - w.offset[batch.task]) // w.size[batch.task]
+    own = w.gather(batch.task, batch.rows[:, -1] - copy * w.size[batch.task])
+    asks = copy > 0
     assert 60 < asks.sum() < 140
     assert torch.allclose(batch.targets, distill.live_targets(teachers, batch), atol=1e-5)
     assert not torch.allclose(batch.targets[:, asks], own.targets[:, asks], atol=1e-3)
@@ -254,7 +256,8 @@ METHODS = [
     {"dropout": 0.05},
     {"ask": 0.5},
     {"ask": 0.5, "targets": "live"},
-    {"targets": "live", "state_noise": 0.05},
+    {"ask": 0.5, "state_noise": 0.1},
+    {"ask": 0.5, "state_noise": 0.1, "targets": "live"},
 ]
 
 
@@ -411,7 +414,7 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
             {"data_share": 0.25},
             "--data-share 0.25: 1 of the 5 training episodes of tests/a-v0; .* 0.4 of them",
         ),
-        ({"state_noise": 0.1}, "--state-noise 0.1: teachers must see it; needs --targets live"),
+        ({"state_noise": 0.1}, "--state-noise 0.1: windows that ask have it; needs --ask 0.5"),
         ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
         ({"loss": "kl+nll"}, "--loss kl\\+nll is no distance"),
         (

@@ -30,8 +30,8 @@ def dataset() -> data.Dataset:
 def test_sample__gives_the_same_windows_whatever_was_read_ahead(dataset, weights, seed):
     tables = [dataset.train] * 3
     tasks = [dataset.task] * 3
-    on_device = data.Windows(tables, tasks, K, where="device", targets=1)
-    on_host = data.Windows(tables, tasks, K, where="host", targets=1)
+    on_device = data.Windows(tables, tasks, K, where="device", targets=True)
+    on_host = data.Windows(tables, tasks, K, where="host", targets=True)
     targets = torch.rand(len(on_device.table), 2 * dataset.task.act_dim)
     for w in (on_device, on_host):
         w.table[:, -2 * dataset.task.act_dim :] = targets
