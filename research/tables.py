@@ -1,8 +1,8 @@
-"""The tables of docs/results.md, docs/speed.md and docs/log.md, from the runs in research/results/.
+"""The tables of docs/results.md, docs/speed.md, docs/log.md and, of little data, of docs/study.md.
 
     python -m research.tables
 
-A test compares them with the docs.
+Made from the runs in research/results/. A test compares them with the docs.
 """
 
 import csv
@@ -15,10 +15,12 @@ import numpy as np
 
 from report import Run
 from research import battery as datasets
+from research import little_data_report
 from research.markdown import table
 from research.statistics import cell
 
 RESULTS = Path(__file__).parent / "results"
+LITTLE_DATA = "little_data.csv"
 GRADIENT_SIZES = {
     "teacher": 605_190 + 1,
     "student": 111_140 + 4 * 3,
@@ -457,6 +459,8 @@ def main() -> None:
             print(f"\nbattery, {half.lower()}\n\n{battery(names)}\n\n{battery_median(names)}")
     print(f"\nremedies\n\n{remedies()}")
     print(f"\nstudents\n\n{students()}")
+    if (RESULTS / LITTLE_DATA).exists():
+        print(f"\nlittle data\n\n{little_data_report.tables(read_rows(LITTLE_DATA))}")
     print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 RESULTS = (ROOT / "docs/results.md").read_text()
 SPEED = (ROOT / "docs/speed.md").read_text()
+LITTLE_DATA = ROOT / "research/results/little_data.csv"
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
@@ -43,11 +44,22 @@ def test_data__has_the_tables_of_the_battery(printed):
     assert of_battery
     in_docs = set(rows(text))
     for half in of_battery:  # the last with what was tried for teachers and students
-        half = half.split("\n\ninspect\n")[0].split("\nbattery, ")[0]
+        half = half.split("\n\ninspect\n")[0].split("\n\nlittle data\n")[0].split("\nbattery, ")[0]
         assert len(rows(half)) >= 3
         assert [row for row in rows(half) if row not in in_docs] == []
         (verdict,) = re.findall(r"^Default / best baseline: .*$", half, re.M)
         assert verdict in text
+
+
+@pytest.mark.skipif(not LITTLE_DATA.exists(), reason="no student of little data was trained yet")
+def test_study__has_the_tables_of_little_data(printed):
+    """All of them, and how many comparisons survive the correction."""
+    study = (ROOT / "docs/study.md").read_text().splitlines()
+    of_little_data = printed.split("\nlittle data\n\n")[1].split("\n\ninspect\n")[0]
+    assert len(rows(of_little_data)) >= 3
+    assert [row for row in rows(of_little_data) if row not in study] == []
+    (survive,) = re.findall(r"\d+ of \d+, in bold, survive", of_little_data)
+    assert survive in "\n".join(study)
 
 
 def test_speed__has_the_tables_that_are_printed(printed):
