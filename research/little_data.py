@@ -1,0 +1,286 @@
+"""Students that see a share of their teachers' data -> research/results/little_data.csv
+
+    python -m research.little_data --tune                      # data alone: its best settings at each share
+    python -m research.little_data --shares 0.02 0.1 --seeds 0 1 2
+    python -m research.little_data --tasks thirdparty --shares 0.05 --modes labels asked
+    python -m research.little_data --shares 0.02 --n-embd 32   # 50 times fewer parameters than its teachers
+    python -m research.little_data --worst-half                # no episode above the median
+
+Teachers see all of their data, students whole episodes drawn by seed. A row for each task of a student; a
+student whose rows are there is skipped. Seed s has the teachers of seed s % 5. Teachers are evaluated once,
+over 100 episodes; "clone" is the same teacher over as many other episodes as a student: what chance alone
+makes of retention. One thread: run several processes at a time. research/tables.py prints the tables.
+
+Third-party data: examples/collect_trpo.py
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+import minari
+import numpy as np
+import torch
+
+import data
+import distill
+import evaluate
+import model as dt
+import teacher
+from policy import Policy
+from research import study_rows
+from research.tables import RESULTS, read_rows
+from support import cli, files, machine
+
+BODIES = ("hopper", "halfcheetah", "walker2d", "ant")
+TASKS = {"builtin": BODIES, "thirdparty": tuple(f"thirdparty/{body}/trpo-replay-v0" for body in BODIES)}
+MODES: dict[str, dict[str, Any]] = {  # options of distill.py; "data, tuned": and those that `tune` found
+    "data": {"loss": "nll", "curriculum": "all"},
+    "data, tuned": {"loss": "nll", "curriculum": "all"},
+    "labels": {},
+    "asked": {"ask": 0.5, "state_noise": 0.5},
+    "both": {"loss": "kl+nll", "curriculum": "all"},
+}
+GRID = {"steps": (750, 3000), "dropout": (0.0, 0.1), "weight_decay": (1e-4, 0.1)}
+TEACHER_OPTIONS: dict[str, Any] = {}  # besides the defaults, in tests
+STUDENT_OPTIONS: dict[str, Any] = {}
+TUNING_SEED = 100  # of the draw of episodes that `tune` sees; no student of the table has it
+TEACHER_SEEDS = 5
+TEACHER_EPISODES = 100
+EPISODES = 20  # of a student in each task: other draws and seeds differ far more than other episodes do
+SWEEP_EPISODES = 5
+SWEEP_SEEDS = 5  # students of fewer seeds are also asked for lower returns
+CLONE_SEED = evaluate.SEED + 10_000  # of its first episode
+
+
+@dataclasses.dataclass
+class Config:
+    tasks: tuple[Literal[tuple(TASKS)], ...] = ("builtin",)
+    shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)  # of the training episodes
+    modes: tuple[str, ...] = tuple(MODES)  # what the student learns from
+    seeds: tuple[int, ...] = tuple(range(10))  # of students and of their draw of episodes
+    n_embd: int = distill.Config.n_embd  # the student's channels
+    worst_half: bool = False  # students see all episodes up to the median return, and no other
+    tune: bool = False  # look for the settings of data alone instead
+    work_dir: str = "out/little_data"
+
+
+# ---- teachers ----------------------------------------------------------------------------------------------
+
+
+def teachers(cfg: Config, tasks: str, seed: int) -> tuple[str, ...]:
+    """The directories of a seed's teachers; trains missing ones."""
+    directories = []
+    for name in TASKS[tasks]:
+        out = Path(cfg.work_dir) / f"{name.replace('/', '-')}-{seed}"
+        source = {"dataset": name} if "/" in name else {"env": name}
+        options = {"seed": seed, "eval_episodes": 0, "resume": True, **source, **TEACHER_OPTIONS}
+        teacher.main(teacher.Config(out_dir=str(out), **options))
+        directories.append(str(out))
+    return tuple(directories)
+
+
+def teacher_scores(cfg: Config, tasks: str, seed: int) -> dict[str, dict[str, Any]]:
+    """A seed's teachers evaluated, by task: from the rows of "teacher", or made, with those of "clone"."""
+    rows = read(tasks=tasks, mode="teacher", teacher_seed=seed)
+    if not rows:
+        for directory in map(Path, teachers(cfg, tasks, seed)):
+            model, meta = dt.load(directory)
+            task = data.tasks(meta, directory)[0]
+            policy = Policy.of(model, task, 0)
+            row = {"tasks": tasks, "teacher_seed": seed, "seed": seed, "task": task.name}
+            own = scores(policy, task, TEACHER_EPISODES, evaluate.SEED)
+            own["teacher_gap"] = own["target_gap"] = gap(policy, task, seed)
+            add({**row, "mode": "teacher", **own}, own)
+            add({**row, "mode": "clone", **scores(policy, task, EPISODES, CLONE_SEED)}, own)
+        rows = read(tasks=tasks, mode="teacher", teacher_seed=seed)
+    numbers = ("return_mean", "target_gap", "score")
+    return {row["task"]: {key: float(row[key]) for key in numbers} for row in rows}
+
+
+def scores(policy: Any, task: data.Task, episodes: int, seed: int) -> dict[str, Any]:
+    """Of episodes that ask for the default target return; score: data.Task.reference."""
+    returns, _ = evaluate.play(policy, task, task.target, episodes, seed)
+    of_returns = evaluate.scores(returns, task)
+    return {
+        "return_mean": of_returns["return_mean"],
+        "return_std": of_returns["return_std"],
+        "n_episodes": episodes,
+        "score": of_returns["normalized_score"],
+    }
+
+
+def gap(policy: Any, task: data.Task, seed: int) -> float:
+    """evaluate.target_gap."""
+    sweep = evaluate.sweep(policy, task, SWEEP_EPISODES, evaluate.SEED)
+    return evaluate.target_gap(sweep, data.load(task.dataset, seed).facts(), task)
+
+
+# ---- students ----------------------------------------------------------------------------------------------
+
+
+def student(cfg: Config, tasks: str, share: float, mode: str, seed: int) -> None:
+    """Train and evaluate one student; adds its rows."""
+    teacher_seed = seed % TEACHER_SEEDS
+    of_teachers = teacher_scores(cfg, tasks, teacher_seed)
+    kind = "worst half" if cfg.worst_half else "all"
+    name = f"{tasks}-{share:g}-{mode}-{seed}-{cfg.n_embd}{'-worst' if cfg.worst_half else ''}"
+    out = Path(cfg.work_dir) / name.replace(", ", "-")
+    options = {**STUDENT_OPTIONS, **MODES[mode], **(tuned(tasks, share) if mode == "data, tuned" else {})}
+    if cfg.worst_half:
+        options["student_datasets"] = tuple(worst_half(task) for task in TASKS[tasks])
+    distill.main(
+        distill.Config(
+            teachers=teachers(cfg, tasks, teacher_seed),
+            seed=seed,
+            data_share=share,
+            n_embd=cfg.n_embd,
+            out_dir=str(out),
+            eval_episodes=0,
+            overwrite=True,
+            **options,
+        )
+    )
+    metrics = files.read_json(out / "metrics.json")
+    model, meta = dt.load(out)
+    rows = []
+    for i, task in enumerate(data.tasks(meta, out)):
+        policy = Policy.of(model, task, i)
+        row = {"tasks": tasks, "data_share": share, "data": kind, "mode": mode, "teacher_seed": teacher_seed}
+        row |= {
+            "seed": seed,
+            "task": task.name,
+            "n_embd": cfg.n_embd,
+            "compression": round(metrics["compression"], 1),
+        }
+        source = options["student_datasets"][i] if cfg.worst_half else task.dataset
+        row["episodes"] = round(share * training_episodes(source, task.split_seed))
+        row |= scores(policy, task, EPISODES, evaluate.SEED)
+        if seed < SWEEP_SEEDS:
+            row["target_gap"] = gap(policy, task, task.split_seed)
+        row["heldout_kl"] = metrics["tasks"][task.name]["heldout_kl"]
+        row["seconds"] = metrics["seconds"]["train"]
+        rows.append((row, of_teachers[task.name]))
+    for row, of_teacher in rows:  # all or none, as far as a crash allows
+        add(row, of_teacher)
+
+
+def training_episodes(dataset: str, split_seed: int) -> int:
+    """How many episodes of a dataset are not held out."""
+    return len(data.first_rows(data.load(dataset, split_seed).train))
+
+
+def worst_half(name: str) -> str:
+    """The Minari id of a task's episodes of at most the median return; writes it where it is missing."""
+    source = data.dataset_id(name) if name in data.ENVS else name
+    id_ = f"little/{source.replace('/', '-').replace('-v0', '')}-worst-half-v0"
+    if id_ not in minari.list_local_datasets():
+        dataset = minari.load_dataset(source)
+        returns = np.array([episode.rewards.sum() for episode in dataset.iterate_episodes()])
+        below = np.flatnonzero(returns <= np.median(returns))
+        buffers = []
+        for episode in dataset.iterate_episodes(below):
+            fields = ("observations", "actions", "rewards", "terminations", "truncations")
+            arrays = {key: list(getattr(episode, key)) for key in fields}
+            buffers.append(minari.data_collector.EpisodeBuffer(id=len(buffers), **arrays))
+        minari.create_dataset_from_buffers(
+            id_,
+            buffers,
+            env=dataset.spec.env_spec,
+            observation_space=dataset.observation_space,
+            action_space=dataset.action_space,
+            description=f"the episodes of {source} up to the median return",
+            author="manyteachers",
+            author_email="-@-.org",
+            code_permalink="research/little_data.py",
+        )
+    return id_
+
+
+# ---- data alone, tuned -------------------------------------------------------------------------------------
+
+
+def tune(cfg: Config, tasks: str, share: float) -> None:
+    """The held-out NLL of every setting of GRID, one seed, the mean over tasks; a row for each."""
+    for values in itertools.product(*GRID.values()):
+        setting = dict(zip(GRID, values, strict=True))
+        key = {"tasks": tasks, "data_share": share, **setting}
+        if any(all(row[k] == str(v) for k, v in key.items()) for row in read_rows_of(TUNING)):
+            continue
+        run = distill.Config(
+            teachers=teachers(cfg, tasks, 0), seed=TUNING_SEED, data_share=share, eval_episodes=0,
+            out_dir=str(Path(cfg.work_dir) / "tuning"), overwrite=True, **MODES["data"], **setting,
+        )  # fmt: skip
+        distill.main(run)
+        model, meta = dt.load(run.out_dir)
+        of_tasks = data.tasks(meta, run.out_dir)
+        _, held_out = distill.load_windows(run, of_tasks, model.cfg.context)
+        nll = distill.Distance(run, model).held_out(held_out, held_out.targets)
+        row = {**key, "heldout_nll": round(float(np.mean(nll)), 4), "commit": commit()}
+        study_rows.add(TUNING, row)
+        print(row, flush=True)
+
+
+def tuned(tasks: str, share: float) -> dict[str, float]:
+    """The options of the lowest held-out NLL at a share. Run --tune first."""
+    rows = [r for r in read_rows_of(TUNING) if r["tasks"] == tasks and float(r["data_share"]) == share]
+    best = min(rows, key=lambda row: float(row["heldout_nll"]))
+    return {"steps": int(best["steps"]), **{k: float(best[k]) for k in ("dropout", "weight_decay")}}
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+ROWS = RESULTS / "little_data.csv"
+TUNING = RESULTS / "little_data_tuning.csv"
+COLUMNS = {  # a row's, with digits after the point
+    "tasks": None, "data_share": None, "data": None, "mode": None, "n_embd": None, "compression": None,
+    "teacher_seed": None, "seed": None, "task": None, "episodes": None, "teacher_return": 1,
+    "return_mean": 1, "return_std": 1, "n_episodes": None, "score": 3, "retention": 4, "heldout_kl": 4,
+    "target_gap": 4, "teacher_gap": 4, "seconds": 1, "commit": None,
+}  # fmt: skip
+
+
+def read_rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file."""
+    return read_rows(path) if path.exists() else []
+
+
+def read(**key: Any) -> list[dict[str, str]]:
+    """The rows with these values."""
+    return [row for row in read_rows_of(ROWS) if all(row[k] == str(v) for k, v in key.items())]
+
+
+def add(row: dict[str, Any], of_teacher: dict[str, Any]) -> None:
+    """Add a row, with what it has in common with its teacher's scores."""
+    row = {"data_share": 1.0, "data": "all", "compression": 1.0, **row, "commit": commit()}
+    row["teacher_return"] = of_teacher["return_mean"]
+    row["teacher_gap"] = of_teacher.get("target_gap", "")
+    row["retention"] = row["score"] / of_teacher["score"]
+    rounded = {}
+    for key, digits in COLUMNS.items():
+        value = row.get(key, "")
+        rounded[key] = round(value, digits) if digits and value != "" else value
+    study_rows.add(ROWS, rounded)
+    print({k: rounded[k] for k in ("tasks", "data_share", "mode", "seed", "task", "retention")}, flush=True)
+
+
+def commit() -> str:
+    return machine.describe(teacher.Config())["commit"]
+
+
+def main(cfg: Config) -> None:
+    torch.set_num_threads(1)
+    cli.at_least(cfg, n_embd=1)
+    if cfg.tune:
+        for tasks, share in itertools.product(cfg.tasks, cfg.shares):
+            tune(cfg, tasks, share)
+        return
+    for seed, tasks, share, mode in itertools.product(cfg.seeds, cfg.tasks, cfg.shares, cfg.modes):
+        key = {"tasks": tasks, "data_share": share, "mode": mode, "seed": seed, "n_embd": cfg.n_embd}
+        if len(read(**key, data="worst half" if cfg.worst_half else "all")) < len(TASKS[tasks]):
+            student(cfg, tasks, share, mode, seed)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

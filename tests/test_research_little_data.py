@@ -1,0 +1,89 @@
+"""What students of little data are given, and the rows that they leave."""
+
+import minari
+import pytest
+
+import data
+import distill
+from conftest import make_dataset
+from research import little_data
+from research.tables import read_rows
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(little_data, "ROWS", tmp_path / "rows.csv")
+    monkeypatch.setattr(little_data, "TUNING", tmp_path / "tuning.csv")
+    return tmp_path
+
+
+@pytest.fixture
+def two_tasks(results, monkeypatch):
+    """Two tiny datasets in place of the built-in ones; environments are played by counting."""
+    names = ("tests/little-a-v0", "tests/little-b-v0")
+    for seed, name in enumerate(sorted(set(names) - set(minari.list_local_datasets()))):
+        make_dataset(name, [6, 9, 4, 12, 8, 7, 5, 10, 6, 9], seed=seed)
+    monkeypatch.setattr(little_data, "TASKS", {"builtin": names})
+    monkeypatch.setattr(
+        little_data,
+        "scores",
+        lambda policy, task, episodes, seed: {
+            "return_mean": 10.0 + len(task.name) + seed, "return_std": 1.0, "n_episodes": episodes,
+            "score": 50.0 if episodes == little_data.TEACHER_EPISODES else 40.0,
+        },
+    )  # fmt: skip
+    monkeypatch.setattr(little_data, "gap", lambda policy, task, seed: 0.125)
+    tiny = {"steps": 4, "n_embd": 16}
+    monkeypatch.setattr(little_data, "TEACHER_OPTIONS", tiny)
+    monkeypatch.setattr(little_data, "STUDENT_OPTIONS", {"steps": 4, "batch_size": 16})
+    return names
+
+
+@pytest.mark.slow
+def test_main__adds_a_row_for_each_task_once(two_tasks, results):
+    cfg = little_data.Config(
+        shares=(0.5,), modes=("data", "labels", "asked", "both"), seeds=(1, 7), n_embd=16,
+        work_dir=str(results / "out"),
+    )  # fmt: skip
+    little_data.main(cfg)
+    rows = read_rows(results / "rows.csv")
+    little_data.main(cfg)  # nothing is missing
+    assert read_rows(results / "rows.csv") == rows
+    students = [row for row in rows if row["mode"] not in ("teacher", "clone")]
+    assert len(students) == 4 * 2 * 2
+    assert {row["task"] for row in students} == set(two_tasks)
+    assert {(row["seed"], row["teacher_seed"]) for row in students} == {("1", "1"), ("7", "2")}
+    assert {row["retention"] for row in students} == {"0.8"}
+    assert {row["episodes"] for row in students} == {"4"}  # half of nine, one being held out
+    assert {row["target_gap"] for row in students if row["seed"] == "1"} == {"0.125"}
+    assert {row["target_gap"] for row in students if row["seed"] == "7"} == {""}
+    assert {row["retention"] for row in rows if row["mode"] == "teacher"} == {"1.0"}
+    assert {row["retention"] for row in rows if row["mode"] == "clone"} == {"0.8"}
+
+
+@pytest.mark.slow
+def test_main__tunes_data_alone_by_held_out_nll(two_tasks, results, monkeypatch):
+    monkeypatch.setattr(little_data, "GRID", {"steps": (4, 60), "dropout": (0.0,), "weight_decay": (1e-4,)})
+    cfg = little_data.Config(shares=(1.0,), tune=True, work_dir=str(results / "out"))
+    little_data.main(cfg)
+    rows = read_rows(results / "tuning.csv")
+    assert [row["steps"] for row in rows] == ["4", "60"]
+    best = min(rows, key=lambda row: float(row["heldout_nll"]))
+    expected = {"steps": int(best["steps"]), "dropout": 0.0, "weight_decay": 1e-4}
+    assert little_data.tuned("builtin", 1.0) == expected
+    little_data.main(cfg)
+    assert read_rows(results / "tuning.csv") == rows
+
+
+def test_worst_half__holds_the_episodes_up_to_the_median_return():
+    name = "tests/halved-v0"
+    make_dataset(name, [6, 9, 4, 12, 8, 7, 5, 10, 6, 11], seed=3)
+    returns = data.load(name).returns
+    half = data.load(little_data.worst_half(name)).returns
+    assert sorted(half) == pytest.approx(sorted(returns)[:5], rel=1e-5)
+    assert little_data.worst_half(name) == little_data.worst_half(name)
+
+
+@pytest.mark.parametrize("mode", little_data.MODES)
+def test_modes__are_possible_settings(mode):
+    distill.Config(**little_data.MODES[mode]).check()
