@@ -431,23 +431,18 @@ class Windows:
             rows = torch.arange(offset[i], offset[i] + size, device=device)
             task = torch.full_like(rows, i)
             for copy in range(self.copies):
-                u, v = torch.rand(2, len(first), generator=generator, device=device)[:, self.episode(rows)]
+                u = torch.rand(len(first), generator=generator, device=device)[self.episode(rows)]
                 table = self.table[offset[i] + (1 + copy) * size :][:size]
-                rtg = table[:, self.O + self.A]
-                rtg += self.shift(task, rows, rtg.to(u), (copy + u) / self.copies, v).to(rtg)
+                table[:, self.O + self.A] += self.shift(task, rows, (copy + u) / self.copies).to(table)
                 states = table[:, : self.O].to(device)
                 table[:, : self.O] = self.moved(states, task, generator).to(table)
 
-    def shift(self, task: Tensor, row: Tensor, rtg: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """(B,): what to add to returns-to-go rtg (B,) to ask for the return that u (B,) in [0, 1) chooses.
+    def shift(self, task: Tensor, row: Tensor, u: Tensor) -> Tensor:
+        """(B,): what to add to returns-to-go to ask for a return drawn by u (B,), uniform in [0, 1).
 
-        row (B,): of the original rows. v (B,) in [0, 1]: 0 adds the episode's whole lack of return at every
-        timestep, as if it had fallen behind; 1 the share that lies ahead, as if it had kept up.
+        row (B,): of the original rows.
         """
-        returns = self.returns[self.episode(row)]
-        ahead = (rtg / returns).nan_to_num(1.0).clamp(0, 1)
-        lack = self.low[task] + u * (self.high - self.low)[task] - returns
-        return lack * (1 - v * (1 - ahead))
+        return self.low[task] + u * (self.high - self.low)[task] - self.returns[self.episode(row)]
 
     def moved(self, states: Tensor, task: Tensor, generator: torch.Generator) -> Tensor:
         """States (B, ..., O) like those that other returns lead to, where `noise` is not zero.
@@ -530,9 +525,7 @@ class Windows:
             end = end + torch.where(asks, copy * self.size[task], 0)
         batch = self.gather(task, end)
         if self.asking and not self.copies:
-            v = torch.rand(len(end), generator=generator, device=end.device)
-            shift = self.shift(task, end, batch.rtg[:, -1], u.float(), v)
-            rtg = batch.rtg + torch.where(asks, shift, 0.0)[:, None]
+            rtg = batch.rtg + torch.where(asks, self.shift(task, end, u.float()), 0.0)[:, None]
             states = torch.where(asks[:, None, None], self.moved(batch.states, task, generator), batch.states)
             batch = batch._replace(rtg=rtg, states=states)
         if self.host:  # the next windows are probably those that these shares would give
