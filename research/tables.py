@@ -317,10 +317,10 @@ BASELINES = ("before", "context 1", "BC", "BC best 10 %")
 
 
 def battery_means(rows: list[dict[str, str]]) -> dict[tuple[str, str, str], list[float]]:
-    """Returns of each seed by dataset, variant and what was asked for; a student's variant: student."""
+    """Returns of each seed by dataset, variant and what was asked for; a student's without its group."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
-        variant = row["variant"].split()[0] if row["variant"].startswith("student") else row["variant"]
+        variant = row["variant"].rsplit(" ", 1)[0] if "student" in row["variant"] else row["variant"]
         found.setdefault((row["dataset"], variant, row["asked"]), []).append(float(row["return_mean"]))
     return found
 
@@ -361,6 +361,20 @@ def battery(names: list[str]) -> str:
     text += f" Baseline / default, on average (at worst): {', '.join(each)}."
     if retention:
         text += f" Students' retention: {np.mean(retention):.2f} on average, {min(retention):.2f} at worst."
+    others = {}  # students of context 1's teachers against those of the default's
+    for name in names:
+        if (name, "context 1 student", "supported") in returns:
+            of_default, other = (
+                np.mean(returns[name, variant, "supported"]) - low[name]
+                for variant in ("student", "context 1 student")
+            )
+            others[name] = other / of_default
+    if others:
+        x = list(others.values())
+        text += (
+            f" Students of context 1's teachers / of the default's: {np.mean(x):.2f} on average, "
+            f"{min(x):.2f} at worst, {max(x):.2f} at best."
+        )
     return f"{table([*head, 'flags of teachers', 'of students'], lines)}\n\n{text}"
 
 
