@@ -474,8 +474,11 @@ def cache_targets(teachers: list[teacher.Model], windows: data.Windows) -> None:
 # ---- a run -------------------------------------------------------------------------------------------------
 
 
-def main(cfg: Config) -> None:
-    """Train what is missing, distil, evaluate; write the run's directory. Skips a finished run."""
+def main(cfg: Config, teachers: list[teacher.Teacher] | None = None) -> None:
+    """Train what is missing, distil, evaluate; write the run's directory. Skips a finished run.
+
+    teachers: in place of those that cfg names: their models may be anything that is called as theirs.
+    """
     cfg.check()
     out = Path(cfg.out_dir)
     if not run_directory.start(out, cfg):
@@ -485,7 +488,7 @@ def main(cfg: Config) -> None:
         return
     clock = log.Clock()
     with clock("teachers"):
-        found = teacher.find(cfg)
+        found = teachers or teacher.find(cfg)
     models = [t.model for t in found]
     tasks = [t.task for t in found]
     with clock("data"):

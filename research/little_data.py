@@ -41,6 +41,7 @@ MODES: dict[str, dict[str, Any]] = {  # options of distill.py; "data, tuned": an
     "labels": {},
     "asked": {"ask": 0.5, "state_noise": 0.5},
     "both": {"loss": "kl+nll", "curriculum": "all"},
+    "ensemble": {},  # labels of the teachers of all seeds as one
 }
 GRID = {"steps": (750, 3000), "dropout": (0.0, 0.1), "weight_decay": (1e-4, 0.1)}
 TEACHER_OPTIONS: dict[str, Any] = {}  # besides the defaults, in tests
@@ -58,7 +59,7 @@ CLONE_SEED = evaluate.SEED + 10_000  # of its first episode
 class Config:
     tasks: tuple[Literal[tuple(TASKS)], ...] = ("builtin",)
     shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)  # of the training episodes
-    modes: tuple[str, ...] = tuple(MODES)  # what the student learns from
+    modes: tuple[str, ...] = tuple(MODES)[:-1]  # what the student learns from
     seeds: tuple[int, ...] = tuple(range(10))  # of students and of their draw of episodes
     n_embd: int = distill.Config.n_embd  # the student's channels
     worst_half: bool = False  # students see all episodes up to the median return, and no other
@@ -117,6 +118,44 @@ def gap(policy: Any, task: data.Task, seed: int) -> float:
     return evaluate.target_gap(sweep, data.load(task.dataset, seed).facts(), task)
 
 
+class Ensemble:
+    """Teachers of one task by several seeds as one: the Gaussian with the mean and variance of their mixture.
+
+    It takes states and returns in the units of the first. After Lakshminarayanan et al. 2017,
+    arXiv 1612.01474, section 2.4.
+    """
+
+    def __init__(self, models: list[dt.DecisionTransformer], tasks: list[data.Task]):
+        self.models = models
+        self.cfg = models[0].cfg
+        self.n_params = models[0].n_params  # so that compression is that of the other students
+        self.units = [(torch.tensor(t.obs_mean), torch.tensor(t.obs_std), t.rtg_scale) for t in tasks]
+
+    def __call__(self, task, states, actions, rtg, timesteps, mask):
+        """As dt.DecisionTransformer.forward."""
+        mean, std, scale = self.units[0]
+        observations = states * std + mean
+        policies = []
+        for model, (m, s, own_scale) in zip(self.models, self.units, strict=True):
+            own_rtg = rtg * (scale / own_scale)
+            policies.append(model(task, (observations - m) / s, actions, own_rtg, timesteps, mask))
+        means, log_stds = (torch.stack(x) for x in zip(*policies, strict=True))
+        mean = means.mean(0)
+        variance = ((2 * log_stds).exp() + means.square()).mean(0) - mean.square()
+        return mean, 0.5 * variance.clamp_min(1e-8).log()
+
+
+def ensemble(cfg: Config, tasks: str, seed: int) -> list[teacher.Teacher]:
+    """A student's teachers, each the ensemble of all seeds, that of `seed` first."""
+    order = [seed, *(s for s in range(TEACHER_SEEDS) if s != seed)]
+    of_seeds = [[teacher.load(Path(d), "cpu", None) for d in teachers(cfg, tasks, s)] for s in order]
+    found = []
+    for of_task in zip(*of_seeds, strict=True):
+        model = Ensemble([t.model for t in of_task], [t.task for t in of_task])
+        found.append(of_task[0]._replace(model=model))
+    return found
+
+
 # ---- students ----------------------------------------------------------------------------------------------
 
 
@@ -140,7 +179,8 @@ def student(cfg: Config, tasks: str, share: float, mode: str, seed: int) -> None
             eval_episodes=0,
             overwrite=True,
             **options,
-        )
+        ),
+        ensemble(cfg, tasks, teacher_seed) if mode == "ensemble" else None,
     )
     metrics = files.read_json(out / "metrics.json")
     model, meta = dt.load(out)

@@ -1,7 +1,11 @@
 """What students of little data are given, and the rows that they leave."""
 
+import math
+import types
+
 import minari
 import pytest
+import torch
 
 import data
 import distill
@@ -42,7 +46,7 @@ def two_tasks(results, monkeypatch):
 @pytest.mark.slow
 def test_main__adds_a_row_for_each_task_once(two_tasks, results):
     cfg = little_data.Config(
-        shares=(0.5,), modes=("data", "labels", "asked", "both"), seeds=(1, 7), n_embd=16,
+        shares=(0.5,), modes=("data", "labels", "asked", "both", "ensemble"), seeds=(1, 7), n_embd=16,
         work_dir=str(results / "out"),
     )  # fmt: skip
     little_data.main(cfg)
@@ -50,7 +54,7 @@ def test_main__adds_a_row_for_each_task_once(two_tasks, results):
     little_data.main(cfg)  # nothing is missing
     assert read_rows(results / "rows.csv") == rows
     students = [row for row in rows if row["mode"] not in ("teacher", "clone")]
-    assert len(students) == 4 * 2 * 2
+    assert len(students) == 5 * 2 * 2
     assert {row["task"] for row in students} == set(two_tasks)
     assert {(row["seed"], row["teacher_seed"]) for row in students} == {("1", "1"), ("7", "2")}
     assert {row["retention"] for row in students} == {"0.8"}
@@ -59,6 +63,28 @@ def test_main__adds_a_row_for_each_task_once(two_tasks, results):
     assert {row["target_gap"] for row in students if row["seed"] == "7"} == {""}
     assert {row["retention"] for row in rows if row["mode"] == "teacher"} == {"1.0"}
     assert {row["retention"] for row in rows if row["mode"] == "clone"} == {"0.8"}
+
+
+def test_ensemble__has_the_mean_and_variance_of_its_teachers_mixture():
+    """Of two policies that see the same observations in units of their own."""
+
+    def policy(mean, log_std):
+        def act(task, states, actions, rtg, timesteps, mask):
+            assert torch.allclose(states * 2 + 1, torch.full_like(states, 5.0)) or log_std == -2.0
+            assert rtg.mean() in (0.5, 1.0)
+            return torch.full_like(actions, mean), torch.full_like(actions, log_std)
+
+        act.cfg = act.n_params = None
+        return act
+
+    task = types.SimpleNamespace(obs_mean=[1.0], obs_std=[2.0], rtg_scale=100.0)
+    other = types.SimpleNamespace(obs_mean=[0.0], obs_std=[1.0], rtg_scale=50.0)
+    both = little_data.Ensemble([policy(0.2, -1.0), policy(-0.4, -2.0)], [task, other])
+    x = torch.full((1, 1, 1), 2.0)
+    mean, log_std = both(0, x, x, torch.full((1, 1), 0.5), None, None)
+    assert mean.item() == pytest.approx(-0.1)
+    mixture = (math.exp(-2) + math.exp(-4)) / 2 + 0.3**2  # means lie 0.3 from their mean
+    assert log_std.exp().square().item() == pytest.approx(mixture)
 
 
 @pytest.mark.slow
