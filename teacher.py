@@ -380,13 +380,15 @@ def find(cfg: Any) -> list[Teacher]:
         found.append(Teacher(*loaded))
     if len({t.task.name for t in found}) < len(found):
         raise UserError(f"two teachers of one task among {listed}; a student takes one for each task")
-    onnx = [t.model for t in found if isinstance(t.model, OnnxTeacher)]
-    contexts = {t.model.cfg.context for t in found if t.model not in onnx}
+    models = [t.model for t in found]
+    of_one_timestep = [m for m in models if isinstance(m, OnnxTeacher) and not m.takes_history]
+    contexts = {m.cfg.context for m in models if m not in of_one_timestep}
     if len(contexts) > 1:
         raise UserError(
-            f"teachers of different context lengths {sorted(contexts)}; train them with one --context"
+            f"teachers of different context lengths {sorted(contexts)}; train them with one --context, and "
+            f"export ONNX files with histories of as many timesteps"
         )
-    for model in onnx:  # each sees one timestep, of as many as the others are shown
+    for model in of_one_timestep:  # of as many as the others are shown
         model.cfg = dataclasses.replace(model.cfg, context=max(contexts, default=1))
     return found
 

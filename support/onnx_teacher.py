@@ -1,11 +1,17 @@
-"""Any policy as a teacher: an ONNX file from one observation to an action, run by onnxruntime on the CPU.
+"""Any policy as a teacher: an ONNX file from observations to an action, run by onnxruntime on the CPU.
 
 Used by teacher.find. Nothing in a file is unpickled or executed but ONNX's operators. In the environment's
 units, of B rows, any number:
 
     inputs   observation (B, O); and, where the policy is asked for a return, return_to_go (B,) or (B, 1)
+             or, beside or in place of these, a history of K timesteps, K fixed in the file: observations
+             (B, K, O), with or without returns_to_go (B, K) or (B, K, 1), timesteps (B, K) int64, mask (B, K)
+             bool, and actions (B, K, A), discrete ones one-hot
     outputs  mean or action (B, A), with or without log_std (B, A) or (A,); or logits (B, n) of n discrete
              actions; others are ignored
+
+A history ends with the present timestep, whose action is not chosen yet: zeros. Where an episode or a
+student's window has fewer timesteps, it begins with zeros, at which mask is False.
 """
 
 import contextlib
@@ -31,11 +37,18 @@ MAX_BYTES = 2**30  # as of a model's weights
 # Of a policy that has no log_std, in half action ranges: twice distill.py's --sigma-floor, so that the floor
 # does not decide; the KL is then a squared error of the means, and a student's sigma does not collapse.
 SIGMA = 0.1
-TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64}
+FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64}
+TYPES = {"timesteps": {"tensor(int64)": np.int64}, "mask": {"tensor(bool)": np.bool_}}  # of others: FLOATS
+HISTORY = {"observations": (3,), "actions": (3,), "returns_to_go": (2, 3), "timesteps": (2,), "mask": (2,)}
+RANKS = {"observation": (2,), "return_to_go": (1, 2), **HISTORY}
 UNDERSTOOD = (
-    "understood are inputs observation (B, O) and, optionally, return_to_go (B,), floats; outputs mean or "
-    "action (B, A) with or without log_std, or logits (B, n) of discrete actions"
+    "understood are inputs observation (B, O) and, optionally, return_to_go (B,), floats, or a history (see "
+    "docs/extending.md); outputs mean or action (B, A) with or without log_std, or logits (B, n) of discrete "
+    "actions"
 )
+AT_ONCE = 2**22  # numbers of the histories of a batch
+
+History = dict[str, np.ndarray]  # of N rows, in the environment's units, by the names of HISTORY
 
 
 class OnnxTeacher:
@@ -47,18 +60,22 @@ class OnnxTeacher:
     def __init__(self, path: Path, task: data.Task):
         self.path = path
         self.task = task
-        self.cfg = dt.ModelConfig.of([task], context=1)
         blob = _read(path)
         self.n_params = _checked(path, blob)
         self.session, inputs, outputs = _session(path, blob)
         self._take_names(inputs, outputs)
+        self._check_sizes(inputs)
+        self.cfg = dt.ModelConfig.of([task], context=self.K)
         self._try()
 
     def _take_names(self, inputs, outputs):
         """Which of them there are; see _session. Raises UserError where they are not those of a policy."""
-        ranks = {name: len(shape) for name, (_, shape) in inputs.items()}
-        understood = ranks.pop("observation", None) == 2 and ranks.pop("return_to_go", 1) in (1, 2)
-        understood = understood and not ranks and all(type_ in TYPES for type_, _ in inputs.values())
+        understood = "observation" in inputs or "observations" in inputs
+        self.types = {}
+        for name, (type_, shape) in inputs.items():
+            types = TYPES.get(name, FLOATS)
+            understood = understood and len(shape) in RANKS.get(name, ()) and type_ in types
+            self.types[name] = types.get(type_)
         wanted = ("logits",) if self.task.discrete else ("mean", "action")
         self.names = [name for name in wanted if name in outputs][:1]
         if not (understood and self.names):
@@ -75,24 +92,39 @@ class OnnxTeacher:
                 f"{self.path} takes batches of {inputs[fixed[0]][1][0]} alone; export it again with a "
                 f"dynamic first dimension of {', '.join(fixed)}"
             )
-        self.types = {name: TYPES[type_] for name, (type_, _) in inputs.items()}
-        self.takes_return = "return_to_go" in inputs
-        if self.takes_return:
-            self.return_shape = (-1, 1)[: len(inputs["return_to_go"][1])]
+        self.ranks = {name: len(shape) for name, (_, shape) in inputs.items()}
+        self.takes_return = "return_to_go" in inputs or "returns_to_go" in inputs
         if "log_std" in outputs and not self.task.discrete:
             self.names.append("log_std")
-        observation_size = inputs["observation"][1][1]
-        if isinstance(observation_size, int) and observation_size != self.task.obs_dim:
+
+    def _check_sizes(self, inputs):
+        """Take K. Raises UserError where it is not fixed, or sizes are not those of the dataset."""
+        lengths = {name: shape[1] for name, (_, shape) in inputs.items() if name in HISTORY}
+        self.takes_history = bool(lengths)
+        self.K, *others = {*lengths.values()} or {1}
+        if others or not isinstance(self.K, int) or not 0 < self.K <= dt.MAX_CONTEXT:
+            given = ", ".join(f"{name} of {length}" for name, length in lengths.items())
             raise UserError(
-                f"{self.path} takes {observation_size} observations, dataset {self.task.dataset} has "
-                f"{self.task.obs_dim}; put --teachers in the order of the tasks"
+                f"{self.path} takes {given} timesteps; export it again with one fixed number of 1 to "
+                f"{dt.MAX_CONTEXT}"
             )
+        sizes = {"observation": self.task.obs_dim, "observations": self.task.obs_dim}
+        sizes["actions"] = self.task.act_dim
+        for name in sizes.keys() & inputs.keys():
+            given = inputs[name][1][-1]
+            if isinstance(given, int) and given != sizes[name]:
+                kind = "actions" if name == "actions" else "observations"
+                raise UserError(
+                    f"{self.path} takes {given} {kind}, dataset {self.task.dataset} has {sizes[name]}; put "
+                    f"--teachers in the order of the tasks"
+                )
 
     def _try(self):
         """Run it on three mean observations. Raises UserError where sizes are not those of the dataset."""
         task = self.task
-        observation = np.tile(task.obs_mean, (3, 1))
-        outputs = self._run(observation, np.full(3, task.target))
+        history = self._empty(3)
+        self._append(history, np.tile(task.obs_mean, (3, 1)), np.full(3, task.target))
+        outputs = self._run(history)
         name, action = self.names[0], outputs[0]
         if action.shape != (3, task.act_dim):
             raise UserError(
@@ -105,17 +137,20 @@ class OnnxTeacher:
                 f"{self.path} gives log_std {outputs[1].shape} for 3 observations: must be (3, {A}) or ({A},)"
             )
 
-    def _run(self, observation: np.ndarray, return_to_go: np.ndarray) -> list[np.ndarray]:
-        """What the file makes of observation (B, O) and return_to_go (B,), all in the environment's units."""
-        feed = {"observation": observation}
-        if self.takes_return:
-            feed["return_to_go"] = return_to_go.reshape(self.return_shape)
-        feed = {name: x.astype(self.types[name]) for name, x in feed.items()}
+    def _run(self, history: History) -> list[np.ndarray]:
+        """What the file makes of N rows."""
+        last = {"observation": "observations", "return_to_go": "returns_to_go"}
+        feed = {}
+        for name, type_ in self.types.items():
+            x = history[last[name]][:, -1] if name in last else history[name]
+            if x.ndim < self.ranks[name]:  # returns of (B, 1) or (B, K, 1)
+                x = x[..., None]
+            feed[name] = x.astype(type_)
         try:
             outputs = self.session.run(self.names, feed)
         except Exception as e:  # noqa: BLE001 - onnxruntime has a class of its own for each of its errors
             raise UserError(
-                f"{self.path} does not run on {len(observation)} observations of {self.task.obs_dim} "
+                f"{self.path} does not run on {len(history['mask'])} observations of {self.task.obs_dim} "
                 f"numbers, as dataset {self.task.dataset} has them ({_reason(e)}); export it again for these"
             ) from None
         for name, x in zip(self.names, outputs, strict=True):
@@ -128,12 +163,12 @@ class OnnxTeacher:
                 )
         return [x.astype(np.float64) for x in outputs]
 
-    def policy(self, observation: np.ndarray, return_to_go: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, O) and (B,), in the environment's units -> mean and log_std (B, A), in the student's.
+    def policy(self, history: History) -> tuple[np.ndarray, np.ndarray]:
+        """N rows -> mean and log_std (N, A) of their last timestep, in the student's units.
 
         Of discrete actions: their log-probabilities, and zeros.
         """
-        action, *log_std = self._run(observation, return_to_go)
+        action, *log_std = self._run(history)
         if self.task.discrete:
             logits = torch.from_numpy(action.clip(NEVER, -NEVER))  # a mask's -inf too
             return logits.log_softmax(-1).numpy(), np.zeros_like(action)
@@ -147,33 +182,83 @@ class OnnxTeacher:
         self, task: int, states: Tensor, actions: Tensor, rtg: Tensor, timesteps: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Shapes and units: dt.DecisionTransformer.forward. Zeros where mask is False."""
-        observation = states[mask].double().cpu().numpy() * self.task.obs_std + self.task.obs_mean
-        return_to_go = rtg[mask].double().cpu().numpy() * self.task.rtg_scale
-        out = []
-        for x in self.policy(observation, return_to_go):
-            padded = states.new_zeros(*mask.shape, self.task.act_dim)
-            padded[mask] = torch.from_numpy(x.astype(np.float32)).to(states)
-            out.append(padded)
-        return tuple(out)
+        task = self.task
+        arrays = {
+            "observations": states.double().cpu().numpy() * task.obs_std + task.obs_mean,
+            "actions": self._in_units(actions.double().cpu().numpy()),
+            "returns_to_go": rtg.double().cpu().numpy() * task.rtg_scale,
+            "timesteps": timesteps.cpu().numpy(),
+            "mask": mask.cpu().numpy(),
+        }
+        out = np.zeros((2, *mask.shape, task.act_dim), np.float32)
+        windows, places = arrays["mask"].nonzero()
+        n = max(1, AT_ONCE // (self.K * (task.obs_dim + task.act_dim + 3)))
+        for i in range(0, len(windows), n):
+            window = windows[i : i + n]
+            place = places[i : i + n]
+            history = self._empty(len(window))
+            for back in range(min(self.K, mask.shape[1])):
+                rows = (place >= back) & arrays["mask"][window, place - back]
+                for name, x in arrays.items():
+                    history[name][rows, -1 - back] = x[window[rows], place[rows] - back]
+            history["actions"][:, -1] = 0
+            out[:, window, place] = self.policy(history)
+        return tuple(torch.from_numpy(out).to(states))
+
+    def _in_units(self, actions):
+        """(..., A), as datasets and students have them -> in the environment's units; discrete: one-hot."""
+        if self.task.discrete:
+            return actions
+        low = np.array(self.task.act_low)
+        return low + (actions + 1) / 2 * (np.array(self.task.act_high) - low)
+
+    def _empty(self, rows: int) -> History:
+        """Histories of no timestep."""
+        return {
+            "observations": np.zeros((rows, self.K, self.task.obs_dim)),
+            "actions": np.zeros((rows, self.K, self.task.act_dim)),
+            "returns_to_go": np.zeros((rows, self.K)),
+            "timesteps": np.zeros((rows, self.K), np.int64),
+            "mask": np.zeros((rows, self.K), bool),
+        }
+
+    def _append(self, history: History, observation: np.ndarray, return_to_go: np.ndarray) -> None:
+        """Add a timestep, observation (N, O) and return_to_go (N,), whose action is not chosen yet."""
+        timestep = np.where(history["mask"][:, -1], history["timesteps"][:, -1] + 1, 0)
+        present = {
+            "observations": observation,
+            "actions": 0,
+            "returns_to_go": return_to_go,
+            "timesteps": timestep,
+            "mask": True,
+        }
+        for name, x in history.items():
+            x[:, :-1] = x[:, 1:]
+            x[:, -1] = present[name]
 
     # ---- its own episodes, for evaluate.play ----
 
     def reset(self, target_return: ArrayLike, episodes: int) -> None:
         self.return_to_go = np.full(episodes, target_return, float)
+        self.history = self._empty(episodes)
 
     def act(self, observation: np.ndarray, reward: np.ndarray) -> np.ndarray:
         """observation (E, O), reward (E,) -> the mean (E, A), or the likeliest discrete action (E,)."""
         task = self.task
         self.return_to_go = self.return_to_go - reward
-        mean, _ = self.policy(observation, self.return_to_go)
+        self._append(self.history, observation, self.return_to_go)
+        mean, _ = self.policy(self.history)
         if task.discrete:
-            return mean.argmax(1) + task.first_action
-        low = np.array(task.act_low)
-        high = np.array(task.act_high)
-        return (low + (mean + 1) / 2 * (high - low)).clip(low, high).astype(np.float32)
+            best = mean.argmax(1)
+            self.history["actions"][:, -1] = np.eye(task.act_dim)[best]
+            return best + task.first_action
+        action = self._in_units(mean).clip(task.act_low, task.act_high).astype(np.float32)
+        self.history["actions"][:, -1] = action
+        return action
 
     def keep(self, rows: np.ndarray) -> None:
         self.return_to_go = self.return_to_go[rows]
+        self.history = {name: x[rows] for name, x in self.history.items()}
 
 
 # ---- a student's teacher -----------------------------------------------------------------------------------
@@ -192,7 +277,9 @@ def load_onnx(path: Path, name: str | None, cfg: Any) -> tuple[OnnxTeacher, data
         dataset = data.load(name, cfg.seed)
     model = OnnxTeacher(path, dataset.task)
     if cfg.ask > 0 and cfg.loss != "nll" and not model.takes_return:
-        raise UserError(f"--ask {cfg.ask}: {path} takes no return_to_go, it can't be asked; use --ask 0")
+        raise UserError(
+            f"--ask {cfg.ask}: {path} takes no return_to_go or returns_to_go, it can't be asked; use --ask 0"
+        )
     return model, dataset.task, _metrics(model, dataset, cfg.eval_episodes)
 
 

@@ -53,12 +53,26 @@ def a_task(O: int = 3, A: int = 2, seed: int = 0, **fields) -> data.Task:
     return data.Task(**{**given, **fields})
 
 
-def write(path: Path, nodes: list, inputs: dict, outputs: dict, weights: dict | None = None) -> Path:
-    """An ONNX file. inputs, outputs: their shapes, of floats; weights: arrays, by name."""
+def write(
+    path: Path,
+    nodes: list,
+    inputs: dict,
+    outputs: dict,
+    weights: dict | None = None,
+    types: dict | None = None,
+) -> Path:
+    """An ONNX file. inputs, outputs: their shapes; weights: arrays, by name; types: of what is no float."""
+    types = types or {}
     infos = []
     for shapes in (inputs, outputs):
-        infos.append([helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in shapes.items()])
-    initializers = [numpy_helper.from_array(np.float32(w), name) for name, w in (weights or {}).items()]
+        of_shapes = []
+        for name, shape in shapes.items():
+            of_shapes.append(helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), shape))
+        infos.append(of_shapes)
+    initializers = []
+    for name, w in (weights or {}).items():
+        w = np.asarray(w)
+        initializers.append(numpy_helper.from_array(w if w.dtype == np.int64 else np.float32(w), name))
     graph = helper.make_graph(nodes, "policy", *infos, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path.write_bytes(model.SerializeToString())
@@ -103,6 +117,56 @@ class Function:
             of_rows = node("Add", ["zeros", "s"], ["log_std"])
             nodes.append(of_rows if log_std == "(B, A)" else node("Identity", ["s"], ["log_std"]))
         return write(path, nodes, inputs, outputs, weights)
+
+
+class Average:
+    """The mean over a history of observations W, returns v, timesteps u and, where they are taken, actions X.
+
+    As a file and as a function. The present action and what is padded are zeros, by agreement.
+    """
+
+    WEIGHTS = {"observations": "W", "actions": "X", "returns_to_go": "v", "timesteps": "u"}
+
+    def __init__(self, O: int, A: int, seed: int):
+        rng = np.random.default_rng(seed)
+        self.weights = {"W": rng.normal(size=(O, A)), "X": rng.normal(size=(A, A))}
+        self.weights |= {"v": rng.normal(size=(1, A)) / 1000, "u": rng.normal(size=(1, A))}
+        self.weights = {name: np.float32(w) for name, w in self.weights.items()}
+
+    def __call__(self, *timesteps: tuple) -> np.ndarray:
+        """timesteps: (observation, action, return_to_go, timestep), arrays (N, .), the last action zeros."""
+        total = 0.0
+        for parts in timesteps:
+            for x, w in zip(parts, self.weights_of(self.WEIGHTS), strict=True):
+                total = total + np.asarray(x, float) @ w
+        return total / len(timesteps)
+
+    def weights_of(self, names) -> list[np.ndarray]:
+        return [self.weights[self.WEIGHTS[name]].astype(float) for name in names]
+
+    def write(self, path: Path, K: int, names=tuple(WEIGHTS), output: str = "action", rank: int = 2) -> Path:
+        """names: of the inputs besides mask. rank: of returns_to_go."""
+        node = helper.make_node
+        O, A = self.weights["W"].shape
+        shapes = {"observations": ["B", K, O], "actions": ["B", K, A]}
+        shapes |= {"returns_to_go": ["B", K, 1][:rank], "timesteps": ["B", K], "mask": ["B", K]}
+        types = {"timesteps": TensorProto.INT64, "mask": TensorProto.BOOL}
+        inputs = {name: shapes[name] for name in (*names, "mask")}
+        nodes = [node("Cast", ["mask"], ["m"], to=TensorProto.FLOAT)]
+        nodes.append(node("ReduceSum", ["m", "one"], ["n"], keepdims=1))  # (B, 1) valid timesteps
+        for name in names:
+            x = name
+            if name == "timesteps":
+                nodes.append(node("Cast", [name], [x := "t"], to=TensorProto.FLOAT))
+            if len(inputs[name]) == 2:
+                nodes.append(node("Unsqueeze", [x, "two"], [x := f"{name} 3"]))
+            nodes.append(node("ReduceSum", [x, "one"], [f"{name} sum"], keepdims=0))
+            nodes.append(node("MatMul", [f"{name} sum", self.WEIGHTS[name]], [f"{name} y"]))
+        nodes.append(node("Sum", [f"{name} y" for name in names], ["y"]))
+        nodes.append(node("Div", ["y", "n"], [output]))
+        used = {self.WEIGHTS[name]: self.weights[self.WEIGHTS[name]] for name in names}
+        axes = {"one": np.array([1]), "two": np.array([2])}
+        return write(path, nodes, inputs, {output: ["B", A]}, {**used, **axes}, types)
 
 
 def a_batch(task: data.Task, B: int, K: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -240,12 +304,84 @@ def test_example__exports_a_teacher(tmp_path, discrete):
     path = tmp_path / "policy.onnx"
     example.export(example.Actor(ppo, mean, std), path, observations=3)
     observation = torch.randn(50, 3) * 9
-    got, log_std = OnnxTeacher(path, task).policy(observation.double().numpy(), np.zeros(50))
+    got, log_std = OnnxTeacher(path, task).policy({"observations": observation.double().numpy()[:, None]})
     with torch.no_grad():
         y = ppo.action_net(ppo.mlp_extractor.policy_net(((observation - mean) / std).clamp(-10, 10)))
     expected = y.log_softmax(-1) if discrete else y.clamp(-1, 1)
     assert np.allclose(got, expected, atol=1e-5)
     assert np.allclose(log_std, 0.0 if discrete else -1.0)
+
+
+# ---- policies with a history -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 2**22])
+@settings(max_examples=20)
+@given(A=st.integers(1, 3), context=st.integers(1, 5), K=st.integers(1, 5), seed=seeds)
+def test_onnx_teacher__sees_the_timesteps_of_a_window_up_to_each(
+    tmp_path_factory, at_once, A, context, K, seed
+):
+    task = a_task(3, A, seed)
+    f = Average(3, A, seed)
+    path = f.write(tmp_path_factory.mktemp("onnx") / "a.onnx", K, rank=2 + seed % 2)
+    states, _, rtg, timesteps, mask = a_batch(task, 6, context, seed)
+    generator = torch.Generator().manual_seed(seed)
+    actions = torch.rand(6, context, A, generator=generator) * 2 - 1
+    timesteps = timesteps + torch.arange(context)
+    rtg[~mask] = actions[~mask] = float("nan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_teacher, "AT_ONCE", at_once)
+        mean, _ = OnnxTeacher(path, task)(0, states, actions, rtg, timesteps, mask)
+    low, high = np.array([task.act_low, task.act_high])
+    for b, i in mask.nonzero().tolist():
+        history = []
+        for j in range(max(0, i - K + 1), i + 1):
+            if mask[b, j]:
+                observation = states[b, j].double().numpy() * task.obs_std + task.obs_mean
+                action = low + (actions[b, j].double().numpy() + 1) / 2 * (high - low)
+                return_to_go = rtg[b, j].item() * task.rtg_scale
+                history.append((observation, action * (j < i), [return_to_go], [timesteps[b, j].item()]))
+        y = f(*history)
+        expected = (2 * (y - low) / (high - low) - 1).clip(-1, 1)
+        error = np.abs(mean[b, i].numpy() - expected).max()
+        assert error < 1e-4 * (1 + np.abs(y).max()) / (high - low).min()
+
+
+def test_onnx_teacher__acts_on_the_history_of_its_own_episode(tmp_path):
+    task = a_task(act_low=[-90.0, -90.0], act_high=[90.0, 90.0])
+    f = Average(3, 2, seed=0)
+    model = OnnxTeacher(f.write(tmp_path / "a.onnx", 3), task)
+    rng = np.random.default_rng(0)
+    model.reset(np.array([100.0, 50.0]), 2)
+    past = []
+    return_to_go = np.array([100.0, 50.0])
+    for t in range(6):
+        if t == 4:  # the first episode ends
+            model.keep(np.array([False, True]))
+            return_to_go = return_to_go[1:]
+            past = [tuple(x[1:] for x in timestep) for timestep in past]
+        E = len(return_to_go)
+        observation = rng.normal(size=(E, 3))
+        reward = rng.normal(size=E) * 9 * (t > 0)
+        return_to_go = return_to_go - reward
+        present = (observation, np.zeros((E, 2)), return_to_go[:, None], np.full((E, 1), t))
+        action = model.act(observation, reward)
+        assert np.allclose(action, f(*past[-2:], present), atol=1e-3)
+        past.append((observation, action, *present[2:]))
+
+
+def test_onnx_teacher__remembers_discrete_actions_as_one_hot(tmp_path):
+    task = a_task(3, 3, first_action=4)
+    f = Average(3, 3, seed=0)
+    model = OnnxTeacher(f.write(tmp_path / "a.onnx", 2, ("observations", "actions"), "logits"), task)
+    observation = np.random.default_rng(0).normal(size=(2, 5, 3))
+    model.reset(0.0, 5)
+    first = model.act(observation[0], np.zeros(5))
+    assert len(set(first)) > 1
+    second = model.act(observation[1], np.zeros(5))
+    W, X = f.weights_of(("observations", "actions"))
+    logits = observation.sum(0) @ W + np.eye(3)[first - 4] @ X
+    assert second.tolist() == (logits.argmax(1) + 4).tolist()
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -314,6 +450,15 @@ def wrong(path: Path, kind: str) -> None:
         opset = [helper.make_opsetid("", 17)]
         model.functions.append(helper.make_function("mine", "Mine", ["x"], ["y"], [], opset))
         path.write_bytes(model.SerializeToString())
+    elif kind.startswith("history"):
+        f = Average(4 if "observations" in kind else 3, 3 if "actions" in kind else 2, seed=0)
+        f.write(path, {"any": "K", "none": 0, "long": 2000}.get(kind.split()[-1], 4))
+        model = onnx.load(path)
+        if "lengths" in kind:
+            model.graph.input[1].type.tensor_type.shape.dim[1].dim_value = 5
+        elif "integers" in kind:
+            model.graph.input[3].type.tensor_type.elem_type = TensorProto.FLOAT
+        path.write_bytes(model.SerializeToString())
     elif kind == "empty":
         path.write_bytes(b"")
 
@@ -337,6 +482,13 @@ REFUSED = {
     "names": r"no ONNX file that onnxruntime can run .*utf-8",
     "operator": r"no ONNX file that onnxruntime can run",
     "functions": r"holds loops or functions",
+    "history observations": r"takes 4 observations, dataset tests/walk-v0 has 3",
+    "history actions": r"takes 3 actions, dataset tests/walk-v0 has 2",
+    "history lengths": r"takes observations of 4, actions of 5, returns_to_go of 4, .* with one fixed number",
+    "history integers": r"'timesteps' tensor\(float\) .*; understood are .*history",
+    "history any": r"takes observations of K, .* timesteps; .* one fixed number of 1 to 1024",
+    "history none": r"takes observations of 0, ",
+    "history long": r"takes observations of 2000, ",
     "empty": r"no ONNX file that onnxruntime can run .*export it again",
     "missing": r"can't read .*No such file",
 }
@@ -366,7 +518,8 @@ def test_onnx_teacher__stops_at_nan_later(tmp_path):
     task = a_task(2, 2, obs_mean=[1.0, 1.0], obs_std=[1.0, 1.0])
     model = OnnxTeacher(path, task)
     with pytest.raises(UserError, match="gives action NaN"):
-        model.policy(-np.ones((1, 2)), np.zeros(1))
+        model.reset(0.0, 1)
+        model.act(-np.ones((1, 2)), np.zeros(1))
 
 
 # ---- a student of it ---------------------------------------------------------------------------------------
@@ -434,6 +587,18 @@ def test_distill__sweeps_a_file_that_takes_return_to_go(two_teachers, tmp_path):
     assert [row["episodes"] for row in of_teacher["sweep"]] == [1] * len(task.targets)
     assert of_teacher["target"] == task.target
     assert of_teacher["target_gap"] > 0
+
+
+def test_distill__gives_the_student_the_context_of_a_teachers_history(two_teachers, tmp_path):
+    names = ("observations", "actions")
+    path = Average(4, 2, seed=0).write(tmp_path / "a.onnx", 4, names, "logits")
+    distilled((path, two_teachers[1]), tmp_path / "mixed")
+    assert files.read_json(tmp_path / "mixed/model.json")["config"]["context"] == 4
+    distilled((path,), tmp_path / "alone", datasets=(CARTPOLE,), targets="live")
+    assert files.read_json(tmp_path / "alone/model.json")["config"]["context"] == 4
+    path = Average(4, 2, seed=0).write(tmp_path / "b.onnx", 3, names, "logits")
+    with pytest.raises(UserError, match=r"different context lengths \[3, 4\]; .* histories of as many"):
+        distilled((path, two_teachers[1]), tmp_path / "refused")
 
 
 def test_distill__without_evaluation_knows_no_retention(two_teachers, tmp_path):
