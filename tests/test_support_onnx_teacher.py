@@ -3,9 +3,11 @@
 Hostile files: test_hostile.py.
 """
 
+import argparse
 import math
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import onnx
 import pytest
@@ -18,10 +20,12 @@ from onnx import TensorProto, helper, numpy_helper
 import data
 import distill
 import evaluate
+import forked
 import model as dt
 import report
 import teacher
 from conftest import make_dataset, seeds
+from examples import collect_cartpole
 from examples import onnx_teacher as example
 from kernels.kl import LOG_STD
 from support import UserError, files, onnx_teacher
@@ -261,25 +265,37 @@ class CleanRLAgent(torch.nn.Module):
         self.actor_mean = torch.nn.Sequential(*layers[:-1])
         self.actor_logstd = torch.nn.Parameter(torch.full((1, A), -0.5))
 
-    def forward(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.actor_mean(observation)
-        return mean, self.actor_logstd.expand_as(mean)
+
+def cleanrl_env() -> gym.Env:
+    """Its make_env's observations: those of Pendulum, normalised and clipped."""
+    env = gym.wrappers.NormalizeObservation(gym.make("Pendulum-v1"))
+    space = Box(-10, 10, (3,))
+    return gym.wrappers.TransformObservation(env, lambda x: np.clip(x, -10, 10), space)
 
 
-def test_onnx_teacher__takes_what_torch_exports_of_an_actor(tmp_path):
+def test_example__exports_a_cleanrl_agent(tmp_path):
     torch.manual_seed(0)
-    agent = CleanRLAgent(3, 2)
-    path = tmp_path / "a.onnx"
-    example.export(agent, path, observations=3)
-    task = a_task(act_low=[-2.0, -2.0], act_high=[2.0, 2.0])
-    model = OnnxTeacher(path, task)
+    agent = CleanRLAgent(3, 1)
+    env = cleanrl_env()
+    env.reset(seed=0)
+    for _ in range(100):
+        seen = env.step(np.zeros(1, np.float32))[0]  # normalised by the statistics as of now
+    rms = env.get_wrapper_attr("obs_rms")
+    example.export(example.Actor(agent.actor_mean, agent.actor_logstd, rms), tmp_path / "a.onnx", 3)
+    task = a_task(3, 1, act_low=[-2.0], act_high=[2.0])
+    model = OnnxTeacher(tmp_path / "a.onnx", task)
     assert model.n_params >= sum(p.numel() for p in agent.parameters())
-    states, *rest = a_batch(task, 7, 1, seed=0)
-    mean, log_std = model(0, states, *rest)
+    observation = env.unwrapped._get_obs().astype(float)
+    mean, log_std = model.policy({"observations": observation[None, None]})
     with torch.no_grad():
-        wanted, _ = agent(states * torch.tensor(task.obs_std) + torch.tensor(task.obs_mean))
-    assert torch.allclose(mean, (wanted / 2).clamp(-1, 1), atol=1e-5)
-    assert torch.allclose(log_std, torch.tensor(-0.5 - math.log(2)), atol=1e-6)
+        expected = agent.actor_mean(torch.from_numpy(seen).float())
+    assert np.allclose(mean[0], expected / 2, atol=1e-5)
+    assert np.allclose(log_std, -0.5 - math.log(2), atol=1e-6)
+    # far from what it has seen, the clipping counts
+    mean, _ = model.policy({"observations": np.full((1, 1, 3), 1e4)})
+    with torch.no_grad():
+        expected = agent.actor_mean(torch.full((3,), 10.0))
+    assert np.allclose(mean[0], expected / 2, atol=1e-5)
 
 
 class PPOPolicy(torch.nn.Module):
@@ -289,20 +305,20 @@ class PPOPolicy(torch.nn.Module):
         super().__init__()
         self.mlp_extractor = torch.nn.Module()
         self.mlp_extractor.policy_net = torch.nn.Sequential(torch.nn.Linear(O, 64), torch.nn.Tanh())
-        self.mlp_extractor.forward_actor = self.mlp_extractor.policy_net.forward
         self.action_net = torch.nn.Linear(64, A)
         if not discrete:
             self.log_std = torch.nn.Parameter(torch.full((A,), -1.0))
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_example__exports_a_teacher(tmp_path, discrete):
+def test_example__exports_a_stable_baselines_ppo(tmp_path, discrete):
     torch.manual_seed(0)
     task = a_task(first_action=0) if discrete else a_task(act_low=[-1.0, -1.0], act_high=[1.0, 1.0])
     ppo = PPOPolicy(3, 2, discrete)
     mean, std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])
     path = tmp_path / "policy.onnx"
-    example.export(example.Actor(ppo, mean, std), path, observations=3)
+    rms = argparse.Namespace(mean=mean.double().numpy(), var=std.double().numpy() ** 2)
+    example.export(example.actor_of_ppo(ppo, rms), path, observations=3)
     observation = torch.randn(50, 3) * 9
     got, log_std = OnnxTeacher(path, task).policy({"observations": observation.double().numpy()[:, None]})
     with torch.no_grad():
@@ -599,6 +615,18 @@ def test_distill__gives_the_student_the_context_of_a_teachers_history(two_teache
     path = Average(4, 2, seed=0).write(tmp_path / "b.onnx", 3, names, "logits")
     with pytest.raises(UserError, match=r"different context lengths \[3, 4\]; .* histories of as many"):
         distilled((path, two_teachers[1]), tmp_path / "refused")
+
+
+def test_example__controller_teaches_a_student(two_teachers, tmp_path):
+    forked.python("examples/onnx_teacher.py balance.onnx --controller", tmp_path)
+    path = tmp_path / "balance.onnx"
+    model = OnnxTeacher(path, data.load(CARTPOLE).task)
+    observation = np.random.default_rng(0).normal(size=(99, 4))
+    model.reset(0.0, 99)
+    by_hand = [collect_cartpole.balance(x) for x in observation]
+    assert model.act(observation, np.zeros(99)).tolist() == by_hand
+    distilled((path,), tmp_path / "student", datasets=(CARTPOLE,))
+    assert files.read_json(tmp_path / "student/model.json")["teachers"][CARTPOLE]["return_mean"] == 500
 
 
 def test_distill__without_evaluation_knows_no_retention(two_teachers, tmp_path):
