@@ -12,7 +12,8 @@ log            log.csv, TensorBoard, Weights & Biases, tables, seconds by phase
 update_log     a student's log.csv
 training       learning-rate schedule, CUDA graphs
 environments   making environments, sizes of their spaces
-minari_files   a Minari dataset as arrays: download, isolated reader, cache
+isolation      reading files of others with bounded memory and time
+minari_files   a Minari dataset as arrays: download, cache
 host_table     data too large for the training device
 hub            run directories on the Hugging Face Hub
 onnx_teacher   any policy as a teacher: an ONNX file

@@ -11,13 +11,11 @@ The arrays of a dataset with S timesteps, E episodes, O observation and A action
 Its description: env_id, env_kwargs, max_steps, act_low, act_high, first_action, saturation; see data.Task.
 """
 
+import functools
 import hashlib
 import json
 import os
-import signal
 import tempfile
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ import safetensors.numpy
 from minari.dataset.minari_dataset import parse_dataset_id
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from support import UserError, environments, files, first_line
+from support import UserError, environments, files, first_line, isolation
 
 MAX_STEPS = 100_000  # of an episode at evaluation
 CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
@@ -100,12 +98,12 @@ def read(dataset_id: str) -> tuple[Arrays, Description]:
         CACHE.mkdir(parents=True, exist_ok=True)
         for outdated in CACHE.glob(f"{prefix}-{'?' * 24}.safetensors"):
             outdated.unlink()
-        isolated(build, dataset_id, path, cached)
+        _build_isolated(dataset_id, path, cached)
         return load_arrays(cached)
     except OSError as e:
         print(f"no cache under {CACHE} ({e}): the dataset will be read from Minari's files each time")
         with tempfile.TemporaryDirectory() as folder:
-            isolated(build, dataset_id, path, Path(folder) / "table")
+            _build_isolated(dataset_id, path, Path(folder) / "table")
             return load_arrays(Path(folder) / "table")
 
 
@@ -117,6 +115,16 @@ def fingerprint(path: Path) -> str:
         digest.update(f"{f.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
     digest.update((path / "metadata.json").read_bytes())
     return digest.hexdigest()
+
+
+def _build_isolated(dataset_id, path, file):
+    """`build` in a process of its own: HDF5's library can crash or hang on a damaged file."""
+    n_bytes = sum(x.stat().st_size for x in path.rglob("*"))
+
+    def message(reason: str) -> str:
+        return f"dataset {dataset_id} can't be read ({reason}); delete {path.parent} to fetch it again"
+
+    isolation.isolated(functools.partial(build, dataset_id, path, file), n_bytes, message)
 
 
 def build(dataset_id: str, path: Path, file: Path) -> None:
@@ -169,77 +177,6 @@ def _valid_description(about):
         and isinstance(about["env_id"], (str, type(None)))
         and isinstance(about["env_kwargs"], dict)
     )
-
-
-# ---- the isolated reader -----------------------------------------------------------------------------------
-
-# exit codes of the reader's process
-USER_ERROR = 2
-OS_ERROR = 3
-
-
-def isolated(f: Callable[..., None], dataset_id: str, path: Path, *args: Any) -> None:
-    """f(dataset_id, path, *args) in a forked process, its memory and time limited in proportion to the files.
-
-    HDF5's library can crash, hang or ask for any amount of memory on a damaged file: this process then raises
-    UserError. Without fork (Windows) f is called here.
-    """
-    if not hasattr(os, "fork"):
-        return f(dataset_id, path, *args)
-    n_bytes = sum(x.stat().st_size for x in path.rglob("*"))
-    receiver, sender = os.pipe()
-    with warnings.catch_warnings():
-        # Python warns of a fork beside threads: this child starts none and takes none of their locks
-        warnings.simplefilter("ignore")
-        pid = os.fork()
-    if pid == 0:
-        _child(f, (dataset_id, path, *args), n_bytes, sender)
-    os.close(sender)
-    with open(receiver, "rb") as pipe:
-        message = pipe.read().decode(errors="replace")
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code == USER_ERROR:
-        raise UserError(message)
-    if code == OS_ERROR:
-        raise OSError(message)
-    if code:
-        reason = message or f"the library that reads it ended with {signal.Signals(-code).name}"
-        raise UserError(
-            f"dataset {dataset_id} can't be read ({reason}); delete {path.parent} to fetch it again"
-        )
-
-
-def _child(f, args, n_bytes, sender):
-    """Run f in the forked process, send the message of what it raised, and exit with the code for it."""
-    code = 1
-    message = ""
-    try:
-        _limit_resources(n_bytes)
-        f(*args)
-        code = 0
-    except UserError as e:
-        code = USER_ERROR
-        message = str(e)
-    except OSError as e:
-        code = OS_ERROR
-        message = str(e)
-    except BaseException as e:  # noqa: BLE001 - whatever it is, the parent reports it
-        message = f"{type(e).__name__}: {first_line(e)[:200]}"
-    finally:
-        os.write(sender, message.encode()[:60_000])
-        os._exit(code)
-
-
-def _limit_resources(n_bytes):
-    import resource
-
-    statm = Path("/proc/self/statm")
-    in_use = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 2**36
-    limit = in_use + 2**29 + 50 * n_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(10 + n_bytes // 10**6)
 
 
 # ---- from Minari's files to arrays -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ student's window has fewer timesteps, it begins with zeros, at which mask is Fal
 """
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ import evaluate
 import export
 import model as dt
 from kernels.kl import LOG_STD, NEVER
-from support import UserError, first_line, processes, verdict
+from support import UserError, first_line, isolation, processes, verdict
 
 MAX_BYTES = 2**30  # as of a model's weights
 # Of a policy that has no log_std, in half action ranges: twice distill.py's --sigma-floor, so that the floor
@@ -46,7 +47,7 @@ UNDERSTOOD = (
     "docs/extending.md); outputs mean or action (B, A) with or without log_std, or logits (B, n) of discrete "
     "actions"
 )
-AT_ONCE = 2**22  # numbers of the histories of a batch
+AT_ONCE = 4096  # timesteps, of all histories of a batch
 
 History = dict[str, np.ndarray]  # of N rows, in the environment's units, by the names of HISTORY
 
@@ -58,15 +59,26 @@ class OnnxTeacher:
     """
 
     def __init__(self, path: Path, task: data.Task):
+        import onnx  # noqa: F401 - an import in the process that is forked would be lost
+        import onnxruntime  # noqa: F401
+
         self.path = path
         self.task = task
         blob = _read(path)
-        self.n_params = _checked(path, blob)
-        self.session, inputs, outputs = _session(path, blob)
+        # a small file can ask for any amount of memory or time: it is first tried where that is limited
+        open_ = functools.partial(self._open, blob)
+        isolation.isolated(open_, len(blob), functools.partial(_damaged, path))
+        open_()
+
+    def _open(self, blob):
+        self.n_params = _checked(self.path, blob)
+        self.session, inputs, outputs = _session(self.path, blob)
         self._take_names(inputs, outputs)
         self._check_sizes(inputs)
-        self.cfg = dt.ModelConfig.of([task], context=self.K)
-        self._try()
+        self.cfg = dt.ModelConfig.of([self.task], context=self.K)
+        self.rows = max(3, AT_ONCE // self.K)
+        for rows in (3, self.rows):
+            self._try(rows)
 
     def _take_names(self, inputs, outputs):
         """Which of them there are; see _session. Raises UserError where they are not those of a policy."""
@@ -119,22 +131,23 @@ class OnnxTeacher:
                     f"--teachers in the order of the tasks"
                 )
 
-    def _try(self):
-        """Run it on three mean observations. Raises UserError where sizes are not those of the dataset."""
+    def _try(self, rows):
+        """Run it on mean observations. Raises UserError where sizes are not those of the dataset."""
         task = self.task
-        history = self._empty(3)
-        self._append(history, np.tile(task.obs_mean, (3, 1)), np.full(3, task.target))
+        history = self._empty(rows)
+        self._append(history, np.tile(task.obs_mean, (rows, 1)), np.full(rows, task.target))
         outputs = self._run(history)
         name, action = self.names[0], outputs[0]
-        if action.shape != (3, task.act_dim):
-            raise UserError(
-                f"{self.path} gives {name} {action.shape} for 3 observations, dataset {task.dataset} needs "
-                f"(3, {task.act_dim}); put --teachers in the order of the tasks"
-            )
         A = task.act_dim
-        if len(outputs) > 1 and outputs[1].shape not in ((3, A), (1, A), (A,)):
+        if action.shape != (rows, A):
             raise UserError(
-                f"{self.path} gives log_std {outputs[1].shape} for 3 observations: must be (3, {A}) or ({A},)"
+                f"{self.path} gives {name} {action.shape} for {rows} observations, dataset {task.dataset} "
+                f"needs ({rows}, {A}); put --teachers in the order of the tasks"
+            )
+        if len(outputs) > 1 and outputs[1].shape not in ((rows, A), (1, A), (A,)):
+            raise UserError(
+                f"{self.path} gives log_std {outputs[1].shape} for {rows} observations: must be "
+                f"({rows}, {A}) or ({A},)"
             )
 
     def _run(self, history: History) -> list[np.ndarray]:
@@ -192,10 +205,9 @@ class OnnxTeacher:
         }
         out = np.zeros((2, *mask.shape, task.act_dim), np.float32)
         windows, places = arrays["mask"].nonzero()
-        n = max(1, AT_ONCE // (self.K * (task.obs_dim + task.act_dim + 3)))
-        for i in range(0, len(windows), n):
-            window = windows[i : i + n]
-            place = places[i : i + n]
+        for i in range(0, len(windows), self.rows):
+            window = windows[i : i + self.rows]
+            place = places[i : i + self.rows]
             history = self._empty(len(window))
             for back in range(min(self.K, mask.shape[1])):
                 rows = (place >= back) & arrays["mask"][window, place - back]
@@ -326,7 +338,7 @@ def _checked(path: Path, blob: bytes) -> int:
         proto = onnx.load_from_string(blob)
         messages = list(_messages(proto))
     except Exception as e:  # noqa: BLE001 - protobuf's own, or a RecursionError
-        raise UserError(_damaged(path, e)) from None
+        raise UserError(_damaged(path, _reason(e))) from None
     if any(getattr(m, "data_location", 0) == onnx.TensorProto.EXTERNAL for m in messages):
         raise UserError(f"{path} keeps weights in other files; export it as one (external_data=False)")
     if proto.functions or any(getattr(m, "op_type", "") == "Loop" for m in messages):
@@ -351,11 +363,11 @@ def _session(path, blob):
         inputs = {x.name: (x.type, x.shape) for x in session.get_inputs()}
         return session, inputs, [x.name for x in session.get_outputs()]
     except Exception as e:  # noqa: BLE001 - onnxruntime has a class of its own for each of its errors
-        raise UserError(_damaged(path, e)) from None
+        raise UserError(_damaged(path, _reason(e))) from None
 
 
-def _damaged(path, e):
-    return f"{path} is no ONNX file that onnxruntime can run ({_reason(e)}); export it again"
+def _damaged(path, reason):
+    return f"{path} is no ONNX file that onnxruntime can run ({reason}); export it again"
 
 
 def _reason(e):

@@ -26,7 +26,7 @@ import data
 import model as dt
 import policy
 from conftest import ROOT, make_dataset
-from support import UserError, files, log, minari_files
+from support import UserError, files, isolation, log, minari_files
 from support.onnx_teacher import OnnxTeacher
 
 CASES = int(os.environ.get("FUZZ_CASES", "10000"))  # of all fuzz tests together, with -m slow
@@ -335,6 +335,55 @@ def test_onnx_teacher__survives_hostile_files(tmp_path, n_cases):
         succeeds_or_tells(read_and_act)
 
     fuzz(check, n_cases)
+
+
+def put_graph(path, nodes, weights):
+    """A policy's file with these nodes from `observation` to `mean` in place of its own."""
+    model = a_policy()
+    del model.graph.node[:]
+    model.graph.node.extend(onnx.helper.make_node(*node) for node in nodes)
+    for name, array in weights.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(array), name))
+    put(path, model.SerializeToString())
+
+
+@pytest.mark.parametrize("size", [2**26, 2**40, 2**62])
+@pytest.mark.parametrize("operator", ["ConstantOfShape", "Expand", "Tile"])
+def test_onnx_teacher__refuses_small_files_that_need_much_memory(tmp_path, monkeypatch, operator, size):
+    """The smallest, of 256 MiB, this process would give."""
+    monkeypatch.setattr(isolation, "BYTES", 2**28)
+    nodes = [
+        (operator, ["size"] if operator == "ConstantOfShape" else ["one", "size"], ["x"]),
+        ("ReduceMax", ["x"], ["max"]),
+        ("MatMul", ["observation", "wide"], ["y"]),
+        ("Add", ["y", "max"], ["mean"]),
+    ]
+    path = tmp_path / "policy.onnx"
+    put_graph(path, nodes, {"size": [size], "one": np.ones(1, np.float32)})
+    succeeds_or_tells(lambda: OnnxTeacher(path, TASK))
+    with pytest.raises(UserError, match="does not run|can run"):
+        OnnxTeacher(path, TASK)
+
+
+def test_onnx_teacher__refuses_a_file_that_takes_long(tmp_path, monkeypatch):
+    nodes = [("MatMul", ["observation", "wide"], ["y"]), ("Sin", ["large"], ["x0"])]
+    nodes += [("MatMul", [f"x{i}", f"x{i}"], [f"x{i + 1}"]) for i in range(100)]
+    nodes += [("ReduceMax", ["x100"], ["max"]), ("Add", ["y", "max"], ["mean"])]
+    nodes.insert(1, ("Expand", ["y0", "square"], ["large"]))
+    nodes.insert(1, ("ReduceMax", ["y"], ["y0"]))
+    path = tmp_path / "policy.onnx"
+    put_graph(path, nodes, {"square": [2048, 2048]})
+    monkeypatch.setattr(isolation, "SECONDS", 1)
+    with pytest.raises(UserError, match="it took more than 1 seconds"):
+        OnnxTeacher(path, TASK)
+
+
+def test_onnx_teacher__reads_a_deep_chain(tmp_path):
+    nodes = [("MatMul", ["observation", "wide"], ["x0"])]
+    nodes += [("Sin", [f"x{i}"], [f"x{i + 1}"]) for i in range(1000)]
+    path = tmp_path / "policy.onnx"
+    put_graph(path, [*nodes, ("Sin", ["x1000"], ["mean"])], {})
+    succeeds_or_tells(lambda: OnnxTeacher(path, TASK))
 
 
 def test_onnx_teacher__does_not_read_a_file_of_a_tebibyte(tmp_path):
