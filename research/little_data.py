@@ -16,6 +16,7 @@ Third-party data: examples/collect_trpo.py
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,8 +264,14 @@ def tune(cfg: Config, tasks: str, share: float) -> None:
 
 
 def tuned(tasks: str, share: float) -> dict[str, float]:
-    """The options of the lowest held-out NLL at a share. Run --tune first."""
-    rows = [r for r in read_rows_of(TUNING) if r["tasks"] == tasks and float(r["data_share"]) == share]
+    """The options of the lowest held-out NLL at the nearest share that was tuned. Run --tune first."""
+    rows = [row for row in read_rows_of(TUNING) if row["tasks"] == tasks]
+
+    def distance(row):
+        return abs(math.log(float(row["data_share"]) / share))
+
+    nearest = min(map(distance, rows))
+    rows = [row for row in rows if distance(row) == nearest]
     best = min(rows, key=lambda row: float(row["heldout_nll"]))
     return {"steps": int(best["steps"]), **{k: float(best[k]) for k in ("dropout", "weight_decay")}}
 

@@ -97,6 +97,7 @@ def test_main__tunes_data_alone_by_held_out_nll(two_tasks, results, monkeypatch)
     best = min(rows, key=lambda row: float(row["heldout_nll"]))
     expected = {"steps": int(best["steps"]), "dropout": 0.0, "weight_decay": 1e-4}
     assert little_data.tuned("builtin", 1.0) == expected
+    assert little_data.tuned("builtin", 0.5) == expected  # the nearest
     little_data.main(cfg)
     assert read_rows(results / "tuning.csv") == rows
 
