@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MODES = ("data", "data, tuned", "labels", "asked", "both")
 BASELINES = ("data, tuned", "data")  # the first that there is
+BESIDE_LABELS = ("asked", "both", "ensemble")  # these stand beside "labels" too
+TEACHER = "teacher"  # rows that hold the returns retention refers to
 CLONE = "clone"  # the teacher itself, evaluated again
 ALL = "all"  # of the data; else: worst half
 STATISTICS = {"mean": mean_retention, "worst task": worst_task}
@@ -78,6 +80,8 @@ def students(rows: list[dict[str, str]]) -> Found:
     names = {}  # {tasks: its tasks}
     runs = {}  # {group: {seeds: {task: row}}}
     for row in rows:
+        if row["mode"] == TEACHER:
+            continue
         names.setdefault(row["tasks"], {})[row["task"]] = None
         if row["mode"] == CLONE:
             group = Group(row["tasks"], ALL, 1.0, 1.0, CLONE)
@@ -240,25 +244,34 @@ def compare(found: Found) -> list[Comparison]:
     """Each group of students beside its baseline, if they have MIN_RUNS seeds in common."""
     compared = []
     for group, runs in found.items():
-        baselines = [mode for mode in BASELINES if group._replace(mode=mode) in found]
-        if group.mode in (CLONE, *baselines[:1]) or not baselines:
+        baselines = [mode for mode in BASELINES if group._replace(mode=mode) in found][:1]
+        if group.mode in (CLONE, *baselines):
             continue
-        of_baseline = found[group._replace(mode=baselines[0])]
-        common = [seeds for seeds in runs.seeds if seeds in of_baseline.seeds]
-        if len(common) < MIN_RUNS:
-            continue
-        first, second = (x.retention[[x.seeds.index(seeds) for seeds in common]] for x in (runs, of_baseline))
-        for what, statistic in STATISTICS.items():
-
-            def difference(x, y, statistic=statistic):
-                return statistic(x) - statistic(y)
-
-            resampled = hierarchical_bootstrap(difference, [teacher for teacher, _ in common], first, second)
-            value = float(difference(first, second))
-            p = p_value(value, resampled, len(common))
-            compared.append(Comparison(group, baselines[0], what, len(common), value, resampled, p, p))
+        if group.mode in BESIDE_LABELS and group._replace(mode="labels") in found:
+            baselines.append("labels")
+        for baseline in baselines:
+            compared += comparisons(group, baseline, runs, found[group._replace(mode=baseline)])
     corrected = holm([comparison.p for comparison in compared])
     return [c._replace(holm_p=float(p)) for c, p in zip(compared, corrected, strict=True)]
+
+
+def comparisons(group: Group, baseline: str, runs: Students, others: Students) -> list[Comparison]:
+    """Two groups of students on the seeds that they have in common, not yet corrected."""
+    common = [seeds for seeds in runs.seeds if seeds in others.seeds]
+    if len(common) < MIN_RUNS:
+        return []
+    first, second = (x.retention[[x.seeds.index(seeds) for seeds in common]] for x in (runs, others))
+    compared = []
+    for what, statistic in STATISTICS.items():
+
+        def difference(x, y, statistic=statistic):
+            return statistic(x) - statistic(y)
+
+        resampled = hierarchical_bootstrap(difference, [teacher for teacher, _ in common], first, second)
+        value = float(difference(first, second))
+        p = p_value(value, resampled, len(common))
+        compared.append(Comparison(group, baseline, what, len(common), value, resampled, p, p))
+    return compared
 
 
 def comparison_table(found: Found, compared: list[Comparison]) -> str:
@@ -267,7 +280,7 @@ def comparison_table(found: Found, compared: list[Comparison]) -> str:
     for c in compared:
         where = f"{c.group.tasks}, {label(c.group, main_compression(found, c.group.tasks))}"
         start = [where, f"{c.group.mode} − {c.baseline}", str(c.n_pairs)]
-        lines.setdefault(c.group, start).extend(c.cells())
+        lines.setdefault((c.group, c.baseline), start).extend(c.cells())
     columns = ["data", "modes", "pairs"]
     for what in STATISTICS:
         columns += [what, "p", "Holm's p", "X"]
@@ -304,7 +317,7 @@ def plot(path: Path, rows: list[dict[str, str]]) -> bool:
 
 def plot_shares(ax: "Axes", found: Found, tasks: str, statistic: Callable[..., np.ndarray]) -> None:
     """A statistic of each mode against the share of the data, with intervals; dotted: of the clones."""
-    modes = modes_of(found, tasks)
+    modes = [mode for mode in modes_of(found, tasks) if mode in MODES]
     episodes = {}  # {share: episodes a task}
     for i, mode in enumerate(modes):
         group = Group(tasks, ALL, main_compression(found, tasks), 1.0, mode)

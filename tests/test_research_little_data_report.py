@@ -160,6 +160,14 @@ def test_compare__is_with_the_tuned_data_or_else_the_data_on_the_same_seeds(tmp_
     assert max(c.p for c in compared[:4]) < 0.001
 
 
+def test_compare__puts_what_asks_teachers_beside_their_labels_too(tmp_path):
+    rows = csv_rows("data", {"ant": 0.5}) + csv_rows("labels", {"ant": 0.75}) + csv_rows("asked", {"ant": 1})
+    rows += csv_rows("teacher", {"ant": 1}, compression=1.0)  # no students
+    compared = little.compare(little.students(read(tmp_path, rows)))
+    got = [(c.group.mode, c.baseline, c.difference) for c in compared if c.what == "mean"]
+    assert got == [("labels", "data", 0.25), ("asked", "data", 0.5), ("asked", "labels", 0.25)]
+
+
 def test_compare__corrects_for_all_comparisons(small):
     compared = little.compare(little.students(small))
     assert len(compared) == 6
