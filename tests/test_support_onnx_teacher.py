@@ -610,6 +610,14 @@ def test_distill__mixes_run_directories_and_onnx_files(two_teachers, tmp_path, t
     assert f"{CARTPOLE}: {two_teachers[0]} returns" in capsys.readouterr().out
 
 
+def test_distill__asks_a_file_without_return_to_go_in_other_states(two_teachers, tmp_path):
+    options = {"datasets": (CARTPOLE,), "ask": 0.5, "state_noise": 0.5}
+    distilled(two_teachers[:1], tmp_path, steps=60, lr=1e-2, **options)
+    kl = files.read_csv(tmp_path / "log.csv")[f"heldout_kl_{CARTPOLE}"]
+    kl = kl[~np.isnan(kl)]
+    assert kl[-1] < kl[0] / 2
+
+
 def test_distill__sweeps_a_file_that_takes_return_to_go(two_teachers, tmp_path):
     path = Function(4, 2, seed=0).write(tmp_path / "a.onnx", "logits", rtg="(B,)")
     distilled((path,), tmp_path / "student", datasets=(CARTPOLE,), ask=0.5)
