@@ -76,10 +76,10 @@ class Config:
     sigma_floor: float = 0.05  # added in squares to every variance, in half action ranges
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
     top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
-    ask: float = 0.0  # share of the windows that ask teachers for another return than was obtained
+    ask: float = 0.0  # share of the windows that ask teachers for other returns, in other states
     ask_low: float = 0.5  # lowest of these: 0 is the data's 10th percentile, 1 the default target return
     ask_high: float = 1.05  # highest, likewise
-    state_noise: float = 0.0  # how far these windows' states are moved, in standard deviations
+    state_noise: float = 0.5  # how far the states of these windows are moved, in standard deviations
     targets: Literal["cached", "live"] = "cached"  # teachers' outputs computed once, or in every update
     ask_copies: int = 0  # of an episode, with cached targets at other returns; 0: the more the less data
     probe_windows: int = 128  # windows per teacher, where KLs or alignments need windows of their own
@@ -125,8 +125,6 @@ class Config:
             raise UserError(f"--ask-low {self.ask_low}: must be at most --ask-high {self.ask_high}")
         if not 0 < self.data_share <= 1:
             raise UserError(f"--data-share {self.data_share}: must be above 0 and at most 1")
-        if self.state_noise and not self.ask:
-            raise UserError(f"--state-noise {self.state_noise}: windows that ask have it; needs --ask 0.5")
         if not math.isfinite(self.alignment_weight):
             raise UserError(f"--alignment-weight {self.alignment_weight}: must be finite")
         if self.surgery_scope == "teacher" and self.surgery in ("none", *surgery.EACH):

@@ -40,7 +40,7 @@ MODES: dict[str, dict[str, Any]] = {  # options of distill.py; "data, tuned": an
     "data": {"loss": "nll", "curriculum": "all"},
     "data, tuned": {"loss": "nll", "curriculum": "all"},
     "labels": {},
-    "asked": {"ask": 0.5, "state_noise": 0.5},
+    "asked": {"ask": 0.5},
     "both": {"loss": "kl+nll", "curriculum": "all"},
     "ensemble": {},  # labels of the teachers of all seeds as one
 }

@@ -256,8 +256,7 @@ METHODS = [
     {"dropout": 0.05},
     {"ask": 0.5},
     {"ask": 0.5, "targets": "live"},
-    {"ask": 0.5, "state_noise": 0.1},
-    {"ask": 0.5, "state_noise": 0.1, "targets": "live"},
+    {"ask": 0.5, "state_noise": 0.0},
 ]
 
 
@@ -414,7 +413,7 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
             {"data_share": 0.25},
             "--data-share 0.25: 1 of the 5 training episodes of tests/a-v0; .* 0.4 of them",
         ),
-        ({"state_noise": 0.1}, "--state-noise 0.1: windows that ask have it; needs --ask 0.5"),
+        ({"state_noise": -0.1}, "--state-noise -0.1: must be at least 0"),
         ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
         ({"loss": "kl+nll"}, "--loss kl\\+nll is no distance"),
         (
