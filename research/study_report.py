@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 import distill
-from research import study_figures
+from research import little_data_report, study_figures
 from research.markdown import table
 from research.statistics import cell, improvement, improvement_of_strata, iqm, pooled
 from research.study_rows import (
@@ -34,6 +34,7 @@ from research.study_rows import (
     tuning_runs,
     worst_retention,
 )
+from research.tables import read_rows
 from research.variants import CASES, DEFAULT, DEFAULTS, NOVELTY, ROUND_ROBIN, SCORE_COLUMNS, VARIANTS
 from support import UserError, files
 
@@ -61,6 +62,11 @@ SCORES = {
     "many": "The same on nine tasks, where the columns have fewer seeds.",
 }
 SCORES_OF_OTHERS = "Normalised scores of teachers and evaluated students, on the same teachers."
+LITTLE_DATA = (
+    "Retention of students that see a share of their teachers' data, by what they learn from: its actions, "
+    "teachers' labels of it, labels at other returns and states too, or labels and actions together. "
+    "Intervals are of a bootstrap over teachers and over the students of each."
+)
 CURVES = (
     "KL to the worst teacher over updates by curriculum, performance profiles, and the final KL divided by "
     "that of equal shares on the same seeds."
@@ -224,6 +230,7 @@ def sections(results: Results, folder: Path) -> Iterator[Section]:
     updates = results.comparison("updates")
     time = results.comparison("time")
     half = results.comparison("half")
+    yield from little_data(folder)
     for case, by_variant in results.scored().items():
         if DEFAULT in by_variant:
             introduction = SCORES.get(case, SCORES_OF_OTHERS).format(results.compression)
@@ -254,6 +261,16 @@ def sections(results: Results, folder: Path) -> Iterator[Section]:
         yield Section("Equal time and half the updates, details and same seeds", OTHER_BUDGETS, tables)
     if any(r["budget"] == "tune" for r in results.rows):
         yield Section("Tuning", TUNING, [tuning_table(results.rows)])
+
+
+def little_data(folder: Path) -> Iterator[Section]:
+    """The section of research/little_data.py's students, where the folder holds their rows."""
+    path = folder / "little_data.csv"
+    if path.exists():
+        rows = read_rows(path)
+        figure = folder / "little_data.png"
+        little_data_report.plot(figure, rows)
+        yield Section("When teachers pay", LITTLE_DATA, [little_data_report.tables(rows)], figure)
 
 
 def budget_tables(title: str, comparison: Comparison, results: Results) -> list[str]:

@@ -49,12 +49,14 @@ def add(path: Path | str, row: Row) -> None:
     path = Path(path)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, row)
+    if not path.exists():
+        files.write(path, b"")  # makes its folder
     with open(path.with_name(f".{path.stem}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
+        before = path.read_bytes()
+        if not before:
             writer.writeheader()
         writer.writerow(row)
-        before = path.read_bytes() if path.exists() else b""
         files.write(path, before + text.getvalue().encode())
 
 
