@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support import UserError, cli, collect, environments, minari_files, processes
+from support import UserError, cli, collect, environments, minari_files, processes, spaces
 from support.host_table import HostTable, free_bytes
 
 
@@ -77,6 +77,7 @@ class Task:
     reference_source: str
     split_seed: int  # chose the held-out episodes, for teacher and student alike
     first_action: int | None = None  # number of the first of discrete actions; None: actions are continuous
+    obs_space: spaces.Description | None = None  # what observations are made of; None: of one Box
 
     @property
     def discrete(self) -> bool:
@@ -134,6 +135,7 @@ def _invalid_field(t, O, A, discrete):
         "rtg_scale": numbers([t.rtg_scale], 1) and t.rtg_scale > 0,
         "targets": targets and numbers([*t.targets.values()], len(t.targets)),
         "first_action": type(t.first_action) is int if discrete else t.first_action is None,
+        "obs_space": t.obs_space is None or spaces.is_valid(t.obs_space, O),
         "reference": numbers(t.reference, 2),
         "split_seed": type(t.split_seed) is int and t.split_seed >= 0,
     }
@@ -196,7 +198,7 @@ def load(name: str, seed: int = 0, like: Task | None = None) -> Dataset:
     lengths = arrays["lengths"]
     returns = arrays["returns"]
     held_out = _held_out_episodes(id_, len(lengths), seed)
-    mean, std = _obs_statistics(arrays, ~held_out)
+    mean, std = _obs_statistics(arrays, ~held_out, about["obs_space"])
     train, held = _split(arrays["table"], lengths, returns, held_out)
     rtg_scale = float(np.abs(train[:, -2]).max()) or 1.0
     if like:
@@ -237,6 +239,11 @@ def _check_spaces(id_, about, O, task):
             raise UserError(
                 f"dataset {id_} has {name} {a}, the teacher of {task.name} {b}: name another dataset"
             )
+    if about["obs_space"] != task.obs_space:
+        raise UserError(
+            f"dataset {id_} has other observations, or other words, than the teacher of {task.name} was "
+            f"trained on: name another dataset"
+        )
 
 
 def share_of(dataset: Dataset, share: float, seed: int) -> Dataset:
@@ -275,14 +282,18 @@ def _held_out_episodes(id_, n, seed):
     return held_out
 
 
-def _obs_statistics(arrays, episodes):
-    """Mean and standard deviation (O,) of the observations of these episodes (E,) bool."""
+def _obs_statistics(arrays, episodes, obs_space):
+    """Mean and standard deviation (O,) of the observations of these episodes (E,) bool.
+
+    Of what is no measurement 0 and 1: the deviation of a rare category or word is almost 0.
+    """
     steps = arrays["lengths"][episodes].sum()
     mean = arrays["obs_sum"][episodes].sum(0) / steps
     variance = arrays["obs_square"][episodes].sum(0) / steps - mean**2
     std = np.sqrt(np.maximum(variance, 0))
     constant = std <= 1e-6 * (1 + np.abs(mean))  # would be divided by its rounding error
-    return mean, np.where(constant, 1.0, std)
+    measured = spaces.measured(obs_space or spaces.box(len(mean)))
+    return np.where(measured, mean, 0.0), np.where(constant | ~measured, 1.0, std)
 
 
 def _split(table, lengths, returns, held_out):

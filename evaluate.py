@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import model as dt
 from policy import Policy
-from support import UserError, cli, environments, files, first_line, log, machine, verdict
+from support import UserError, cli, environments, files, first_line, log, machine, spaces, verdict
 
 SEED = 1000  # of the first evaluation episode; episode i has SEED + i
 FRAME_INTERVAL = 4  # steps between the frames of a film
@@ -51,21 +51,30 @@ def check(tasks: list[data.Task]) -> None:
     for task in tasks:
         if task.env_id is None:
             continue
-        env = environments.make_env(task.env_id, task.env_kwargs)
-        check_spaces(env, task)
-        env.close()
+        make_env(task).close()
+
+
+def make_env(task: data.Task, **kwargs: Any) -> gym.Env:
+    """A task's environment, whose observations are vectors (O,) as those of the dataset are.
+
+    kwargs: of gymnasium.make. Raises UserError where it can't be made or does not fit.
+    """
+    env = environments.make_env(task.env_id, task.env_kwargs, **kwargs)
+    check_spaces(env, task)
+    return spaces.VectorObservation(env, task.obs_space) if task.obs_space else env
 
 
 def check_spaces(env: gym.Env, task: data.Task) -> None:
-    """Raise UserError where an environment's sizes are not those of the task's dataset."""
-    sizes = []
-    for space in (env.observation_space, env.action_space):
-        has_shape = space.shape is not None  # a Dict has none
-        sizes.append(environments.size(space) if has_shape else type(space).__name__)
-    if sizes != [task.obs_dim, task.act_dim]:
+    """Raise UserError where an environment's spaces are not those of the task's dataset."""
+    name = f"environment {task.env_id} {task.env_kwargs}"
+    ours = task.obs_space or spaces.box(task.obs_dim)
+    theirs = spaces.describe(env.observation_space, name)
+    has_shape = env.action_space.shape is not None  # a Dict has none
+    actions = environments.size(env.action_space) if has_shape else type(env.action_space).__name__
+    if theirs != spaces.without_words(ours) or actions != task.act_dim:
         raise UserError(
-            f"environment {task.env_id} {task.env_kwargs} has {sizes[0]} observations and {sizes[1]} "
-            f"actions, dataset {task.dataset} {task.obs_dim} and {task.act_dim}: no evaluation there; "
+            f"{name} has {spaces.summary(theirs)} observations and {actions} actions, dataset "
+            f"{task.dataset} {spaces.summary(ours)} and {task.act_dim}: no evaluation there; "
             f"use --eval-episodes 0"
         )
 
@@ -75,10 +84,7 @@ def _make_envs(task, episodes, film):
     envs = []
     for i in range(episodes):
         rendering = {"render_mode": "rgb_array"} if film and i == 0 else {}
-        env = environments.make_env(
-            task.env_id, task.env_kwargs, max_episode_steps=task.max_steps, **rendering
-        )
-        envs.append(env)
+        envs.append(make_env(task, max_episode_steps=task.max_steps, **rendering))
     return envs
 
 
@@ -107,7 +113,6 @@ def play(
     number, or (E,) one of each episode. film: keep every FRAME_INTERVAL-th frame; else there are none.
     """
     envs = _make_envs(task, episodes, film)
-    check_spaces(envs[0], task)
     action_shape = envs[0].action_space.shape
     policy.reset(target_return=target, episodes=episodes)
     observations = np.stack([np.reshape(env.reset(seed=seed + i)[0], -1) for i, env in enumerate(envs)])

@@ -12,6 +12,7 @@ log            log.csv, TensorBoard, Weights & Biases, tables, seconds by phase
 update_log     a student's log.csv
 training       learning-rate schedule, CUDA graphs
 environments   making environments, sizes of their spaces
+spaces         observations of any space as vectors
 isolation      reading files of others with bounded memory and time
 minari_files   a Minari dataset as arrays: download, cache
 host_table     data too large for the training device

@@ -8,7 +8,8 @@ The arrays of a dataset with S timesteps, E episodes, O observation and A action
     lengths              (E,) int64
     returns              (E,) float64
     obs_sum, obs_square  (E, O) float64, sums over an episode's timesteps
-Its description: env_id, env_kwargs, max_steps, act_low, act_high, first_action, saturation; see data.Task.
+Its description: env_id, env_kwargs, max_steps, act_low, act_high, first_action, obs_space, saturation; see
+data.Task.
 """
 
 import functools
@@ -27,12 +28,13 @@ import safetensors.numpy
 from minari.dataset.minari_dataset import parse_dataset_id
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from support import UserError, environments, files, first_line, isolation
+from support import UserError, environments, files, first_line, isolation, spaces
 
 MAX_STEPS = 100_000  # of an episode at evaluation
 CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
-FORMAT = b"manyteachers cache 3"
-DESCRIPTION = {"env_id", "env_kwargs", "act_low", "act_high", "first_action", "max_steps", "saturation"}
+FORMAT = b"manyteachers cache 4"
+DESCRIPTION = {"env_id", "env_kwargs", "act_low", "act_high", "first_action", "max_steps", "obs_space"}
+DESCRIPTION |= {"saturation"}
 
 Arrays = dict[str, np.ndarray]
 Description = dict[str, Any]
@@ -143,7 +145,9 @@ def load_arrays(file: Path) -> tuple[Arrays, Description] | None:
         with safetensors.safe_open(file, "numpy") as f:
             about = json.loads(f.metadata()["about"])
             arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - it is no dict
-        valid = _valid_arrays(arrays, len(about["act_low"])) and _valid_description(about)
+        A = len(about["act_low"])
+        O = arrays["obs_sum"].shape[1]
+        valid = _valid_arrays(arrays, A) and _valid_description(about, O)
     except Exception:  # noqa: BLE001 - a damaged file fails in any of these steps, each in its own way
         return None
     return (arrays, about) if valid else None
@@ -166,7 +170,7 @@ def _valid_arrays(arrays, A):
     return bool((lengths > 0).all() and lengths.sum() == len(table) and finite)
 
 
-def _valid_description(about):
+def _valid_description(about, O):
     bounds = np.array([about["act_low"], about["act_high"]], float)
     return (
         set(about) == DESCRIPTION
@@ -176,6 +180,7 @@ def _valid_description(about):
         and 0 < about["max_steps"] <= MAX_STEPS
         and isinstance(about["env_id"], (str, type(None)))
         and isinstance(about["env_kwargs"], dict)
+        and (about["obs_space"] is None or spaces.is_valid(about["obs_space"], O))
     )
 
 
@@ -190,25 +195,30 @@ def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, De
     remedy = f"delete {path.parent} to fetch it again"
     try:
         dataset = minari.load_dataset(dataset_id)
-        obs_space = dataset.observation_space
         act_space = dataset.action_space
         n_episodes = dataset.total_episodes
         n_steps = dataset.total_steps
     except Exception as e:  # noqa: BLE001 - h5py, pyarrow and JSON fail in their own ways on a damaged file
         raise UserError(f"dataset {dataset_id} can't be read ({_reason(e)}); {remedy}") from None
-    _check_spaces(dataset_id, obs_space, act_space)
+    _check_actions(dataset_id, act_space)
+    owner = f"dataset {dataset_id}"
+    obs_space = spaces.describe(dataset.observation_space, owner)
     if n_episodes == 0:
         raise UserError(f"dataset {dataset_id} has no episode; collect or download it again")
-    O = environments.size(obs_space)
     A = environments.size(act_space)
     filled = 0
+    i = 0
     try:
+        obs_space = spaces.with_words(obs_space, (e.observations for e in dataset.iterate_episodes()), owner)
+        O = spaces.size(obs_space)
         table = np.empty((n_steps, O + A + 2), np.float32)
         lengths = np.zeros(n_episodes, np.int64)
         for i, episode in enumerate(dataset.iterate_episodes()):
             lengths[i] = len(episode.rewards)
-            _fill_rows(table[filled : filled + lengths[i]], episode, O, A, act_space)
+            _fill_rows(table[filled : filled + lengths[i]], episode, obs_space, act_space)
             filled += lengths[i]
+    except UserError:
+        raise
     except Exception as e:  # noqa: BLE001 - as above
         last = i if filled else 0
         raise UserError(
@@ -220,17 +230,18 @@ def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, De
             f"in {(lengths > 0).sum()} of {n_episodes} episodes; {remedy}"
         )
     _check_finite(dataset_id, table, lengths, O, A)
-    return table, lengths, _description(dataset, table, lengths, O)
+    return table, lengths, _description(dataset, obs_space, table, lengths)
 
 
-def _fill_rows(rows, episode, O, A, act_space):
+def _fill_rows(rows, episode, obs_space, act_space):
     """Copy an episode of L timesteps into its rows (L, O + A + 2) of the table."""
     L = len(episode.rewards)
-    rows[:, :O] = np.reshape(episode.observations, (-1, O))[:L]  # without the one after the last action
+    O = spaces.size(obs_space)
+    rows[:, :O] = spaces.vectors(obs_space, episode.observations)[:L]  # without the one after the last action
     if isinstance(act_space, gym.spaces.Discrete):
         rows[:, O:-2] = environments.one_hot(episode.actions, act_space)
     else:
-        rows[:, O:-2] = np.reshape(episode.actions, (-1, A))
+        rows[:, O:-2] = np.reshape(episode.actions, (L, -1))
     rows[:, -2] = episode.rewards
     rows[:, -1] = np.arange(L)
 
@@ -239,12 +250,7 @@ def _reason(e):
     return f"{type(e).__name__}: {first_line(e)}"
 
 
-def _check_spaces(dataset_id, obs_space, act_space):
-    if not isinstance(obs_space, gym.spaces.Box):
-        raise UserError(
-            f"dataset {dataset_id} has {type(obs_space).__name__} observations; "
-            f"only continuous (Box) ones can be learnt from"
-        )
+def _check_actions(dataset_id, act_space):
     if not isinstance(act_space, (gym.spaces.Box, gym.spaces.Discrete)):
         raise UserError(
             f"dataset {dataset_id} has {type(act_space).__name__} actions; "
@@ -265,7 +271,8 @@ def _check_finite(dataset_id, table, lengths, O, A):
     )
 
 
-def _description(dataset, table, lengths, O):
+def _description(dataset, obs_space, table, lengths):
+    O = spaces.size(obs_space)
     spec = dataset._eval_env_spec or dataset.env_spec
     act_space = dataset.action_space
     discrete = isinstance(act_space, gym.spaces.Discrete)
@@ -278,6 +285,7 @@ def _description(dataset, table, lengths, O):
         "act_high": high.tolist(),
         "first_action": int(act_space.start) if discrete else None,
         "max_steps": min(MAX_STEPS, int(max_steps)),
+        "obs_space": None if obs_space == spaces.box(O) else obs_space,
     }
 
 

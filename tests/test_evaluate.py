@@ -248,7 +248,10 @@ def test_check__takes_tasks_that_fit_or_name_no_environment():
             {"env_id": "tests/Broken-v0"},
             r"'tests/Broken-v0' can't be made \(no module named simulator\); .*--eval-episodes 0",
         ),
-        ({"env_id": "tests/Dict-v0"}, "tests/Dict-v0 {} has Dict observations and 1 actions"),
+        (
+            {"env_id": "tests/Dict-v0"},
+            "tests/Dict-v0 {} has 2 numbers at 'position' observations and 1 actions, dataset - 2 and 1",
+        ),
         (
             {"obs_dim": 3},
             "tests/Walk-v0 {} has 2 observations and 1 actions, dataset - 3 and 1.*--eval-episodes 0",

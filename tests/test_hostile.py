@@ -4,6 +4,7 @@ Nothing in them is executed, and nothing is written elsewhere.
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import onnx
 import pytest
@@ -26,7 +28,7 @@ import data
 import model as dt
 import policy
 from conftest import ROOT, make_dataset
-from support import UserError, files, isolation, log, minari_files
+from support import UserError, files, isolation, log, minari_files, spaces
 from support.onnx_teacher import OnnxTeacher
 
 CASES = int(os.environ.get("FUZZ_CASES", "10000"))  # of all fuzz tests together, with -m slow
@@ -133,6 +135,11 @@ TASK = data.Task(
     reference_source="-",
     split_seed=0,
 )
+SPACE = gym.spaces.Dict({"a": gym.spaces.Discrete(1), "b": gym.spaces.Tuple((gym.spaces.Text(9),))})
+PARTS = [
+    {"path": ["a"], "kind": "one-hot", "sizes": [1], "first": [0]},
+    {"path": ["b", 0], "kind": "text", "words": ["x"]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +147,7 @@ def saved(tmp_path_factory):
     """A saved model: its folder, and {file name: content}."""
     path = tmp_path_factory.mktemp("model")
     model = dt.DecisionTransformer(dt.ModelConfig((2,), (1,), 1, 1, 8, 4))
-    dt.save(path, model, {"tasks": [TASK.__dict__]})
+    dt.save(path, model, {"tasks": [dataclasses.asdict(dataclasses.replace(TASK, obs_space=PARTS))]})
     return path, {f.name: f.read_bytes() for f in path.iterdir()}
 
 
@@ -156,6 +163,9 @@ def model_folder(saved):
 def load_and_act(path):
     model, meta = dt.load(path)
     task = data.tasks(meta, path)[0]
+    description = task.obs_space or spaces.box(2)
+    if spaces.without_words(description) == spaces.describe(SPACE, "it"):
+        assert spaces.vector(description, {"a": 0, "b": ("x",)}).shape == (2,)
     actor = policy.Actor(model, 0, 1, task.max_steps)
     action = actor.act(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1))
     assert action.shape == (1, 1)
@@ -171,7 +181,8 @@ def damaged_weights(draw, contents):
 def junk_in_fields(draw, contents, also_sizes):
     """The contents with any field of model.json anything; also_sizes: one of the model's sizes too."""
     meta = json.loads(contents["model.json"])
-    where = draw(st.sampled_from([meta, meta["config"], meta["tasks"][0], meta["tasks"][0]["targets"]]))
+    task = meta["tasks"][0]
+    where = draw(st.sampled_from([meta, meta["config"], task, task["targets"], *task["obs_space"]]))
     where[draw(st.sampled_from([*sorted(where), "../x"]))] = draw(JUNK)
     if also_sizes and isinstance(meta["config"], dict):
         size = draw(st.sampled_from(["n_layer", "n_embd", "context", "dropout"]))

@@ -1,0 +1,436 @@
+"""support/spaces.py: a sample becomes the same numbers in an environment and in a recorded episode."""
+
+import dataclasses
+import runpy
+
+import gymnasium as gym
+import hypothesis
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces as gs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from minari.data_collector import EpisodeBuffer
+
+import data
+import distill
+import evaluate
+import export
+import model as dt
+import teacher
+from conftest import ROOT, make_dataset
+from support import UserError, files, minari_files, spaces
+
+DESCRIBED = dict.fromkeys(("author", "author_email", "code_permalink", "algorithm_name", "description"), "-")
+LETTERS = "ab "  # few: so that samples share their words
+
+
+# ---- random spaces -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def boxes(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 3), max_size=3)))
+    if draw(st.booleans()):
+        return gs.Box(-3, 200, shape, draw(st.sampled_from([np.int64, np.float64, np.float32])))
+    return gs.Box(0, 255, shape, np.uint8)
+
+
+def multi_discrete(sizes):
+    return gs.MultiDiscrete([n for n, _ in sizes], start=[start for _, start in sizes])
+
+
+sizes = st.tuples(st.integers(1, 4), st.integers(-3, 3))
+leaves = st.one_of(
+    boxes(),
+    sizes.map(lambda n: gs.Discrete(n[0], start=n[1])),
+    st.lists(sizes, min_size=1, max_size=3).map(multi_discrete),
+    st.integers(1, 4).map(gs.MultiBinary),
+    st.lists(st.integers(1, 3), min_size=2, max_size=2).map(gs.MultiBinary),
+    st.just(gs.Text(12, charset=LETTERS)),
+)
+nested = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map(lambda x: gs.Tuple(tuple(x))),
+        st.dictionaries(st.text("xyz", min_size=1, max_size=2), inner, min_size=1, max_size=3).map(gs.Dict),
+        st.fixed_dictionaries(dict.fromkeys(sorted(spaces.GOAL_KEYS), inner)).map(gs.Dict),
+    ),
+    max_leaves=6,
+)
+
+
+def recorded(space, samples):
+    """Samples of a space as one episode's field."""
+    if isinstance(space, gs.Dict):
+        return {key: recorded(inner, [x[key] for x in samples]) for key, inner in space.spaces.items()}
+    if isinstance(space, gs.Tuple):
+        return tuple(recorded(inner, [x[i] for x in samples]) for i, inner in enumerate(space.spaces))
+    return list(samples) if isinstance(space, gs.Text) else np.stack(samples)
+
+
+def write(name, space, episodes, data_format="hdf5"):
+    """A Minari dataset of these observations; each episode has one more of them than steps."""
+    rng = np.random.default_rng(0)
+    buffers = []
+    for i, samples in enumerate(episodes):
+        L = len(samples) - 1
+        buffers.append(
+            EpisodeBuffer(
+                id=i,
+                observations=recorded(space, samples),
+                actions=rng.uniform(-1, 1, (L, 2)).astype(np.float32),
+                rewards=rng.normal(size=L),
+                terminations=np.zeros(L, bool),
+                truncations=np.arange(L) == L - 1,
+            )
+        )
+    minari.create_dataset_from_buffers(
+        name,
+        buffers,
+        observation_space=space,
+        action_space=gs.Box(-1, 1, (2,), np.float32),
+        data_format=data_format,
+        jpeg_encoding=False,
+        **DESCRIBED,
+    )
+
+
+class Replay(gym.Env):
+    """Shows given observations, one after the other."""
+
+    def __init__(self, space, samples):
+        self.observation_space = space
+        self.action_space = gs.Discrete(1)
+        self.samples = iter(samples)
+
+    def reset(self, *, seed=None, options=None):
+        return next(self.samples), {}
+
+    def step(self, action):
+        return next(self.samples), 0.0, False, False, {}
+
+
+# ---- the same numbers --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(nested, st.sampled_from(["hdf5", "arrow"]), st.integers(0, 2**31))
+def test_vectors__are_the_same_of_an_environment_and_of_its_recorded_episodes(space, data_format, seed):
+    space.seed(seed)
+    episodes = [[space.sample() for _ in range(L + 1)] for L in (3, 1)]
+    name = "tests/nested-v0"
+    if name in minari.list_local_datasets():
+        minari.delete_dataset(name)
+    write(name, space, episodes, data_format)
+    try:
+        table, lengths, about = minari_files.read_minari(name, minari_files.local(name))
+    except UserError as e:  # texts of spaces alone
+        assert "without a word" in str(e)
+        return
+    O = table.shape[1] - 4
+    description = about["obs_space"] or spaces.box(O)
+    assert spaces.is_valid(description, O)
+    assert spaces.without_words(description) == spaces.describe(space, "it")
+    for samples, rows in zip(episodes, np.split(table, np.cumsum(lengths)[:-1]), strict=True):
+        env = spaces.VectorObservation(Replay(space, samples), description)
+        shown = [env.reset()[0]] + [env.step(0)[0] for _ in rows[1:]]
+        assert all(x.dtype == np.float32 and x in env.observation_space for x in shown)
+        assert np.array_equal(np.stack(shown), rows[:, :O])
+
+
+def test_vectors__are_what_the_table_says():
+    space = gs.Dict(
+        {
+            "z": gs.Tuple((gs.Discrete(3, start=5), gs.MultiDiscrete([2, 3]))),
+            "a": gs.Box(-1, 1, (2, 1)),
+            "m": gs.MultiBinary(2),
+            "t": gs.Text(50),
+        }
+    )
+    observation = {
+        "z": (6, np.array([1, 0])),
+        "a": np.array([[0.5], [-0.5]]),
+        "m": np.array([1, 0]),
+        "t": "The red ball, by the box",
+    }
+    description = spaces.describe(space, "it")
+    assert spaces.size(description) == 2 + 2 + 0 + 3 + 5
+    episode = recorded(space, [observation, observation])
+    description = spaces.with_words(description, [episode], "it")
+    text = [1.2, 1.5, 1.3, 1.1, 1 + 1.4]  # ball, box, by, red, the
+    wanted = np.float32([0.5, -0.5, 1, 0, *text, 0, 1, 0, 0, 1, 1, 0, 0])
+    assert spaces.vector(description, observation) == pytest.approx(wanted)
+    assert np.array_equal(spaces.vectors(description, episode), [spaces.vector(description, observation)] * 2)
+    assert spaces.measured(description).tolist() == [True] * 2 + [False] * 15
+
+
+def test_vectors__of_goal_dicts_leave_out_what_is_achieved_and_only_of_these():
+    box = gs.Box(-1, 1, (2,))
+    goal = {
+        "achieved_goal": box,
+        "desired_goal": gs.Dict({"microwave": gs.Box(-1, 1, (1,)), "kettle": gs.Box(-1, 1, (7,))}),
+        "observation": box,
+    }
+    paths = [part["path"] for part in spaces.describe(gs.Dict(goal), "it")]
+    assert paths == [["observation"], ["desired_goal", "kettle"], ["desired_goal", "microwave"]]
+    paths = [part["path"] for part in spaces.describe(gs.Dict({**goal, "more": box}), "it")]
+    assert paths[0] == ["achieved_goal"]
+    assert len(paths) == 5
+
+
+def test_vectors__tell_apart_texts_of_the_same_words():
+    description = [{"path": [], "kind": "text", "words": ["ball", "blue", "box", "by", "red", "the"]}]
+    texts = ["the red ball by the blue box", "the blue ball by the red box", "the red box by the blue ball"]
+    assert len(np.unique(spaces.vectors(description, texts), axis=0)) == 3
+
+
+def test_vector__tells_once_of_a_word_that_was_never_seen(capsys):
+    description = [{"path": ["mission"], "kind": "text", "words": ["ball", "red"]}]
+    seen = spaces.vector(description, {"mission": "red ball"})
+    for _ in range(3):
+        assert np.array_equal(spaces.vector(description, {"mission": "red ball Zebra"}), seen)
+    message = "'zebra' at 'mission' is not among the words of the training data: it is ignored\n"
+    assert capsys.readouterr().err == message
+
+
+# ---- datasets ----------------------------------------------------------------------------------------------
+
+BABY = gs.Dict({"direction": gs.Discrete(4), "mission": gs.Text(30), "position": gs.Box(-10, 10, (2,))})
+
+
+def baby_episodes(missions, seed=0):
+    """Of 5 steps, one for each mission."""
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for mission in missions:
+        episode = []
+        for _ in range(6):
+            position = rng.normal(3, 5, size=2).astype(np.float32)
+            episode.append({"direction": rng.integers(2), "mission": mission, "position": position})
+        episodes.append(episode)
+    return episodes
+
+
+@pytest.fixture(scope="module")
+def baby():
+    write("tests/baby-v0", BABY, baby_episodes(["go to the red ball"] * 19 + ["go to the blue ball"]))
+    return "tests/baby-v0"
+
+
+def test_load__normalises_measurements_alone(baby):
+    for _ in range(2):  # the second time from the cache
+        d = data.load(baby)
+        assert [part["kind"] for part in d.task.obs_space] == ["one-hot", "text", "numbers"]
+        assert d.task.obs_space[1]["words"] == ["ball", "blue", "go", "red", "the", "to"]
+        assert np.array_equal(np.unique(d.train[:, :4]), [0, 1])
+        assert d.train[:, 4:10].max() == np.float32(1.4)
+        assert d.train[:, 10:12].std(0) == pytest.approx(1, abs=1e-3)
+        assert d.task.obs_mean[:10] == [0.0] * 10
+        assert d.task.obs_std[:10] == [1.0] * 10
+
+
+def test_load__refuses_the_statistics_of_a_task_with_other_words(baby):
+    of = data.load(baby).task
+    write("tests/baby-same-v0", BABY, baby_episodes(["go to the blue red ball"] * 5, seed=1))
+    assert data.load("tests/baby-same-v0", like=of).task is of
+    write("tests/baby-other-v0", BABY, baby_episodes(["go to the red green ball"] * 5))
+    with pytest.raises(UserError, match="tests/baby-other-v0 has other observations, or other words, than"):
+        data.load("tests/baby-other-v0", like=of)
+
+
+UNSUPPORTED = {
+    "sequence": (gs.Sequence(gs.Discrete(2)), "has Sequence observations; only Box, Discrete, .* of these"),
+    "graph": (
+        gs.Dict({"a": gs.Tuple((gs.Discrete(2), gs.Graph(gs.Discrete(2), None)))}),
+        "has Graph observations at 'a/1'; only Box",
+    ),
+    "many": (gs.Dict({"a": gs.Discrete(10**9)}), "at 'a' of 1000000000 categories; at most 10000"),
+    "none": (gs.Box(-1, 1, (0,)), "has observations without a number"),
+    "empty": (gs.Dict({"a": gs.Tuple(())}), "has observations without a number"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_describe__names_a_space_that_is_not_supported_and_where_it_stands(kind):
+    space, message = UNSUPPORTED[kind]
+    with pytest.raises(UserError, match=f"dataset x/y-v0 .*{message}") as e:
+        spaces.describe(space, "dataset x/y-v0")
+    assert "\n" not in str(e.value)
+
+
+def test_read__refuses_too_many_words(monkeypatch):
+    monkeypatch.setattr(spaces, "MAX_WORDS", 5)
+    write("tests/wordy-v0", BABY, baby_episodes(["go to the red ball", "go to the blue ball"]))
+    with pytest.raises(UserError, match="tests/wordy-v0 has more than 5 words in its texts at 'mission'"):
+        data.load("tests/wordy-v0")
+
+
+def test_read__names_an_observation_outside_its_space():
+    episodes = baby_episodes(["go"] * 3)
+    episodes[2][1]["direction"] = 7
+    write("tests/lost-v0", BABY, episodes)
+    with pytest.raises(UserError, match="past episode 2 .ValueError: observation 7 at 'direction' is not in"):
+        data.load("tests/lost-v0")
+
+
+# ---- a run -------------------------------------------------------------------------------------------------
+
+
+class Reach(gym.Env):
+    """A point on a line is to go to a goal that is named by a number and a colour."""
+
+    observation_space = gs.Dict(
+        {
+            "observation": gs.Tuple((gs.Box(-9, 9, (1,), np.float64), gs.Discrete(2, start=1))),
+            "desired_goal": gs.Dict(
+                {"x": gs.Box(-9, 9, (1,), np.float64), "colour": gs.Text(9, charset="dark e")}
+            ),
+            "achieved_goal": gs.Box(-9, 9, (1,), np.float64),
+        }
+    )
+    action_space = gs.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = np.zeros(1)
+        self.goal = self.np_random.uniform(-2, 2, 1)
+        return self._observation(), {}
+
+    def step(self, action):
+        self.x = np.clip(self.x + action, -9, 9)
+        distance = float(abs(self.x - self.goal)[0])
+        return self._observation(), -distance, distance < 0.1, False, {"success": distance < 0.1}
+
+    def _observation(self):
+        side = 1 + int(self.x[0] > self.goal[0])
+        goal = {"x": self.goal, "colour": "dark red" if side == 1 else "red"}
+        return {"observation": (self.x, side), "desired_goal": goal, "achieved_goal": self.x}
+
+
+gym.register("tests/Reach-v0", "test_support_spaces:Reach", max_episode_steps=12)
+
+
+def collect(name, env_id, n_episodes, policy):
+    """A Minari dataset of a policy's episodes."""
+    env = gym.make(env_id)
+    buffers = []
+    for seed in range(n_episodes):
+        observations = [env.reset(seed=seed)[0]]
+        actions = []
+        rewards = []
+        done = False
+        while not done:
+            actions.append(policy(observations[-1]))
+            observation, reward, terminated, truncated, _ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+            done = terminated or truncated
+        L = len(rewards)
+        buffers.append(
+            EpisodeBuffer(
+                id=seed,
+                observations=recorded(env.observation_space, observations),
+                actions=np.stack(actions),
+                rewards=rewards,
+                terminations=np.zeros(L, bool),
+                truncations=np.arange(L) == L - 1,
+            )
+        )
+    minari.create_dataset_from_buffers(name, buffers, env=env, **DESCRIBED)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """Of a task of goals and of one of vectors; its directory. Both are learnt for an instant only."""
+    rng = np.random.default_rng(0)
+
+    def towards_the_goal(observation):
+        step = observation["desired_goal"]["x"] - observation["observation"][0] + rng.normal(0, 0.3, 1)
+        return np.clip(step, -1, 1).astype(np.float32)
+
+    collect("tests/reach-v0", "tests/Reach-v0", 20, towards_the_goal)
+    make_dataset("tests/pendulum-v0", [20] * 5, obs_dim=3, act_dim=1, spec="Pendulum-v1")
+    home = tmp_path_factory.mktemp("goals")
+    options = {"steps": 20, "batch_size": 64, "eval_episodes": 2, "device": "cpu"}
+    teachers = []
+    for name in ("reach", "pendulum"):
+        out = str(home / name)
+        size = {"n_layer": 1, "n_embd": 32, "context": 2}
+        teachers.append(
+            str(teacher.main(teacher.Config(dataset=f"tests/{name}-v0", out_dir=out, **size, **options)))
+        )
+    out = home / "student"
+    distill.main(
+        distill.Config(teachers=tuple(teachers), out_dir=str(out), n_layer=1, n_embd=16, ask=0.3, **options)
+    )
+    return out
+
+
+def test_student__of_goals_and_of_vectors_is_evaluated_in_both(student):
+    tasks = files.read_json(student / "metrics.json")["tasks"]
+    assert all(np.isfinite(task["return_mean"]) for task in tasks.values())
+    model, meta = dt.load(student)
+    reach, pendulum = data.tasks(meta, student)
+    assert spaces.size(reach.obs_space) == reach.obs_dim == 1 + 2 + 2 + 1
+    assert pendulum.obs_space is None
+    evaluate.main(evaluate.Config(str(student), eval_episodes=2, device="cpu"))
+    evaluated = files.read_json(student / "evaluation.json")["tasks"]["tests/reach-v0"]
+    assert evaluated["return_mean"] == tasks["tests/reach-v0"]["return_mean"]
+    other = dataclasses.replace(reach, obs_space=reach.obs_space[::-1])
+    message = "at 'observation/0', .* and 1 actions, dataset tests/reach-v0 1 numbers at 'desired_goal/x'"
+    with pytest.raises(UserError, match=message):
+        evaluate.check([other])
+
+
+@pytest.mark.slow
+def test_student__acts_by_onnxruntime_as_it_does_here(student):
+    export.main(export.Config(str(student), eval_episodes=2))
+    model, meta = dt.load(student)
+    task = data.tasks(meta, student)[0]
+    card = files.read_json(student / "tests-reach-v0.json")
+    returns, _ = evaluate.rollout(model, task, 0, task.target, 2, evaluate.SEED)
+    assert card["files"]["tests-reach-v0.onnx"]["return_mean"] == pytest.approx(returns.mean(), abs=1e-4)
+    example = runpy.run_path(str(ROOT / "examples/act_onnx.py"))
+    session = export.session(str(student / "tests-reach-v0.onnx"))
+    env = gym.make("tests/Reach-v0")
+    alone = [example["play"](session, env, card, task.target, evaluate.SEED + i) for i in range(2)]
+    assert np.allclose(alone, returns, atol=1e-4)
+
+
+@settings(max_examples=40)
+@given(nested, st.integers(0, 2**31))
+def test_act_onnx__makes_the_same_vectors(space, seed):
+    space.seed(seed)
+    samples = [space.sample() for _ in range(3)]
+    description = spaces.describe(space, "it")
+    try:
+        description = spaces.with_words(description, [recorded(space, samples)], "it")
+    except UserError:  # of texts alone, none of which has a word
+        hypothesis.assume(False)
+    vector = runpy.run_path(str(ROOT / "examples/act_onnx.py"))["vector"]
+    for sample in samples:
+        assert vector(sample, description)[0] == pytest.approx(spaces.vector(description, sample))
+
+
+def test_teacher__learns_from_pointmaze(tmp_path):
+    robotics = pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics")
+    gym.register_envs(robotics)
+
+    def towards_the_goal(observation):
+        position, velocity = np.split(observation["observation"], 2)
+        step = 5 * (observation["desired_goal"] - position) - velocity
+        return np.clip(step, -1, 1).astype(np.float32)
+
+    collect("tests/pointmaze-v0", "PointMaze_Open-v3", 3, towards_the_goal)
+    size = {"n_layer": 1, "n_embd": 16, "steps": 2, "eval_episodes": 1, "device": "cpu"}
+    out = teacher.main(
+        teacher.Config(dataset="tests/pointmaze-v0", out_dir=str(tmp_path / "teacher"), **size)
+    )
+    task = data.tasks(dt.load(out)[1], out)[0]
+    assert [(part["path"], part["size"]) for part in task.obs_space] == [
+        (["observation"], 4),
+        (["desired_goal"], 2),
+    ]
+    assert np.isfinite(files.read_json(out / "metrics.json")["tasks"]["tests/pointmaze-v0"]["return_mean"])
