@@ -6,7 +6,8 @@
 
 A file is a function of B rows, any number or --batch; an episode's memory is an input and an output. Inputs:
 
-    observation (B, O) and return_to_go (B,), in the environment's units
+    observation (B, O) and return_to_go (B,), in the environment's units; of other spaces than a Box, the
+        vectors of support/spaces.py
     last_action (B, A), or (B,) int64 discrete ones; at timestep 0 any
     timestep (B,) int64, from 0; each row may be at its own
     memory (B, M), at timestep 0 zeros
@@ -323,6 +324,7 @@ def _card(cfg, step, measured):
         "target": task.target,
         "targets": task.targets,
         "observation": task.obs_dim,
+        "observation_space": task.obs_space,
         "action_shape": [] if task.discrete else [task.act_dim],
         "action_type": "int64" if task.discrete else "float32",
         "action_low": task.act_low,

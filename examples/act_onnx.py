@@ -5,6 +5,7 @@ python examples/act_onnx.py out/student/hopper.onnx --episodes 20
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import gymnasium as gym
@@ -21,6 +22,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def vector(observation, parts: list[dict] | None) -> np.ndarray:
+    """(1, O) of an observation; parts: the card's observation_space, None: a Box. See support/spaces.py."""
+    if parts is None:
+        return np.float32(observation).reshape(1, -1)
+    numbers = []
+    for part in parts:
+        x = observation
+        for key in part["path"]:
+            x = x[key]
+        if part["kind"] == "one-hot":
+            for value, size, first in zip(np.ravel(x), part["sizes"], part["first"], strict=True):
+                numbers.append(np.eye(size)[value - first])
+        elif part["kind"] == "text":
+            words = re.findall(r"\w+", x.lower())
+            at = [
+                [1 + position / 10 for position, w in enumerate(words) if w == word] for word in part["words"]
+            ]
+            numbers.append([sum(positions) for positions in at])
+        else:
+            numbers.append(np.ravel(x))
+    return np.concatenate(numbers, dtype=np.float32)[None]
+
+
 def play(session: onnxruntime.InferenceSession, env: gym.Env, card: dict, target: float, seed: int) -> float:
     """One episode; returns its return."""
     observation, _ = env.reset(seed=seed)
@@ -30,7 +54,7 @@ def play(session: onnxruntime.InferenceSession, env: gym.Env, card: dict, target
     return_to_go = target
     for t in range(card["max_steps"]):
         inputs = {
-            "observation": np.float32(observation).reshape(1, -1),
+            "observation": vector(observation, card.get("observation_space")),
             "return_to_go": np.float32([return_to_go]),
             "last_action": action,
             "timestep": np.array([t]),

@@ -268,6 +268,7 @@ def test_main__writes_a_card_with_all_that_acting_needs(hopper):
         "target": 300.0,
         "targets": {"p95": 300.0},
         "observation": 11,
+        "observation_space": None,
         "action_shape": [3],
         "action_type": "float32",
         "action_low": [-1.0] * 3,
