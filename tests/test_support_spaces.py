@@ -2,6 +2,7 @@
 
 import dataclasses
 import runpy
+from collections import OrderedDict
 
 import gymnasium as gym
 import hypothesis
@@ -41,6 +42,11 @@ def multi_discrete(sizes):
     return gs.MultiDiscrete([n for n, _ in sizes], start=[start for _, start in sizes])
 
 
+def in_any_order(inner):
+    """A Dict whose entries are not sorted: that of an environment need not be, that of a dataset is."""
+    return gs.Dict(OrderedDict(inner))
+
+
 sizes = st.tuples(st.integers(1, 4), st.integers(-3, 3))
 leaves = st.one_of(
     boxes(),
@@ -54,7 +60,9 @@ nested = st.recursive(
     leaves,
     lambda inner: st.one_of(
         st.lists(inner, min_size=1, max_size=3).map(lambda x: gs.Tuple(tuple(x))),
-        st.dictionaries(st.text("xyz", min_size=1, max_size=2), inner, min_size=1, max_size=3).map(gs.Dict),
+        st.dictionaries(st.text("xyz", min_size=1, max_size=2), inner, min_size=1, max_size=3).map(
+            in_any_order
+        ),
         st.fixed_dictionaries(dict.fromkeys(sorted(spaces.GOAL_KEYS), inner)).map(gs.Dict),
     ),
     max_leaves=6,
@@ -193,6 +201,43 @@ def test_vector__tells_once_of_a_word_that_was_never_seen(capsys):
         assert np.array_equal(spaces.vector(description, {"mission": "red ball Zebra"}), seen)
     message = "'zebra' at 'mission' is not among the words of the training data: it is ignored\n"
     assert capsys.readouterr().err == message
+
+
+WHOLE = {
+    "numbers": {"path": ["a", 0], "kind": "numbers", "size": 3},
+    "bits": {"path": [], "kind": "bits", "size": 3},
+    "one-hot": {"path": [], "kind": "one-hot", "sizes": [1, 2], "first": [-1, 0]},
+    "text": {"path": [], "kind": "text", "words": ["a", "b", "c"]},
+}
+DAMAGE = [
+    ("numbers", {"size": 2}),
+    ("numbers", {"size": 3.0}),
+    ("numbers", {"size": [3]}),
+    ("numbers", {"path": "a"}),
+    ("numbers", {"path": [-1]}),
+    ("numbers", {"path": [["a"]]}),
+    ("numbers", {"kind": "one-hot"}),
+    ("numbers", {"kind": "words"}),
+    ("numbers", {"kind": ["numbers"]}),
+    ("numbers", {"more": 0}),
+    ("bits", {"size": True}),
+    ("one-hot", {"sizes": [3]}),
+    ("one-hot", {"sizes": [4, -1]}),
+    ("one-hot", {"sizes": [1.0, 2.0]}),
+    ("one-hot", {"first": [0, 2**63]}),
+    ("one-hot", {"first": None}),
+    ("text", {"words": ["a", "b", "b"]}),
+    ("text", {"words": ["a", "b", 3]}),
+    ("text", {"words": [[], "b", "c"]}),
+    ("text", {"words": "abc"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), DAMAGE, ids=str)
+def test_is_valid__refuses_what_no_space_is_described_by(kind, change):
+    assert spaces.is_valid([WHOLE[kind]], 3)
+    assert not spaces.is_valid([WHOLE[kind] | change], 3)
+    assert not spaces.is_valid([WHOLE[kind], change], 3)
 
 
 # ---- datasets ----------------------------------------------------------------------------------------------
