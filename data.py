@@ -566,10 +566,12 @@ class Config:
     dataset: str = ""  # Minari id, in place of --env
     seed: int = 0  # chooses the held-out episodes
     out_dir: str = "out"  # folder of the histogram
+    imports: cli.Imports = ()  # packages to import, which register environments
 
 
 def main(cfg: Config) -> None:
     cli.at_least(cfg, seed=0)
+    environments.import_packages(cfg.imports)
     d = load(cfg.dataset or cfg.env, cfg.seed)
     actions = f"saturated {100 * d.saturation:.1f} % of action components"
     if d.task.discrete:

@@ -36,7 +36,18 @@ import surgery
 import teacher
 from kernels.kl import DIRECTIONS, head_kl, own_map, per_teacher, policies
 from policy import Policy
-from support import UserError, cli, files, log, machine, processes, run_directory, training, verdict
+from support import (
+    UserError,
+    cli,
+    environments,
+    files,
+    log,
+    machine,
+    processes,
+    run_directory,
+    training,
+    verdict,
+)
 from support.checkpoint import Checkpoint
 from support.update_log import Diverged, UpdateLog
 
@@ -95,6 +106,7 @@ class Config:
     # run
     out_dir: str = "out/student"  # the run's directory
     eval_episodes: int = 20  # episodes per task; 0: no evaluation
+    imports: cli.Imports = ()  # packages to import, which register environments
     seed: int = 0  # of weights, windows, and of a teacher trained first
     device: str = "auto"  # cpu, cuda, cuda:<number> or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks; auto: bfloat16 where native
@@ -478,6 +490,7 @@ def main(cfg: Config, teachers: list[teacher.Teacher] | None = None) -> None:
     teachers: in place of those that cfg names: their models may be anything that is called as theirs.
     """
     cfg.check()
+    environments.import_packages(cfg.imports)
     out = Path(cfg.out_dir)
     if not run_directory.start(out, cfg):
         print(f"student is there: {out} (--overwrite to train it again)")

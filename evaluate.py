@@ -40,6 +40,7 @@ class Config:
     seed: int = SEED  # of the first episode; episode i has seed + i
     device: str = "auto"  # cpu, cuda, cuda:<number>, or auto
     sweep: bool = False  # also ask for each of the data's quantiles: a table, and RUN/sweep.png
+    imports: cli.Imports = ()  # packages to import, which register environments
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
 
 
@@ -233,6 +234,7 @@ def film(
 def main(cfg: Config) -> None:
     cli.at_least(cfg, eval_episodes=1, seed=0)
     machine.check_device(cfg.device)
+    environments.import_packages(cfg.imports)
     model, meta = dt.load(cfg.run, machine.device(cfg))
     rows = []
     metrics = {}

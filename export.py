@@ -41,7 +41,7 @@ import data
 import evaluate
 import model as dt
 from policy import Actor, Policy
-from support import UserError, cli, files, hub, log
+from support import UserError, cli, environments, files, hub, log
 
 OPSET = 23  # of ONNX 1.18; onnxruntime reads it from 1.23 on
 INPUTS = ("observation", "return_to_go", "last_action", "timestep", "memory")
@@ -54,6 +54,7 @@ class Config:
     batch: int = 0  # size of the batch; 0: any
     int8: bool = False  # also write files with weights in 8 bits (onnxruntime's dynamic quantisation)
     eval_episodes: int = 0  # evaluation episodes of each file, in its task's environment; 0: none
+    imports: cli.Imports = ()  # packages to import, which register environments
     overwrite: bool = False  # replace files that exist
 
 
@@ -279,6 +280,7 @@ def main(cfg: Config) -> None:
             f"export with any size, --batch 0"
         )
     _check_packages()
+    environments.import_packages(cfg.imports)
     model, meta = dt.load(cfg.run)
     measured = (files.read_json(Path(cfg.run) / "metrics.json") or {}).get("tasks", {})
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ import tyro
 import data
 import evaluate
 import model as dt
-from support import UserError, cli, files, log, verdict
+from support import UserError, cli, environments, files, log, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,7 @@ class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # run directories: the first is reported
     film_steps: int = 400  # environment steps in the video of each task; 0: no videos
     width: int = 240  # of a video, pixels
+    imports: cli.Imports = ()  # packages to import, which register environments
 
 
 class Run:
@@ -614,6 +615,7 @@ def main(cfg: Config) -> None:
     cli.at_least(cfg, film_steps=0, width=16)
     if not cfg.runs:
         raise UserError("name a run directory: python report.py out/student")
+    environments.import_packages(cfg.imports)
     runs = [Run(path) for path in cfg.runs]
     out = runs[0].path / "report.html"
     films = []

@@ -29,6 +29,7 @@ from policy import Policy
 from support import (
     UserError,
     cli,
+    environments,
     files,
     hub,
     jobs,
@@ -67,6 +68,7 @@ class Config:
     # run
     out_dir: str = ""  # the run's directory; default: out/teacher-<task>
     eval_episodes: int = 20  # episodes per target return; 0: no evaluation
+    imports: cli.Imports = ()  # packages to import, which register environments
     seed: int = 0  # of weights, windows and the held-out split
     device: str = "auto"  # cpu, cuda, cuda:<number> or auto
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the blocks; auto: bfloat16 where native
@@ -183,6 +185,7 @@ class Learner:
 def main(cfg: Config) -> Path:
     """Train and evaluate; returns the run's directory. Skips a run that is there already."""
     cfg.check()
+    environments.import_packages(cfg.imports)
     name = data.task_name(cfg.dataset) if cfg.dataset else cfg.env
     out = Path(cfg.out_dir) if cfg.out_dir else directory(name)
     if not run_directory.start(out, cfg):
@@ -420,7 +423,9 @@ def train_missing(cfg: Any, names: list[str]) -> None:
     for name in mine:
         words = [__file__]
         for option, value in options_of(cfg, name).items():
-            if value is not False:
+            if value and option == "imports":
+                words += ["--import", *value]
+            elif option != "imports" and value is not False:
                 words.append(f"--{option.replace('_', '-')}")
                 words.extend([] if value is True else [str(value)])
         commands[name] = words
@@ -458,6 +463,7 @@ def options_of(cfg: Any, name: str) -> dict[str, Any]:
         "device",
         "dtype",
         "eval_episodes",
+        "imports",
         "checkpoint_interval",
         "resume",
         "overwrite",

@@ -4,6 +4,7 @@ python examples/act_onnx.py out/student/hopper.onnx --episodes 20
 """
 
 import argparse
+import importlib
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--target", type=float, help="return to ask for; default: the card's target")
     parser.add_argument("--seed", type=int, default=1000, help="of the first episode; episode i has seed + i")
+    parser.add_argument("--import", dest="imports", nargs="*", default=[], help="packages of environments")
     return parser.parse_args()
 
 
@@ -71,6 +73,8 @@ def play(session: onnxruntime.InferenceSession, env: gym.Env, card: dict, target
 
 if __name__ == "__main__":
     args = parse_args()
+    for name in args.imports:
+        importlib.import_module(name)
     card_path = Path(args.file.replace(".int8", "")).with_suffix(".json")
     card = json.loads(card_path.read_text())
     options = onnxruntime.SessionOptions()

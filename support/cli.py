@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ import tyro
 
 from support import UserError, first_line, jobs, machine, processes, signals
 from support.signals import Stopped
+
+Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]  # for environments.import_packages
 
 USER_ERROR = 2
 BROKEN_PIPE = 141  # what a shell reports after SIGPIPE

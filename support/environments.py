@@ -1,5 +1,8 @@
 """Environments and their spaces. Used by data.py, evaluate.py, minari_files.py and research/behaviour.py."""
 
+import importlib
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
@@ -8,16 +11,38 @@ import numpy as np
 from support import UserError, first_line
 
 
+def import_packages(names: Iterable[str]) -> None:
+    """Import packages that register environments (--import). Raises UserError where one can't be imported."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as e:  # noqa: BLE001 - what a package's own code raises
+            reason = (first_line(e) or type(e).__name__)[:200]
+            package = name.split(".")[0].replace("_", "-")
+            raise UserError(
+                f"--import {name}: can't be imported ({reason}); try pip install {package}"
+            ) from None
+
+
 def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
-    """gym.make; raises UserError where the environment is not registered or can't be made."""
-    if env_id not in gym.registry:  # also keeps a dataset from naming an entry point of its own to import
+    """gym.make; raises UserError where the environment is not registered or can't be made.
+
+    env_id: Gymnasium's, also as module:id, whose module must have been imported: a dataset names it.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module and module not in sys.modules:
         raise UserError(
-            f"environment {env_id!r} is not registered with Gymnasium; install and import its package, "
-            f"or use --eval-episodes 0"
+            f"environment {env_id!r} is of a package that a dataset names, which is not imported unasked; "
+            f"add --import {module} if you trust it, or use --eval-episodes 0"
+        )
+    if name not in gym.registry:  # also keeps a dataset from naming an entry point of its own to import
+        raise UserError(
+            f"environment {env_id!r} is not registered with Gymnasium; add --import and the package that "
+            f"registers it, for example --import gymnasium_robotics, or use --eval-episodes 0"
         )
     _silence_mujoco()
     try:
-        return gym.make(env_id, **{"disable_env_checker": True, **env_kwargs, **kwargs})
+        return gym.make(name, **{"disable_env_checker": True, **env_kwargs, **kwargs})
     except Exception as e:  # noqa: BLE001 - a package that it needs, an option that it does not know, ...
         reason = (first_line(e) or type(e).__name__)[:200]
         raise UserError(

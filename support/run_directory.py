@@ -22,6 +22,7 @@ NOT_SETTINGS = (
     "checkpoint_interval",
     "jobs",
     "data_device",
+    "imports",
     "tensorboard",
     "wandb",
 )

@@ -1,0 +1,82 @@
+"""support/environments.py: packages that register environments are imported where the user asks for it."""
+
+import sys
+
+import pytest
+import tyro
+
+import data
+import distill
+import evaluate
+import export
+import report
+import teacher
+from support import UserError, environments, jobs, run_directory
+
+PACKAGE = '''"""Registers an environment."""
+import gymnasium as gym
+
+gym.register("tests/Imported-v0", "gymnasium.envs.classic_control:PendulumEnv")
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The name of a package that is not imported yet."""
+    (tmp_path / "our_envs.py").write_text(PACKAGE)
+    (tmp_path / "our_broken_envs.py").write_text("raise OSError('no display\\nat all')")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "our_envs"
+    sys.modules.pop("our_envs", None)
+    environments.gym.registry.pop("tests/Imported-v0", None)
+
+
+def test_make_env__takes_environments_of_packages_that_were_asked_for(package):
+    for env_id in ("tests/Imported-v0", f"{package}:tests/Imported-v0"):
+        with pytest.raises(UserError, match="--import"):
+            environments.make_env(env_id, {})
+    assert package not in sys.modules
+    environments.import_packages((package,))
+    for env_id in ("tests/Imported-v0", f"{package}:tests/Imported-v0"):
+        assert environments.make_env(env_id, {}).spec.id == "tests/Imported-v0"
+    with pytest.raises(UserError, match="'our_envs:Nothing-v0' is not registered"):
+        environments.make_env("our_envs:Nothing-v0", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_package.envs", "can't be imported .No module named .* try pip install no-such-package"),
+        ("our_broken_envs", "can't be imported .no display.; try"),
+        ("", "can't be imported"),
+        (".", "can't be imported"),
+    ],
+)
+def test_import_packages__names_what_can_not_be_imported(package, name, message):
+    with pytest.raises(UserError, match=f"--import {name}: {message}") as e:
+        environments.import_packages((name,))
+    assert "\n" not in str(e.value)
+
+
+RUNS = {data: "--env=hopper", teacher: "--env=hopper", distill: "--envs=hopper"}
+RUNS |= {evaluate: "out", export: "out", report: "out"}
+
+
+@pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
+def test_import__is_an_option_of_every_script_and_comes_first(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = tyro.cli(script.Config, args=[RUNS[script], "--import", "no_such_package", "nor_this"])
+    assert cfg.imports == ("no_such_package", "nor_this")
+    with pytest.raises(UserError, match="--import no_such_package: can't be imported"):
+        script.main(cfg)
+    assert not list(tmp_path.iterdir())
+
+
+def test_import__is_passed_on_to_teachers_and_is_no_setting_of_a_run(monkeypatch):
+    words = {}
+    monkeypatch.setattr(jobs, "run", lambda commands, *_: words.update(commands) or {})
+    for imports in ((), ("a", "b")):
+        cfg = distill.Config(imports=imports, jobs=2, device="cpu")
+        teacher.train_missing(cfg, ["hopper", "ant"])
+        assert tyro.cli(teacher.Config, args=words["ant"][1:]).imports == imports
+        assert run_directory.settings(cfg) == run_directory.settings(distill.Config(jobs=2, device="cpu"))
