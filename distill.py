@@ -670,10 +670,10 @@ def evaluated(
         )
         metrics[task.name] = {"target": task.target, **unknown, "heldout_kl": held[i]}
         if cfg.eval_episodes and task.env_id:
-            returns, _ = evaluate.rollout(student, task, i, task.target, cfg.eval_episodes, evaluate.SEED)
-            metrics[task.name] |= evaluate.scores(returns, task, teachers[task.name])
-            episodes = evaluate.sweep_episodes(cfg.eval_episodes)
             policy = Policy.of(student, task, i)
+            options = (task, task.target, cfg.eval_episodes, evaluate.SEED, teachers[task.name])
+            metrics[task.name] |= evaluate.measured(policy, *options)
+            episodes = evaluate.sweep_episodes(cfg.eval_episodes)
             metrics[task.name]["sweep"] = evaluate.sweep(policy, task, episodes, evaluate.SEED)
         of_data = teachers[task.name].get("data")
         metrics[task.name]["data"] = of_data

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -92,6 +92,12 @@ def _make_envs(task, episodes, film):
 # ---- episodes --------------------------------------------------------------------------------------------
 
 
+class Episodes(NamedTuple):
+    returns: np.ndarray  # (E,)
+    frames: list[np.ndarray]  # of the first one
+    success: np.ndarray | None  # (E, 2) bool: in any step, in the last one; None where none is reported
+
+
 def rollout(
     model: dt.DecisionTransformer,
     task: data.Task,
@@ -101,14 +107,21 @@ def rollout(
     seed: int,
     film: bool = False,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A model's episodes in its index-th task; see `play`."""
+    """The returns (E,) and frames of a model's episodes in its index-th task; see `played`."""
     return play(Policy.of(model, task, index), task, target, episodes, seed, film)
 
 
 def play(
     policy: Any, task: data.Task, target: ArrayLike, episodes: int, seed: int, film: bool = False
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """E episodes as one batch, the i-th with seed + i. Gives their returns (E,) and the first one's frames.
+    """The returns (E,) and the first one's frames of `played`."""
+    return played(policy, task, target, episodes, seed, film)[:2]
+
+
+def played(
+    policy: Any, task: data.Task, target: ArrayLike, episodes: int, seed: int, film: bool = False
+) -> Episodes:
+    """E episodes as one batch, the i-th with seed + i.
 
     policy: a policy.Policy, or anything with its reset, act and keep. target: the return it is asked for, one
     number, or (E,) one of each episode. film: keep every FRAME_INTERVAL-th frame; else there are none.
@@ -119,6 +132,8 @@ def play(
     observations = np.stack([np.reshape(env.reset(seed=seed + i)[0], -1) for i, env in enumerate(envs)])
     rewards = np.zeros(episodes)
     returns = np.zeros(episodes)
+    success = np.zeros((episodes, 2), bool)
+    reported = False
     running = np.arange(episodes)  # indices of the episodes that have not ended
     frames = []
     asked = " to ".join(f"{x:.0f}" for x in sorted({np.min(target), np.max(target)}))
@@ -127,9 +142,12 @@ def play(
         actions = policy.act(observations[running], rewards[running])
         goes_on = np.ones(len(running), bool)
         for j, (i, action) in enumerate(zip(running, actions, strict=True)):
-            observation, rewards[i], terminated, truncated, _ = envs[i].step(action.reshape(action_shape))
+            observation, rewards[i], terminated, truncated, info = envs[i].step(action.reshape(action_shape))
             observations[i] = np.reshape(observation, -1)
             returns[i] += rewards[i]
+            succeeds = info.get("success", info.get("is_success"))
+            reported |= succeeds is not None
+            success[i] = success[i, 0] | bool(succeeds), bool(succeeds)
             goes_on[j] = not (terminated or truncated)
             if film and i == 0 and t % FRAME_INTERVAL == 0:
                 frames.append(envs[0].render())
@@ -140,7 +158,27 @@ def play(
             break
     for env in envs:
         env.close()
-    return returns, frames
+    return Episodes(returns, frames, success if reported else None)
+
+
+def measured(
+    policy: Any,
+    task: data.Task,
+    target: ArrayLike,
+    episodes: int,
+    seed: int,
+    teacher: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """The metrics of E episodes: see `played` and `scores`."""
+    found = played(policy, task, target, episodes, seed)
+    return {**scores(found.returns, task, teacher), **success_rates(found.success)}
+
+
+def success_rates(success: np.ndarray | None) -> dict[str, float]:
+    """Shares of the episodes (E, 2) that succeed in any step and in the last; {} where none is reported."""
+    if success is None:
+        return {}
+    return dict(zip(("success_rate", "success_at_end"), success.mean(0).tolist(), strict=True))
 
 
 def scores(returns: np.ndarray, task: data.Task, teacher: dict[str, Any] | None = None) -> dict[str, float]:
@@ -165,10 +203,13 @@ def sweep(policy: Any, task: data.Task, episodes: int, seed: int) -> list[dict[s
     """
     names = sorted(task.targets, key=task.targets.get)
     targets = np.repeat([task.targets[name] for name in names], episodes)
-    returns, _ = play(policy, task, targets, len(targets), seed)
+    found = played(policy, task, targets, len(targets), seed)
     rows = []
-    for name, of_target in zip(names, returns.reshape(len(names), episodes), strict=True):
-        rows.append({"name": name, "target": task.targets[name], **scores(of_target, task)})
+    for i, name in enumerate(names):
+        own = slice(i * episodes, (i + 1) * episodes)
+        row = {"name": name, "target": task.targets[name], **scores(found.returns[own], task)}
+        success = None if found.success is None else found.success[own]
+        rows.append({**row, **success_rates(success)})
     return rows
 
 
@@ -245,14 +286,13 @@ def main(cfg: Config) -> None:
         if task.env_id is None:
             print(f"{task.name}: its dataset names no environment, nothing to evaluate in")
             continue
-        returns, _ = rollout(model, task, index, target, cfg.eval_episodes, cfg.seed)
         teachers = meta.get("teachers", {}) if target == task.target else {}  # their scores are of that
-        metrics[task.name] = {"target": target, **scores(returns, task, teachers.get(task.name))}
+        policy = Policy.of(model, task, index)
+        of_task = measured(policy, task, target, cfg.eval_episodes, cfg.seed, teachers.get(task.name))
+        metrics[task.name] = {"target": target, **of_task}
         rows.append(_row(task.name, metrics[task.name]))
         if cfg.sweep:
-            metrics[task.name]["sweep"] = sweep(
-                Policy.of(model, task, index), task, cfg.eval_episodes, cfg.seed
-            )
+            metrics[task.name]["sweep"] = sweep(policy, task, cfg.eval_episodes, cfg.seed)
         if target == task.target:
             judged[task.name] = {**of_run.get(task.name, {}), **metrics[task.name]}
         if cfg.video:
@@ -287,9 +327,8 @@ def _row(name, metrics):
         "std": metrics["return_std"],
         "score": metrics["normalized_score"],
     }
-    if "retention" in metrics:
-        row["retention"] = metrics["retention"]
-    return row
+    columns = {"retention": "retention", "success": "success_rate", "success at end": "success_at_end"}
+    return row | {column: metrics[key] for column, key in columns.items() if key in metrics}
 
 
 def _print_and_draw_sweeps(cfg, meta, metrics):

@@ -355,8 +355,7 @@ def _measure(cfg, step, blob, teacher):
     task = step.task
     if cfg.eval_episodes and task.env_id:
         policy = Exported(runtime, step)
-        returns, _ = evaluate.play(policy, task, task.target, cfg.eval_episodes, evaluate.SEED)
-        entry |= evaluate.scores(returns, task, teacher)
+        entry |= evaluate.measured(policy, task, task.target, cfg.eval_episodes, evaluate.SEED, teacher)
     return entry
 
 
@@ -373,6 +372,7 @@ def _row(name, entry):
         "+-": "return_std",
         "score": "normalized_score",
         "retention": "retention",
+        "success": "success_rate",
     }
     return row | {column: entry[key] for column, key in columns.items() if key in entry}
 

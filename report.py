@@ -75,6 +75,8 @@ class Run:
             "student score": student["normalized_score"],
             "retention": student["retention"],
             "held-out KL": student["heldout_kl"],
+            **_success("teacher success", teacher),
+            **_success("student success", student),
         }
 
     def _teacher_row(self, name):
@@ -86,6 +88,7 @@ class Run:
             "+-": teacher["return_std"],
             "teacher score": teacher["normalized_score"],
             "held-out NLL": teacher["heldout_nll"],
+            **_success("teacher success", teacher),
         }
 
     def sweeps(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -124,6 +127,11 @@ class Run:
         """The rows of the tasks that were evaluated."""
         score = "student score" if self.teachers else "teacher score"
         return [row for row in self.rows() if row[score] is not None]
+
+
+def _success(column, metrics):
+    """A row's column of the success rate, where the environment reports one."""
+    return {column: metrics["success_rate"]} if "success_rate" in metrics else {}
 
 
 # ---- style: colours, names, smoothing ----------------------------------------------------------------------

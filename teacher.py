@@ -329,17 +329,18 @@ def evaluated(cfg: Config, model: dt.DecisionTransformer, task: data.Task, held:
         return metrics
     for name in (task.target_name, "median"):
         target = task.targets[name]
-        returns, _ = evaluate.rollout(model, task, 0, target, cfg.eval_episodes, evaluate.SEED)
-        scores = evaluate.scores(returns, task)
+        policy = Policy.of(model, task, 0)
+        scores = evaluate.measured(policy, task, target, cfg.eval_episodes, evaluate.SEED)
         metrics |= scores if name == task.target_name else {name: {"target": target, **scores}}
+        success = f", success rate {scores['success_rate']:.2f}" if "success_rate" in scores else ""
         print(
             f"{task.name}: target {target:.0f} ({name}) -> "
             f"return {scores['return_mean']:.0f} +- {scores['return_std']:.0f}, "
-            f"score {scores['normalized_score']:.1f} (mean and std of {cfg.eval_episodes} episodes)",
+            f"score {scores['normalized_score']:.1f}{success} (mean and std of {cfg.eval_episodes} episodes)",
             flush=True,
         )
     episodes = evaluate.sweep_episodes(cfg.eval_episodes)
-    metrics["sweep"] = evaluate.sweep(Policy.of(model, task, 0), task, episodes, evaluate.SEED)
+    metrics["sweep"] = evaluate.sweep(policy, task, episodes, evaluate.SEED)
     return metrics
 
 

@@ -302,8 +302,7 @@ def _metrics(model, dataset, eval_episodes):
     names = ("return_mean", "return_std", "episodes", "normalized_score", "sweep", "retention")
     metrics = {"target": task.target, **dict.fromkeys(names), "data": dataset.facts()}
     if eval_episodes and task.env_id and not processes.rank():
-        returns, _ = evaluate.play(model, task, task.target, eval_episodes, evaluate.SEED)
-        metrics |= evaluate.scores(returns, task)
+        metrics |= evaluate.measured(model, task, task.target, eval_episodes, evaluate.SEED)
         if model.takes_return:
             episodes = evaluate.sweep_episodes(eval_episodes)
             metrics["sweep"] = evaluate.sweep(model, task, episodes, evaluate.SEED)

@@ -44,6 +44,25 @@ class Walk(gym.Env):
         return self.observation, reward, self.steps_left == 0, False, {}
 
 
+class Game(Walk):
+    """Won at the second step, whatever is done; still won at the end of the episodes of even seeds."""
+
+    key = "success"
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = seed
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        wins = len(self.log) == 2 or (terminated and self.seed % 2 == 0)
+        return observation, reward, terminated, truncated, {self.key: np.float64(wins)}
+
+
+class OtherGame(Game):
+    key = "is_success"
+
+
 class DictWalk(Walk):
     observation_space = gym.spaces.Dict({"position": Walk.observation_space})
 
@@ -54,6 +73,8 @@ class Broken(gym.Env):
 
 
 gym.register("tests/Walk-v0", Walk)
+gym.register("tests/Game-v0", Game)
+gym.register("tests/OtherGame-v0", OtherGame)
 gym.register("tests/Dict-v0", DictWalk)
 gym.register("tests/Broken-v0", Broken)
 WALK = data.Task(
@@ -150,6 +171,22 @@ def test_scores__have_retention_where_the_teacher_has_a_score():
     returns = np.array([2.0, 4.0])
     assert evaluate.scores(returns, WALK, {"normalized_score": 40.0})["retention"] == 1.25
     assert "retention" not in evaluate.scores(returns, WALK, {})
+
+
+@pytest.mark.parametrize("env_id", ["tests/Game-v0", "tests/OtherGame-v0"])
+def test_measured__has_success_rates_where_the_environment_reports_success(env_id):
+    game = dataclasses.replace(WALK, env_id=env_id)
+    player = policy.Policy.of(make(CFG), game, 0)
+    metrics = evaluate.measured(player, game, 8.0, episodes=5, seed=200, teacher={"normalized_score": 1.0})
+    assert metrics["success_rate"] == 1.0
+    assert metrics["success_at_end"] == 0.6
+    returns, _ = evaluate.play(player, game, 8.0, 5, 200)
+    of_returns = evaluate.scores(returns, game, {"normalized_score": 1.0})
+    assert metrics == {**of_returns, "success_rate": 1.0, "success_at_end": 0.6}
+    rows = evaluate.sweep(player, game, episodes=3, seed=200)
+    assert [row["success_at_end"] for row in rows] == pytest.approx([2 / 3, 1 / 3])
+    player = policy.Policy.of(make(CFG), WALK, 0)
+    assert "success_rate" not in evaluate.measured(player, WALK, 8.0, episodes=2, seed=200)
 
 
 def test_sweep__plays_every_target_lowest_first():

@@ -19,6 +19,7 @@ import distill
 import evaluate
 import export
 import model as dt
+import report
 import teacher
 from conftest import ROOT, make_dataset
 from support import UserError, files, minari_files, spaces
@@ -422,7 +423,10 @@ def test_student__of_goals_and_of_vectors_is_evaluated_in_both(student):
     assert pendulum.obs_space is None
     evaluate.main(evaluate.Config(str(student), eval_episodes=2, device="cpu"))
     evaluated = files.read_json(student / "evaluation.json")["tasks"]["tests/reach-v0"]
-    assert evaluated["return_mean"] == tasks["tests/reach-v0"]["return_mean"]
+    for key in ("return_mean", "success_rate", "success_at_end"):
+        assert evaluated[key] == tasks["tests/reach-v0"][key]
+    assert "success_rate" not in tasks["tests/pendulum-v0"]
+    assert [list(row)[-1] for row in report.Run(student).rows()] == ["student success", "held-out KL"]
     other = dataclasses.replace(reach, obs_space=reach.obs_space[::-1])
     message = "at 'observation/0', .* and 1 actions, dataset tests/reach-v0 1 numbers at 'desired_goal/x'"
     with pytest.raises(UserError, match=message):
@@ -460,8 +464,7 @@ def test_act_onnx__makes_the_same_vectors(space, seed):
 
 
 def test_teacher__learns_from_pointmaze(tmp_path):
-    robotics = pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics")
-    gym.register_envs(robotics)
+    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics")
 
     def towards_the_goal(observation):
         position, velocity = np.split(observation["observation"], 2)
@@ -478,4 +481,6 @@ def test_teacher__learns_from_pointmaze(tmp_path):
         (["observation"], 4),
         (["desired_goal"], 2),
     ]
-    assert np.isfinite(files.read_json(out / "metrics.json")["tasks"]["tests/pointmaze-v0"]["return_mean"])
+    metrics = files.read_json(out / "metrics.json")["tasks"]["tests/pointmaze-v0"]
+    assert np.isfinite(metrics["return_mean"])
+    assert metrics["success_rate"] == float(metrics["return_mean"] > 0)  # of the only episode
