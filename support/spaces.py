@@ -12,9 +12,10 @@ Used by data.py, evaluate.py, environments.py and minari_files.py.
     other Dict       its entries in the order of their keys
     Tuple            its entries in their order
 
-Dicts and Tuples may be nested. A goal Dict has those three keys and no others (gymnasium-robotics). A word at
-position p of a text, from 0, adds 1 + p / 10 to its number: counts alone would take "the red ball by the blue
-box" for "the blue ball by the red box".
+Dicts and Tuples may be nested. A goal Dict has those three keys and no others (gymnasium-robotics). Text stands
+for any space of strings, such as minigrid's MissionSpace. A word at position p of a text, from 0, adds
+1 + p / 10 to its number: counts alone would take "the red ball by the blue box" for "the blue ball by the red
+box".
 
 A space is described by the list of its parts, in their order. It is JSON, saved with every model:
     {"path": ["desired_goal", 0], "kind": "numbers", "size": 3}
@@ -101,7 +102,7 @@ def _part(space):
     if isinstance(space, gym.spaces.MultiDiscrete):
         first = np.ravel(space.start).tolist()
         return {"kind": "one-hot", "sizes": np.ravel(space.nvec).tolist(), "first": first}
-    if isinstance(space, gym.spaces.Text):
+    if space.dtype is not None and space.dtype.kind == "U":
         return {"kind": "text", "words": []}
     return None
 

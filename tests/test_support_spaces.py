@@ -204,6 +204,19 @@ def test_vector__tells_once_of_a_word_that_was_never_seen(capsys):
     assert capsys.readouterr().err == message
 
 
+class MissionSpace(gym.Space):
+    """A space of strings that is no Text, as minigrid's."""
+
+    def __init__(self):
+        super().__init__(dtype=str)
+
+
+def test_describe__takes_any_space_of_strings_for_a_text():
+    spaces_of_both = [gs.Dict({"mission": space}) for space in (MissionSpace(), gs.Text(9))]
+    ours, texts = (spaces.describe(space, "it") for space in spaces_of_both)
+    assert ours == texts
+
+
 WHOLE = {
     "numbers": {"path": ["a", 0], "kind": "numbers", "size": 3},
     "bits": {"path": [], "kind": "bits", "size": 3},
