@@ -12,8 +12,8 @@ Used by data.py, evaluate.py, environments.py and minari_files.py.
     other Dict       its entries in the order of their keys
     Tuple            its entries in their order
 
-Dicts and Tuples may be nested. A goal Dict has those three keys and no others (gymnasium-robotics). Text stands
-for any space of strings, such as minigrid's MissionSpace. A word at position p of a text, from 0, adds
+Dicts and Tuples may be nested. A goal Dict has those three keys and no others (gymnasium-robotics). Text
+stands for any space of strings, such as minigrid's MissionSpace. A word at position p of a text, from 0, adds
 1 + p / 10 to its number: counts alone would take "the red ball by the blue box" for "the blue ball by the red
 box".
 

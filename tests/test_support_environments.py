@@ -32,9 +32,10 @@ def package(tmp_path, monkeypatch):
 
 
 def test_make_env__takes_environments_of_packages_that_were_asked_for(package):
-    for env_id in ("tests/Imported-v0", f"{package}:tests/Imported-v0"):
-        with pytest.raises(UserError, match="--import"):
-            environments.make_env(env_id, {})
+    with pytest.raises(UserError, match="'tests/Imported-v0' is not registered with Gymnasium; add --import"):
+        environments.make_env("tests/Imported-v0", {})
+    with pytest.raises(UserError, match="not imported unasked; add --import our_envs if you trust it"):
+        environments.make_env(f"{package}:tests/Imported-v0", {})
     assert package not in sys.modules
     environments.import_packages((package,))
     for env_id in ("tests/Imported-v0", f"{package}:tests/Imported-v0"):
