@@ -395,8 +395,10 @@ class Windows:
         self.first_rows = [first_rows(t) for t in tables]  # of each task's episodes
         self.prefer(top)
         self.offset = (1 + copies) * (self.size.cumsum(0) - self.size)  # (N,) of each task's first row
-        obs_dims = torch.tensor([t.obs_dim for t in tasks], device=device)
-        self.observed = torch.arange(self.O, device=device) < obs_dims[:, None]  # (N, O) not padding
+        measured = np.zeros((len(tasks), self.O), bool)  # not padding, categories or words
+        for i, task in enumerate(tasks):
+            measured[i, : task.obs_dim] = spaces.measured(task.obs_space or spaces.box(task.obs_dim))
+        self.measured = torch.from_numpy(measured).to(device)  # (N, O)
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
         n_columns = self.O + self.A + 2 + 2 * self.A * targets
         shape = ((1 + copies) * int(self.size.sum()), n_columns)
@@ -460,7 +462,7 @@ class Windows:
 
         Half of them are multiplied by a factor of up to exp(1.6 noise) or its inverse: what is faster or
         slower moves farther or less far from the mean state. All get Gaussian noise of at most `noise`
-        standard deviations, mostly much less.
+        standard deviations, mostly much less. One-hot categories, bits and words stay as they are.
         """
         if not self.noise:
             return states
@@ -468,8 +470,8 @@ class Windows:
         scaled, factor, size = torch.rand(shape, generator=generator, device=states.device)
         factor = torch.where(scaled < 0.5, (1.6 * self.noise * (2 * factor - 1)).exp(), 1.0)
         noise = torch.empty_like(states).normal_(generator=generator)
-        observed = self.observed[task].view(len(task), *[1] * (states.dim() - 2), self.O)
-        return (states * factor + self.noise * size.square() * noise) * observed
+        measured = self.measured[task].view(len(task), *[1] * (states.dim() - 2), self.O)
+        return torch.where(measured, states * factor + self.noise * size.square() * noise, states)
 
     def episode(self, row: Tensor) -> Tensor:
         """The episodes of rows (B,) that are no copies, counted over all tasks, where `ask` was called."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import data
 from conftest import make_dataset
-from support import UserError, minari_files
+from support import UserError, minari_files, spaces
 
 LENGTHS = (7, 3, 12, 1, 9)
 K = 5
@@ -366,14 +366,18 @@ def test_ask__leaves_the_other_windows_as_they_are(copies):
 def test_ask__moves_the_states_of_a_tasks_own_dimensions(copies):
     """Half of the states are scaled, by factors up to exp(1.6 noise); the rest of the change is the noise."""
     dataset = small_dataset()
-    wide = dataclasses.replace(dataset.task, obs_dim=dataset.task.obs_dim + 2)
+    O = dataset.task.obs_dim
+    parts = [*spaces.box(O), {"path": [], "kind": "bits", "size": 2}]
+    wide = dataclasses.replace(dataset.task, obs_dim=O + 2, obs_space=parts)
     table = np.insert(dataset.train, [dataset.task.obs_dim], np.ones((len(dataset.train), 2), np.float32), 1)
     w = data.Windows([table, dataset.train], [wide, dataset.task], K, copies=copies)
     w.ask(1.0, torch.zeros(2), torch.ones(2), 0.5, generator(7))
     batch = w.sample(5000, ONLY_SECOND, generator())
     own = original(w, batch)
-    O = dataset.task.obs_dim
-    assert not batch.states[..., O:].any()  # beyond the task's own dimensions
+    assert not batch.states[batch.mask][:, O:].any()  # beyond the task's own dimensions
+    of_wide = w.sample(500, torch.tensor([1.0, 0.0]), generator())
+    assert (of_wide.states[of_wide.mask][:, O:] == 1).all()  # bits
+    assert not (of_wide.states[of_wide.mask][:, :O] == 1).any()
     change = (batch.states - own.states)[batch.mask][:, :O]
     assert 0.05 < change.std() < 0.8
     big = own.states[batch.mask][:, :O].abs() > 1
