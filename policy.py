@@ -4,6 +4,9 @@
     policy.reset("hopper", target_return=3000)
     action = policy.act(observation)          # then, until the episode ends, policy.act(observation, reward)
 
+Observations of other spaces than a Box are vectors (support/spaces.py), which
+evaluate.make_env(task) gives.
+
 A batch of episodes, here in environments that reset themselves in the step that ends an episode:
 
     mode = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}

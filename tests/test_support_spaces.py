@@ -446,6 +446,17 @@ def test_student__of_goals_and_of_vectors_is_evaluated_in_both(student):
         evaluate.check([other])
 
 
+def test_tasks__of_models_from_before_there_were_descriptions_have_one_box(student):
+    _, meta = dt.load(student)
+    for fields in meta["tasks"]:
+        del fields["obs_space"]
+    tasks = data.tasks(meta, student)
+    assert [task.obs_space for task in tasks] == [None, None]
+    with pytest.raises(UserError, match="dataset tests/reach-v0 6 and 1"):
+        evaluate.check(tasks)
+    evaluate.check(tasks[1:])
+
+
 @pytest.mark.slow
 def test_student__acts_by_onnxruntime_as_it_does_here(student):
     export.main(export.Config(str(student), eval_episodes=2))
