@@ -57,6 +57,7 @@ Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
+FEW_EPISODES = 20  # of a task; students of fewer are told of --ask (docs/study.md, When teachers pay)
 
 
 @dataclasses.dataclass
@@ -557,6 +558,7 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
             dataset = data.load(source, task.split_seed, like)
             check_unchanged(task, dataset.task)
             sets.append(data.share_of(dataset, cfg.data_share, cfg.seed))
+    tell_of_few_episodes(cfg, sets)
     device = machine.device(cfg)
     train_tables = [s.train for s in sets]
     asks_teachers = cfg.loss != "nll"
@@ -577,6 +579,14 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
         windows.ask(cfg.ask, low, high, cfg.state_noise, generator)
     held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
     return windows, held_out.spread()
+
+
+def tell_of_few_episodes(cfg: Config, sets: list[data.Dataset]) -> None:
+    """Say that a student of few episodes does better where its teachers are asked, or has teachers at all."""
+    episodes = {s.task.name: len(data.first_rows(s.train)) for s in sets}
+    few = ", ".join(f"{n} of {name}" for name, n in episodes.items() if n < FEW_EPISODES)
+    if few and not (cfg.ask and cfg.loss != "nll") and not processes.rank():
+        print(f"few training episodes ({few}): with --ask 0.5 students of so few retain more", flush=True)
 
 
 def check_unchanged(task: data.Task, now: data.Task) -> None:

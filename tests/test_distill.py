@@ -430,6 +430,14 @@ def test_main__names_an_option_that_does_not_fit(teachers, tmp_path, option, mes
         distilled(teachers, tmp_path, **option)
 
 
+def test_main__tells_of_few_episodes_unless_it_asks(teachers, tmp_path, capsys):
+    distilled(teachers, tmp_path / "few", steps=2)
+    told = f"few training episodes (5 of {NAMES[0]}, "
+    assert told in capsys.readouterr().out
+    distilled(teachers, tmp_path / "asked", steps=2, ask=0.5)
+    assert told not in capsys.readouterr().out
+
+
 def test_main__takes_the_students_data_from_elsewhere(teachers, tmp_path):
     """Of other episodes, in the teachers' units: with the same episodes, the same student."""
     same = distilled(teachers, tmp_path / "same", steps=10, student_datasets=NAMES)
