@@ -192,6 +192,25 @@ def phase_diagram(found: Found, tasks: str) -> str:
     return table(["data", "episodes a task", *modes], list(lines.values()))
 
 
+def readme_table(rows: list[dict[str, str]]) -> str:
+    """README's: mean retention of the built-in tasks' students, and of the worst task in brackets."""
+    found = students(rows)
+    modes = {"data": "data alone", "labels": "teachers' labels", "asked": "`--ask 0.5`"}
+    times = main_compression(found, "builtin")
+    lines = {}
+    for group in found:
+        if group.tasks != "builtin" or group.compression != times or group.mode == CLONE:
+            continue
+        same = [found.get(group._replace(mode=mode)) for mode in modes]
+        if not all(same):
+            continue
+        episodes = f"{np.mean([runs.episodes.mean() for runs in same]):.0f} ({label(group, times)})"
+        cells = [f"{mean_retention(x.retention):.2f} ({worst_task(x.retention):.2f})" for x in same]
+        n_runs = "/".join(map(str, sorted({len(runs.seeds) for runs in same})))
+        lines[group._replace(mode="")] = [episodes, *cells, n_runs]
+    return table(["episodes a task", *modes.values(), "students"], list(lines.values()))
+
+
 def details(found: Found, tasks: str) -> str:
     """A line for each group of students, after the clones of their teachers."""
     lines = []

@@ -475,6 +475,7 @@ def main() -> None:
     print(f"\nstudents\n\n{students()}")
     if (RESULTS / LITTLE_DATA).exists():
         print(f"\nlittle data\n\n{little_data_report.tables(read_rows(LITTLE_DATA))}")
+        print(f"\nlittle data, README\n\n{little_data_report.readme_table(read_rows(LITTLE_DATA))}")
     print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):

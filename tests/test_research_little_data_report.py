@@ -97,6 +97,15 @@ def test_phase_diagram__puts_shares_modes_and_what_is_unknown_in_order(tmp_path)
     assert [line.split(" | ")[0] for line in lines(text)] == ["| 2 %", "| 10 %", worst_half]
 
 
+def test_readme_table__has_a_line_where_all_of_its_modes_have_students(tmp_path):
+    rows = csv_rows("data", {"hopper": 0.5, "ant": 0.25}) + csv_rows("labels", {"hopper": 0.75, "ant": 0.5})
+    rows += csv_rows("asked", {"hopper": 1, "ant": 0.75}) + csv_rows(
+        "data", {"hopper": 1, "ant": 1}, share=1.0
+    )
+    text = little.readme_table(read(tmp_path, rows))
+    assert lines(text) == ["| 5 (2 %) | 0.38 (0.25) | 0.62 (0.50) | 0.88 (0.75) | 6 |"]
+
+
 def test_details__begin_with_the_teachers_evaluated_again(small):
     text = little.details(little.students(small), "builtin")
     head = "| data | mode | runs | worst task | IQM | minimum | below 0.9 "

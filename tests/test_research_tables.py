@@ -55,7 +55,11 @@ def test_data__has_the_tables_of_the_battery(printed):
 def test_study__has_the_tables_of_little_data(printed):
     """All of them, and how many comparisons survive the correction."""
     study = (ROOT / "docs/study.md").read_text().splitlines()
-    of_little_data = printed.split("\nlittle data\n\n")[1].split("\n\ninspect\n")[0]
+    of_little_data, of_readme = printed.split("\nlittle data\n\n")[1].split("\nlittle data, README\n\n")
+    of_readme = of_readme.split("\n\ninspect\n")[0]
+    assert len(rows(of_readme)) >= 2
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert [row for row in rows(of_readme) if row not in readme] == []
     assert len(rows(of_little_data)) >= 3
     assert [row for row in rows(of_little_data) if row not in study] == []
     (survive,) = re.findall(r"\d+ of \d+, in bold, survive", of_little_data)
