@@ -57,7 +57,7 @@ Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
-FEW_EPISODES = 20  # of a task; students of fewer are told of --ask (docs/study.md, When teachers pay)
+FEW_EPISODES = 30  # of a task; students of fewer are told of --ask (docs/study.md, When teachers pay)
 
 
 @dataclasses.dataclass
@@ -157,6 +157,8 @@ class Config:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
+        if self.dropout and self.surgery in surgery.EACH:
+            raise UserError(f"--dropout {self.dropout} with --surgery {self.surgery}: use one of them")
         for env in self.envs:
             data.dataset_id(env)  # raises for a name that is none
 
@@ -617,8 +619,8 @@ def make_student(
     }
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     student.bfloat16 = machine.bfloat16(cfg)
-    if processes.rank():
-        # for dropout's masks, which differ among processes
+    if processes.rank() and cfg.dropout:
+        # for its masks, which differ among processes; pcgrad's order of teachers must not
         torch.manual_seed(cfg.seed + 2**32 * processes.rank())
     parameters = sum(t.n_params for t in teachers)
     print(

@@ -202,7 +202,7 @@ def readme_table(rows: list[dict[str, str]]) -> str:
         if group.tasks != "builtin" or group.compression != times or group.mode == CLONE:
             continue
         same = [found.get(group._replace(mode=mode)) for mode in modes]
-        if not all(same):
+        if not all(x and len(x.seeds) >= MIN_RUNS for x in same):
             continue
         episodes = f"{np.mean([runs.episodes.mean() for runs in same]):.0f} ({label(group, times)})"
         cells = [f"{mean_retention(x.retention):.2f} ({worst_task(x.retention):.2f})" for x in same]

@@ -267,7 +267,7 @@ def little_data(folder: Path) -> Iterator[Section]:
     """The section of research/little_data.py's students, where the folder holds their rows."""
     path = folder / "little_data.csv"
     if path.exists():
-        rows = read_rows(path)
+        rows = read_rows(path.resolve())
         figure = folder / "little_data.png"
         little_data_report.plot(figure, rows)
         yield Section("When teachers pay", LITTLE_DATA, [little_data_report.tables(rows)], figure)

@@ -415,6 +415,7 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
         ),
         ({"state_noise": -0.1}, "--state-noise -0.1: must be at least 0"),
         ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
+        ({"dropout": 0.1, "surgery": "pcgrad"}, "--dropout 0.1 with --surgery pcgrad: use one of them"),
         ({"loss": "kl+nll"}, "--loss kl\\+nll is no distance"),
         (
             {"loss": "kl+nll", "curriculum": "all", "ask": 0.5},

@@ -171,7 +171,7 @@ def gradient_beyond_rounding(model):
 
 def assert_close(a, b, columns=slice(None)):
     """Equal to rounding in these columns, in proportion to the largest of all."""
-    assert np.abs(a - b)[:, columns].max() < 2e-5 * max(1, np.abs(b).max())
+    assert np.abs(a - b)[:, columns].max() < 5e-5 * max(1, np.abs(b).max())
 
 
 def test_teachers_job__learns_as_one_process_with_the_windows_of_both(teachers, tmp_path):
