@@ -350,7 +350,9 @@ def plot_shares(ax: "Axes", found: Found, tasks: str, statistic: Callable[..., n
         n_runs = "/".join(str(n) for n in sorted({len(runs.seeds) for runs in of_mode.values()}))
         bars = [values - low, high - values]
         text = f"{mode} ({n_runs} runs)"
-        ax.errorbar(x, values, bars, marker="o", markersize=4, capsize=2, label=text, **style(i))
+        ax.errorbar(
+            x, values, bars, marker="o", markersize=4, capsize=2, label=text, **style(MODES.index(mode))
+        )
     clones = found.get(Group(tasks, ALL, 1.0, 1.0, CLONE))
     if clones:
         line = {"color": "grey", "linestyle": ":", "linewidth": 1}

@@ -218,6 +218,18 @@ def test_plot__shows_a_column_for_each_set_of_tasks(small, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_plot_shares__gives_a_mode_its_colour_whatever_else_is_drawn(small, tmp_path):
+    alone = read(tmp_path, csv_rows("labels", {"ant": 0.9}))
+    colours = []
+    for rows in (small, alone):
+        fig, ax = plt.subplots()
+        little.plot_shares(ax, little.students(rows), "builtin", mean_retention)
+        (labels,) = [c for c in ax.containers if c.get_label().startswith("labels")]
+        colours.append(labels.lines[0].get_color())
+        plt.close(fig)
+    assert colours[0] == colours[1]
+
+
 def test_plot_shares__draws_the_main_students_at_their_shares(small):
     fig, ax = plt.subplots()
     little.plot_shares(ax, little.students(small), "builtin", mean_retention)
