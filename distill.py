@@ -619,9 +619,7 @@ def make_student(
     }
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     student.bfloat16 = machine.bfloat16(cfg)
-    if processes.rank() and cfg.dropout:
-        # for its masks, which differ among processes; pcgrad's order of teachers must not
-        torch.manual_seed(cfg.seed + 2**32 * processes.rank())
+    training.seed_dropout(cfg)
     parameters = sum(t.n_params for t in teachers)
     print(
         f"{len(tasks)} teachers of {parameters:,} parameters -> student of {student.n_params:,}, "

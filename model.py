@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels.attention import attention, dropout_factors
 from kernels.kl import bounded, own_map, policies
-from support import UserError, files, first_line
+from support import UserError, files, reason
 
 MAX_CONTEXT = 1024  # timesteps; what acting keeps grows with the square
 N_FREQUENCIES = 16  # that timesteps are embedded by
@@ -350,8 +350,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Decision
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps
-        reason = (first_line(e) or type(e).__name__)[:200]
-        raise UserError(f"the model in {path} is damaged ({reason}); train it again") from None
+        raise UserError(f"the model in {path} is damaged ({reason(e)}); train it again") from None
     return model.to(device).eval(), meta
 
 

@@ -245,9 +245,7 @@ def make_learner(cfg: Config, dataset: data.Dataset, windows: data.Windows) -> L
     sizes = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "tokens", "context", "dropout")}
     model = dt.DecisionTransformer(dt.ModelConfig.of([task], **sizes)).to(device)
     model.bfloat16 = machine.bfloat16(cfg)
-    if processes.rank():
-        # for dropout's masks, which differ among processes
-        torch.manual_seed(cfg.seed + 2**32 * processes.rank())
+    training.seed_dropout(cfg)
     print(
         f"{task.name}: {len(dataset.lengths)} episodes, {dataset.lengths.sum():,} steps; "
         f"teacher of {model.n_params:,} parameters on {device}, "

@@ -10,7 +10,7 @@ signals        SIGTERM and SIGINT, which wait for the end of an update
 checkpoint     a training that can be stopped and resumed
 log            log.csv, TensorBoard, Weights & Biases, tables, seconds by phase
 update_log     a student's log.csv
-training       learning-rate schedule, CUDA graphs
+training       learning-rate schedule, seeds, CUDA graphs
 environments   making environments, sizes of their spaces
 spaces         observations of any space as vectors
 isolation      reading files of others with bounded memory and time
@@ -30,3 +30,8 @@ class UserError(ValueError):
 def first_line(e: BaseException) -> str:
     """The first line of what an exception says, for a UserError's one line; empty where it says nothing."""
     return (str(e).strip().splitlines() or [""])[0]
+
+
+def reason(e: BaseException) -> str:
+    """`first_line`, or the exception's type where it says nothing; 200 characters of it."""
+    return (first_line(e) or type(e).__name__)[:200]

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from support import UserError, files, first_line, processes, signals
+from support import UserError, files, processes, reason, signals
 from support.log import Log, TensorBoard, WandB
 from support.signals import Stopped
 
@@ -104,9 +104,8 @@ class Checkpoint:
         except UserError:
             raise
         except Exception as e:  # noqa: BLE001 - a damaged file fails in any of these steps, in its own way
-            reason = (first_line(e) or type(e).__name__)[:200]
             raise UserError(
-                f"{self.path} is damaged ({reason}); --overwrite in place of --resume begins anew"
+                f"{self.path} is damaged ({reason(e)}); --overwrite in place of --resume begins anew"
             ) from None
         print(f"resumed from {self.path} after {step} updates", flush=True)
         return step

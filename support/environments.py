@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from support import UserError, first_line
+from support import UserError, reason
 
 
 def import_packages(names: Iterable[str]) -> None:
@@ -17,10 +17,9 @@ def import_packages(names: Iterable[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as e:  # noqa: BLE001 - what a package's own code raises
-            reason = (first_line(e) or type(e).__name__)[:200]
             package = name.split(".")[0].replace("_", "-")
             raise UserError(
-                f"--import {name}: can't be imported ({reason}); try pip install {package}"
+                f"--import {name}: can't be imported ({reason(e)}); try pip install {package}"
             ) from None
 
 
@@ -44,9 +43,8 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
     try:
         return gym.make(name, **{"disable_env_checker": True, **env_kwargs, **kwargs})
     except Exception as e:  # noqa: BLE001 - a package that it needs, an option that it does not know, ...
-        reason = (first_line(e) or type(e).__name__)[:200]
         raise UserError(
-            f"environment {env_id!r} can't be made ({reason}); "
+            f"environment {env_id!r} can't be made ({reason(e)}); "
             f"install what it needs, or use --eval-episodes 0"
         ) from None
 

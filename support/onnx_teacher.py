@@ -32,7 +32,7 @@ import evaluate
 import export
 import model as dt
 from kernels.kl import LOG_STD, NEVER
-from support import UserError, first_line, isolation, processes, verdict
+from support import UserError, isolation, processes, reason, verdict
 
 MAX_BYTES = 2**30  # as of a model's weights
 # Of a policy that has no log_std, in half action ranges: twice distill.py's --sigma-floor, so that the floor
@@ -164,7 +164,7 @@ class OnnxTeacher:
         except Exception as e:  # noqa: BLE001 - onnxruntime has a class of its own for each of its errors
             raise UserError(
                 f"{self.path} does not run on {len(history['mask'])} observations of {self.task.obs_dim} "
-                f"numbers, as dataset {self.task.dataset} has them ({_reason(e)}); export it again for these"
+                f"numbers, as dataset {self.task.dataset} has them ({reason(e)}); export it again for these"
             ) from None
         for name, x in zip(self.names, outputs, strict=True):
             if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
@@ -338,7 +338,7 @@ def _checked(path: Path, blob: bytes) -> int:
         proto = onnx.load_from_string(blob)
         messages = list(_messages(proto))
     except Exception as e:  # noqa: BLE001 - protobuf's own, or a RecursionError
-        raise UserError(_damaged(path, _reason(e))) from None
+        raise UserError(_damaged(path, reason(e))) from None
     if any(getattr(m, "data_location", 0) == onnx.TensorProto.EXTERNAL for m in messages):
         raise UserError(f"{path} keeps weights in other files; export it as one (external_data=False)")
     if proto.functions or any(getattr(m, "op_type", "") == "Loop" for m in messages):
@@ -363,12 +363,8 @@ def _session(path, blob):
         inputs = {x.name: (x.type, x.shape) for x in session.get_inputs()}
         return session, inputs, [x.name for x in session.get_outputs()]
     except Exception as e:  # noqa: BLE001 - onnxruntime has a class of its own for each of its errors
-        raise UserError(_damaged(path, _reason(e))) from None
+        raise UserError(_damaged(path, reason(e))) from None
 
 
-def _damaged(path, reason):
-    return f"{path} is no ONNX file that onnxruntime can run ({reason}); export it again"
-
-
-def _reason(e):
-    return (first_line(e) or type(e).__name__)[:200]
+def _damaged(path, why):
+    return f"{path} is no ONNX file that onnxruntime can run ({why}); export it again"

@@ -1,11 +1,15 @@
-"""What teacher.py and distill.py share in their training loops: learning rates, CUDA graphs, CPU threads."""
+"""What teacher.py and distill.py share in their training loops: learning rates, seeds, CUDA graphs, CPU
+threads."""
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from support import processes
 
 WARM_UP_CALLS = 3  # of a function before it is captured
 PERIOD = 200  # updates between trials of numbers of threads
@@ -27,6 +31,12 @@ def schedule(steps: int, peak: float, warmup: int, betas: tuple[float, float] = 
         t = step + 1
         rows.append([learning_rate(step, steps, peak, warmup), 1 - betas[0] ** t, 1 - betas[1] ** t, t])
     return torch.tensor(rows)
+
+
+def seed_dropout(cfg: Any) -> None:
+    """Let the masks of a job's processes differ. All else that is drawn without a generator must not."""
+    if processes.rank() and cfg.dropout:
+        torch.manual_seed(cfg.seed + 2**32 * processes.rank())
 
 
 def captured(f: Callable[[], None], state: list[Tensor], generator: torch.Generator) -> Callable[[], None]:
