@@ -84,6 +84,11 @@ class Task:
         return self.first_action is not None
 
     @property
+    def observed(self) -> spaces.Description:
+        """What its observations are made of."""
+        return self.obs_space or spaces.box(self.obs_dim)
+
+    @property
     def target_name(self) -> str:
         """Of the default target return, in `targets`; older models have no "supported" one."""
         return "supported" if "supported" in self.targets else "p95"
@@ -397,7 +402,7 @@ class Windows:
         self.offset = (1 + copies) * (self.size.cumsum(0) - self.size)  # (N,) of each task's first row
         measured = np.zeros((len(tasks), self.O), bool)  # not padding, categories or words
         for i, task in enumerate(tasks):
-            measured[i, : task.obs_dim] = spaces.measured(task.obs_space or spaces.box(task.obs_dim))
+            measured[i, : task.obs_dim] = spaces.measured(task.observed)
         self.measured = torch.from_numpy(measured).to(device)  # (N, O)
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
         n_columns = self.O + self.A + 2 + 2 * self.A * targets
@@ -443,19 +448,17 @@ class Windows:
         for i, size in enumerate(self.size.tolist()):
             rows = torch.arange(offset[i], offset[i] + size, device=device)
             task = torch.full_like(rows, i)
+            episode = self.episode(rows)
             for copy in range(self.copies):
-                u = torch.rand(len(first), generator=generator, device=device)[self.episode(rows)]
+                u = torch.rand(len(first), generator=generator, device=device)[episode]
                 table = self.table[offset[i] + (1 + copy) * size :][:size]
-                table[:, self.O + self.A] += self.shift(task, rows, (copy + u) / self.copies).to(table)
+                table[:, self.O + self.A] += self.shift(task, episode, (copy + u) / self.copies).to(table)
                 states = table[:, : self.O].to(device)
                 table[:, : self.O] = self.moved(states, task, generator).to(table)
 
-    def shift(self, task: Tensor, row: Tensor, u: Tensor) -> Tensor:
-        """(B,): what to add to returns-to-go to ask for a return drawn by u (B,), uniform in [0, 1).
-
-        row (B,): of the original rows.
-        """
-        return self.low[task] + u * (self.high - self.low)[task] - self.returns[self.episode(row)]
+    def shift(self, task: Tensor, episode: Tensor, u: Tensor) -> Tensor:
+        """(B,): what to add to an episode's returns-to-go to ask for a return drawn by u (B,) in [0, 1)."""
+        return self.low[task] + u * (self.high - self.low)[task] - self.returns[episode]
 
     def moved(self, states: Tensor, task: Tensor, generator: torch.Generator) -> Tensor:
         """States (B, ..., O) like those that other returns lead to, where `noise` is not zero.
@@ -538,7 +541,7 @@ class Windows:
             end = end + torch.where(asks, copy * self.size[task], 0)
         batch = self.gather(task, end)
         if self.asking and not self.copies:
-            rtg = batch.rtg + torch.where(asks, self.shift(task, end, u.float()), 0.0)[:, None]
+            rtg = batch.rtg + torch.where(asks, self.shift(task, self.episode(end), u.float()), 0.0)[:, None]
             states = torch.where(asks[:, None, None], self.moved(batch.states, task, generator), batch.states)
             batch = batch._replace(rtg=rtg, states=states)
         if self.host:  # the next windows are probably those that these shares would give

@@ -68,7 +68,7 @@ def make_env(task: data.Task, **kwargs: Any) -> gym.Env:
 def check_spaces(env: gym.Env, task: data.Task) -> None:
     """Raise UserError where an environment's spaces are not those of the task's dataset."""
     name = f"environment {task.env_id} {task.env_kwargs}"
-    ours = task.obs_space or spaces.box(task.obs_dim)
+    ours = task.observed
     theirs = spaces.describe(env.observation_space, name)
     has_shape = env.action_space.shape is not None  # a Dict has none
     actions = environments.size(env.action_space) if has_shape else type(env.action_space).__name__

@@ -163,7 +163,7 @@ def model_folder(saved):
 def load_and_act(path):
     model, meta = dt.load(path)
     task = data.tasks(meta, path)[0]
-    description = task.obs_space or spaces.box(2)
+    description = task.observed
     if spaces.without_words(description) == spaces.describe(SPACE, "it"):
         assert spaces.vector(description, {"a": 0, "b": ("x",)}).shape == (2,)
     actor = policy.Actor(model, 0, 1, task.max_steps)
