@@ -32,7 +32,6 @@ import model as dt
 import teacher
 from policy import Policy
 from research import battery, study_rows
-from research.tables import read_rows
 from research.variants import LONG_TEACHER
 from support import UserError, cli, files, machine
 
@@ -174,7 +173,7 @@ def run_students(cfg: Config, seed: int) -> None:
 
 def measured() -> set[tuple[str, str, int]]:
     """Dataset, variant and seed of the rows of RESULTS."""
-    rows = read_rows(RESULTS) if RESULTS.exists() else []
+    rows = study_rows.plain(RESULTS)
     return {(row["dataset"], row["variant"], int(row["seed"])) for row in rows}
 
 
@@ -202,7 +201,7 @@ def add(
         "low": low,
         "flags": " ".join(scores.get("flags", ())),
         "seconds": round(seconds, 1),
-        "commit": machine.describe(teacher.Config())["commit"],
+        "commit": machine.commit(),
     }
     study_rows.add(RESULTS, row)
     print({k: row[k] for k in ("dataset", "variant", "seed", "asked", "target", "return_mean")}, flush=True)

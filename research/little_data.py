@@ -3,7 +3,7 @@
     python -m research.little_data --tune                      # data alone: its best settings at each share
     python -m research.little_data --shares 0.02 0.1 --seeds 0 1 2
     python -m research.little_data --tasks thirdparty --shares 0.05 --modes labels asked
-    python -m research.little_data --shares 0.02 --n-embd 32   # 50 times fewer parameters than its teachers
+    python -m research.little_data --shares 0.02 --n-embd 40   # 48.5 times fewer parameters than its teachers
     python -m research.little_data --worst-half                # no episode above the median
 
 Teachers see all of their data, students whole episodes drawn by seed. A row for each task of a student; a
@@ -31,7 +31,7 @@ import model as dt
 import teacher
 from policy import Policy
 from research import study_rows
-from research.tables import RESULTS, read_rows
+from research.tables import RESULTS
 from support import cli, files, machine
 
 BODIES = ("hopper", "halfcheetah", "walker2d", "ant")
@@ -60,7 +60,7 @@ CLONE_SEED = evaluate.SEED + 10_000  # of its first episode
 class Config:
     tasks: tuple[Literal[tuple(TASKS)], ...] = ("builtin",)
     shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)  # of the training episodes
-    modes: tuple[str, ...] = tuple(MODES)[:-1]  # what the student learns from
+    modes: tuple[Literal[tuple(MODES)], ...] = tuple(MODES)[:-1]  # what the student learns from
     seeds: tuple[int, ...] = tuple(range(10))  # of students and of their draw of episodes
     n_embd: int = distill.Config.n_embd  # the student's channels
     worst_half: bool = False  # students see all episodes up to the median return, and no other
@@ -87,15 +87,18 @@ def teacher_scores(cfg: Config, tasks: str, seed: int) -> dict[str, dict[str, An
     """A seed's teachers evaluated, by task: from the rows of "teacher", or made, with those of "clone"."""
     rows = read(tasks=tasks, mode="teacher", teacher_seed=seed)
     if not rows:
+        made = []
         for directory in map(Path, teachers(cfg, tasks, seed)):
             model, meta = dt.load(directory)
             task = data.tasks(meta, directory)[0]
             policy = Policy.of(model, task, 0)
             row = {"tasks": tasks, "teacher_seed": seed, "seed": seed, "task": task.name}
             own = scores(policy, task, TEACHER_EPISODES, evaluate.SEED)
-            own["teacher_gap"] = own["target_gap"] = gap(policy, task, seed)
-            add({**row, "mode": "teacher", **own}, own)
-            add({**row, "mode": "clone", **scores(policy, task, EPISODES, CLONE_SEED)}, own)
+            facts = files.read_json(directory / "metrics.json")["tasks"][task.name]["data"]
+            own["target_gap"] = gap(policy, task, facts)
+            made.append(({**row, "mode": "teacher", **own}, own))
+            made.append(({**row, "mode": "clone", **scores(policy, task, EPISODES, CLONE_SEED)}, own))
+        add_all(made)
         rows = read(tasks=tasks, mode="teacher", teacher_seed=seed)
     numbers = ("return_mean", "target_gap", "score")
     return {row["task"]: {key: float(row[key]) for key in numbers} for row in rows}
@@ -113,10 +116,10 @@ def scores(policy: Any, task: data.Task, episodes: int, seed: int) -> dict[str, 
     }
 
 
-def gap(policy: Any, task: data.Task, seed: int) -> float:
-    """evaluate.target_gap."""
+def gap(policy: Any, task: data.Task, facts: dict[str, float]) -> float:
+    """evaluate.target_gap; facts: of the teacher's data."""
     sweep = evaluate.sweep(policy, task, SWEEP_EPISODES, evaluate.SEED)
-    return evaluate.target_gap(sweep, data.load(task.dataset, seed).facts(), task)
+    return evaluate.target_gap(sweep, facts, task)
 
 
 class Ensemble:
@@ -195,16 +198,18 @@ def student(cfg: Config, tasks: str, share: float, mode: str, seed: int) -> None
             "n_embd": cfg.n_embd,
             "compression": round(metrics["compression"], 1),
         }
-        source = options["student_datasets"][i] if cfg.worst_half else task.dataset
-        row["episodes"] = round(share * training_episodes(source, task.split_seed))
+        of_task = metrics["tasks"][task.name]
+        episodes = of_task["data"]["episodes"]
+        if cfg.worst_half:
+            episodes = training_episodes(options["student_datasets"][i], task.split_seed)
+        row["episodes"] = round(share * episodes)
         row |= scores(policy, task, EPISODES, evaluate.SEED)
         if seed < SWEEP_SEEDS:
-            row["target_gap"] = gap(policy, task, task.split_seed)
-        row["heldout_kl"] = metrics["tasks"][task.name]["heldout_kl"]
+            row["target_gap"] = gap(policy, task, of_task["data"])
+        row["heldout_kl"] = of_task["heldout_kl"]
         row["seconds"] = metrics["seconds"]["train"]
         rows.append((row, of_teachers[task.name]))
-    for row, of_teacher in rows:  # all or none, as far as a crash allows
-        add(row, of_teacher)
+    add_all(rows)
 
 
 def training_episodes(dataset: str, split_seed: int) -> int:
@@ -247,7 +252,7 @@ def tune(cfg: Config, tasks: str, share: float) -> None:
     for values in itertools.product(*GRID.values()):
         setting = dict(zip(GRID, values, strict=True))
         key = {"tasks": tasks, "data_share": share, **setting}
-        if any(all(row[k] == str(v) for k, v in key.items()) for row in read_rows_of(TUNING)):
+        if any(all(row[k] == str(v) for k, v in key.items()) for row in study_rows.plain(TUNING)):
             continue
         run = distill.Config(
             teachers=teachers(cfg, tasks, 0), seed=TUNING_SEED, data_share=share, eval_episodes=0,
@@ -258,14 +263,14 @@ def tune(cfg: Config, tasks: str, share: float) -> None:
         of_tasks = data.tasks(meta, run.out_dir)
         _, held_out = distill.load_windows(run, of_tasks, model.cfg.context)
         nll = distill.Distance(run, model).held_out(held_out, held_out.targets)
-        row = {**key, "heldout_nll": round(float(np.mean(nll)), 4), "commit": commit()}
+        row = {**key, "heldout_nll": round(float(np.mean(nll)), 4), "commit": machine.commit()}
         study_rows.add(TUNING, row)
         print(row, flush=True)
 
 
 def tuned(tasks: str, share: float) -> dict[str, float]:
     """The options of the lowest held-out NLL at the nearest share that was tuned. Run --tune first."""
-    rows = [row for row in read_rows_of(TUNING) if row["tasks"] == tasks]
+    rows = [row for row in study_rows.plain(TUNING) if row["tasks"] == tasks]
 
     def distance(row):
         return abs(math.log(float(row["data_share"]) / share))
@@ -288,19 +293,20 @@ COLUMNS = {  # a row's, with digits after the point
 }  # fmt: skip
 
 
-def read_rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
-    return read_rows(path) if path.exists() else []
-
-
 def read(**key: Any) -> list[dict[str, str]]:
     """The rows with these values."""
-    return [row for row in read_rows_of(ROWS) if all(row[k] == str(v) for k, v in key.items())]
+    return [row for row in study_rows.plain(ROWS) if all(row[k] == str(v) for k, v in key.items())]
+
+
+def add_all(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """`add` each of the rows, which are all made by now: all or none, as far as a crash allows."""
+    for row, of_teacher in rows:
+        add(row, of_teacher)
 
 
 def add(row: dict[str, Any], of_teacher: dict[str, Any]) -> None:
     """Add a row, with what it has in common with its teacher's scores."""
-    row = {"data_share": 1.0, "data": "all", "compression": 1.0, **row, "commit": commit()}
+    row = {"data_share": 1.0, "data": "all", "compression": 1.0, **row, "commit": machine.commit()}
     row["teacher_return"] = of_teacher["return_mean"]
     row["teacher_gap"] = of_teacher.get("target_gap", "")
     row["retention"] = row["score"] / of_teacher["score"]
@@ -310,10 +316,6 @@ def add(row: dict[str, Any], of_teacher: dict[str, Any]) -> None:
         rounded[key] = round(value, digits) if digits and value != "" else value
     study_rows.add(ROWS, rounded)
     print({k: rounded[k] for k in ("tasks", "data_share", "mode", "seed", "task", "retention")}, flush=True)
-
-
-def commit() -> str:
-    return machine.describe(teacher.Config())["commit"]
 
 
 def main(cfg: Config) -> None:

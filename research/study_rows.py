@@ -30,15 +30,20 @@ LRS = (4e-3, 8e-3, 16e-3, 32e-3)  # the grid of learning rates that tuning begin
 
 def read(path: Path | str) -> list[Row]:
     """The CSV's rows, with numbers and arrays as such; none where there is no file."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = plain(path)
     for row in rows:
         row |= {key: int(row[key]) for key in INTEGERS}
         row |= {key: float(row[key]) for key in NUMBERS}
         row |= {key: np.array(json.loads(row[key])) for key in ARRAYS}
     return rows
+
+
+def plain(path: Path | str) -> list[dict[str, str]]:
+    """The CSV's rows as they stand there; none where there is no file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def add(path: Path | str, row: Row) -> None:

@@ -20,7 +20,6 @@ from research.markdown import table
 from research.statistics import cell
 
 RESULTS = Path(__file__).parent / "results"
-LITTLE_DATA = "little_data.csv"
 GRADIENT_SIZES = {
     "teacher": 605_190 + 1,
     "student": 111_140 + 4 * 3,
@@ -473,9 +472,9 @@ def main() -> None:
             print(f"\nbattery, {half.lower()}\n\n{battery(names)}\n\n{battery_median(names)}")
     print(f"\nremedies\n\n{remedies()}")
     print(f"\nstudents\n\n{students()}")
-    if (RESULTS / LITTLE_DATA).exists():
-        print(f"\nlittle data\n\n{little_data_report.tables(read_rows(LITTLE_DATA))}")
-        print(f"\nlittle data, README\n\n{little_data_report.readme_table(read_rows(LITTLE_DATA))}")
+    rows = read_rows("little_data.csv")
+    print(f"\nlittle data\n\n{little_data_report.tables(rows)}")
+    print(f"\nlittle data, README\n\n{little_data_report.readme_table(rows)}")
     print("\ninspect\n\n{}\n\n{}".format(*inspected()))
     print(f"\ntokens\n\n{tokens()}")
     for path in sorted(RESULTS.glob("bench_*.csv")):

@@ -77,7 +77,7 @@ def describe(cfg: Any) -> dict[str, Any]:
         "dtype": "bfloat16" if bfloat16(cfg) else "float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -87,7 +87,8 @@ def _processor():
     return model_name[1] if model_name else platform.machine()
 
 
-def _commit():
+def commit() -> str:
+    """Of the code, as git abbreviates it; "+": with uncommitted changes."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
