@@ -9,7 +9,6 @@ from conftest import ROOT
 
 RESULTS = (ROOT / "docs/results.md").read_text()
 SPEED = (ROOT / "docs/speed.md").read_text()
-LITTLE_DATA = ROOT / "research/results/little_data.csv"
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
@@ -51,7 +50,6 @@ def test_data__has_the_tables_of_the_battery(printed):
         assert verdict in text
 
 
-@pytest.mark.skipif(not LITTLE_DATA.exists(), reason="no student of little data was trained yet")
 def test_study__has_the_tables_of_little_data(printed):
     """All of them, and how many comparisons survive the correction."""
     study = (ROOT / "docs/study.md").read_text().splitlines()

@@ -152,7 +152,8 @@ def test_job__agrees_to_the_bit_in_every_update_and_with_one_process(world_and_v
     P = len(has_gradient)
     assert_close(many[0][:, :N], one[:, :N])  # shares
     assert_close(many[0][:, N : N + P], one[:, N : N + P], has_gradient)  # gradients
-    assert_close(many[0][:, N + P :], one[:, N + P :], has_gradient)  # parameters
+    bound = 3e-5 if variant == "argmax" else 2e-5  # one teacher's windows at a time: 2.2e-5 seen
+    assert_close(many[0][:, N + P :], one[:, N + P :], has_gradient, bound)  # parameters
     log_of_many = files.read_csv(tmp_path / "many/log.csv")
     log_of_one = files.read_csv(tmp_path / "one/log.csv")
     for k in set(log_of_many) - {"seconds", "cosine"}:
@@ -169,9 +170,9 @@ def gradient_beyond_rounding(model):
     return np.concatenate(parts)
 
 
-def assert_close(a, b, columns=slice(None)):
+def assert_close(a, b, columns=slice(None), bound=2e-5):
     """Equal to rounding in these columns, in proportion to the largest of all."""
-    assert np.abs(a - b)[:, columns].max() < 5e-5 * max(1, np.abs(b).max())
+    assert np.abs(a - b)[:, columns].max() < bound * max(1, np.abs(b).max())
 
 
 def test_teachers_job__learns_as_one_process_with_the_windows_of_both(teachers, tmp_path):
