@@ -89,6 +89,11 @@ class Task:
         return self.obs_space or spaces.box(self.obs_dim)
 
     @property
+    def signature(self) -> tuple[spaces.Description, int, bool]:
+        """Of its spaces: what tasks that share an embedding and a head have in common."""
+        return self.observed, self.act_dim, self.discrete
+
+    @property
     def target_name(self) -> str:
         """Of the default target return, in `targets`; older models have no "supported" one."""
         return "supported" if "supported" in self.targets else "p95"

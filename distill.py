@@ -45,6 +45,7 @@ from support import (
     machine,
     processes,
     run_directory,
+    spaces,
     training,
     verdict,
 )
@@ -76,6 +77,7 @@ class Config:
     n_embd: int = 64  # channels
     tokens: Literal[1, 3] = 1  # of a timestep: R, s and a (Chen et al.), or one sum of R, s and the last a
     dropout: float = 0.0  # share of the activations dropped in training
+    share: bool = False  # tasks of the same spaces share embedding and head, and get a task embedding
     # method
     curriculum: Curricula = "novelty"  # which teacher next
     novelty_power: float = 2.0  # shares ~ KL^power; inf: argmax of KL, 0: equal shares
@@ -373,6 +375,7 @@ class Distance:
         self.student = student
         self.act_dims = torch.tensor(student.cfg.act_dims, device=device)  # (N,)
         self.discrete = student.cfg.categorical(device)  # (N,) bool, or None
+        self.groups = student.groups if student.cfg.shares else None  # (N,), which head is each task's
 
     def __call__(self, batch: data.Batch, targets: Tensor, theta: Tensor | None = None) -> Tensor:
         """L (N,): the mean over a teacher's valid timesteps, 0 where the batch has no window of it."""
@@ -405,11 +408,11 @@ class Distance:
             bias = parameters["head.bias"]
         kl = 0.0
         if "kl" in cfg.loss:
-            options = (cfg.kl, cfg.sigma_floor, cfg.temperature, self.discrete)
+            options = (cfg.kl, cfg.sigma_floor, cfg.temperature, self.discrete, self.groups)
             kl, counts = head_kl(h, weight, bias, *targets, batch.mask, batch.task, self.act_dims, *options)
             if cfg.loss == "kl":
                 return kl, counts
-        x = own_map(h, weight, bias, batch.task)
+        x = own_map(h, weight, bias, student.groups[batch.task])
         x = self._other(*policies(x, batch.task, self.act_dims, self.discrete), batch, targets)
         sums, counts = per_teacher(x, batch.mask, batch.task, self.act_dims, self.discrete)
         return kl + sums, counts
@@ -602,6 +605,32 @@ def check_unchanged(task: data.Task, now: data.Task) -> None:
         )
 
 
+def groups_of(tasks: list[data.Task]) -> tuple[int, ...]:
+    """Of each task the number of its group, from 0: tasks of the same spaces are of one.
+
+    Raises UserError where no two tasks have the same.
+    """
+    found = []
+    groups = []
+    for task in tasks:
+        if task.signature not in found:
+            found.append(task.signature)
+        groups.append(found.index(task.signature))
+    if len(found) == len(tasks):
+        summaries = [_summary(task) for task in tasks]
+        some = "; ".join(f"{t.name} has {x}" for t, x in zip(tasks[:4], summaries[:4], strict=True))
+        more = f"; and {len(tasks) - 4} more" if len(tasks) > 4 else ""
+        words = ", of other words" if len(set(summaries)) < len(tasks) else ""
+        raise UserError(f"--share: no two tasks have the same spaces{words} ({some}{more}); leave it out")
+    return tuple(groups)
+
+
+def _summary(task):
+    """Of a task's spaces, for messages."""
+    kind = "discrete" if task.discrete else "continuous"
+    return f"observations {spaces.summary(task.observed)}, {task.act_dim} {kind} actions"
+
+
 def make_student(
     cfg: Config, tasks: list[data.Task], teachers: list[teacher.Model]
 ) -> tuple[dt.DecisionTransformer, torch.Generator]:
@@ -616,14 +645,16 @@ def make_student(
         "tokens": cfg.tokens,
         "dropout": cfg.dropout,
         "context": teachers[0].cfg.context,
+        "groups": groups_of(tasks) if cfg.share else (),
     }
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     student.bfloat16 = machine.bfloat16(cfg)
     training.seed_dropout(cfg)
     parameters = sum(t.n_params for t in teachers)
+    heads = f"{len(set(student.cfg.groups))} heads, " if cfg.share else ""
     print(
         f"{len(tasks)} teachers of {parameters:,} parameters -> student of {student.n_params:,}, "
-        f"{parameters / student.n_params:.1f} times fewer, on {device}, "
+        f"{parameters / student.n_params:.1f} times fewer, {heads}on {device}, "
         f"blocks in {'bfloat16' if student.bfloat16 else 'float32'}; kernels: {kernels.path(device)}",
         flush=True,
     )

@@ -1,11 +1,12 @@
 """Decision Transformer (Chen et al. 2021, arXiv 2106.01345) with a Gaussian or categorical head.
 
 One class for teacher and student: a student has several tasks, one trunk, and for each task its own input
-embeddings and head. Used by teacher.py, distill.py and all that act with a saved model.
+embeddings and head, or shares them among the tasks of a group, told apart by an embedding of the task. Used
+by teacher.py, distill.py and all that act with a saved model.
 
 Notation, the same in every file:
     B windows, K timesteps of context, T tokens: 3K (R, s, a) or K; C channels, nh heads, hs = C / nh
-    N tasks, O and A observation and action dimension, P parameters
+    N tasks, in G groups; O and A observation and action dimension, P parameters
     rtg      return-to-go, divided by the task's rtg_scale
     states   normalised with the task's obs_mean and obs_std
     actions  scaled to [-1, 1]; discrete ones one-hot: A is their number
@@ -45,9 +46,18 @@ class ModelConfig:
     tokens: int = 3  # of a timestep: 3, Chen et al.'s R_t, s_t and a_t; or 1, the sum of R_t, s_t and a_{t-1}
     dropout: float = 0.0
     discrete: tuple[bool, ...] = ()  # whether each task's actions are; none given: no task's are
+    groups: tuple[
+        int, ...
+    ] = ()  # of each task, 0 to G - 1: one has one embedding and one head; none given: N
 
     def __post_init__(self):
         object.__setattr__(self, "discrete", self.discrete or (False,) * len(self.act_dims))
+        object.__setattr__(self, "groups", self.groups or tuple(range(len(self.act_dims))))
+
+    @property
+    def shares(self) -> bool:
+        """Whether some group has more than one task."""
+        return len(set(self.groups)) < len(self.groups)
 
     @classmethod
     def of(cls, tasks: list, **sizes: Any) -> "ModelConfig":
@@ -110,19 +120,19 @@ class Block(nn.Module):
 
 
 class Heads(nn.Module):
-    """One affine map per task, padded to the widest task: each window goes through its own task's."""
+    """One affine map per group of tasks, padded to the widest task: each window goes through its group's."""
 
-    def __init__(self, n_tasks: int, d_in: int, d_out: int, std: float):
+    def __init__(self, n_groups: int, d_in: int, d_out: int, std: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_tasks, d_in, d_out) * std)
+        self.weight = nn.Parameter(torch.randn(n_groups, d_in, d_out) * std)
         # the bias is not zero: LayerNorm would leave only the sign of a return-to-go
-        self.bias = nn.Parameter(torch.randn(n_tasks, d_out) * std)
+        self.bias = nn.Parameter(torch.randn(n_groups, d_out) * std)
 
-    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """x (B, K, in) -> (B, K, out). task: an int, or one index per window (B,)."""
-        if isinstance(task, int):
-            return x @ self.weight[task, : x.shape[-1]] + self.bias[task]
-        return own_map(x, self.weight, self.bias, task)
+    def forward(self, x: Tensor, group: int | Tensor) -> Tensor:
+        """x (B, K, in) -> (B, K, out). group: an int, or one index per window (B,)."""
+        if isinstance(group, int):
+            return x @ self.weight[group, : x.shape[-1]] + self.bias[group]
+        return own_map(x, self.weight, self.bias, group)
 
 
 def waves(timesteps: Tensor) -> Tensor:
@@ -146,19 +156,22 @@ class DecisionTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.bfloat16 = False  # the blocks' products in training; embeddings, head and acting stay in float32
-        N = len(cfg.obs_dims)
+        G = len(set(cfg.groups))
         C = cfg.n_embd
         O = max(cfg.obs_dims)
         A = max(cfg.act_dims)
-        self.embed_state = Heads(N, O, C, O**-0.5)
-        self.embed_action = Heads(N, A, C, A**-0.5)
-        self.embed_rtg = Heads(N, 1, C, 1.0)
+        self.register_buffer("groups", torch.tensor(cfg.groups), persistent=False)  # (N,)
+        self.embed_state = Heads(G, O, C, O**-0.5)
+        self.embed_action = Heads(G, A, C, A**-0.5)
+        self.embed_rtg = Heads(G, 1, C, 1.0)
+        if cfg.shares:
+            self.embed_task = nn.Embedding(len(cfg.groups), C)
         self.embed_time = nn.Linear(2 * N_FREQUENCIES, C)
         self.embed_place = nn.Embedding(cfg.context, C)  # in the window, its first valid timestep first
         self.ln_in = nn.LayerNorm(C)
         self.ln_out = nn.LayerNorm(C)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.head = Heads(N, C, 2 * A, 0.02)
+        self.head = Heads(G, C, 2 * A, 0.02)
         self._initialise()
 
     def _initialise(self):
@@ -211,20 +224,27 @@ class DecisionTransformer(nn.Module):
         timesteps = timesteps.masked_fill(~mask, 0)
         place = (mask.cumsum(1) - 1).clamp_min(0)
         t = self.embed_time(waves(timesteps.to(rtg.dtype))) + self.embed_place(place)
-        r = self.embed_rtg(rtg[..., None], task)
-        s = self.embed_state(states, task)
+        if self.cfg.shares:
+            t = t + self.embed_task.weight[task].view(-1, 1, self.cfg.n_embd)
+        group = self._group(task)
+        r = self.embed_rtg(rtg[..., None], group)
+        s = self.embed_state(states, group)
         if self.cfg.tokens == 3:
-            a = self.embed_action(actions, task)
+            a = self.embed_action(actions, group)
             x = torch.stack((r + t, s + t, a + t), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)
             mask = mask.repeat_interleave(3, dim=1)
         else:
             previous = F.pad(actions, (0, 0, 1, 0))[:, :-1]  # a_{t-1}; zeros at a window's first timestep
-            x = r + s + self.embed_action(previous, task) + t
+            x = r + s + self.embed_action(previous, group) + t
         return dropout(self.ln_in(x), self.cfg.dropout if self.training else 0.0), mask
+
+    def _group(self, task):
+        """Of a task, or of each window's."""
+        return self.cfg.groups[task] if isinstance(task, int) else self.groups[task]
 
     def policy(self, x: Tensor, task: int | Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` returns, of hidden states x (B, K, C)."""
-        x = self.head(x, task)
+        x = self.head(x, self._group(task))
         cfg = self.cfg
         if not isinstance(task, int):
             act_dims = torch.tensor(cfg.act_dims, device=x.device)
@@ -375,15 +395,27 @@ def _check_sizes(cfg, given, weights):
     )
     if not possible:
         raise ValueError(f"sizes that no model has: {given}")
-    N = len(cfg.obs_dims)
+    _check_groups(cfg)
+    G = len(set(cfg.groups))
     C = cfg.n_embd
     shapes = {
-        "embed_state.weight": (N, max(cfg.obs_dims), C),
-        "embed_action.weight": (N, max(cfg.act_dims), C),
+        "embed_state.weight": (G, max(cfg.obs_dims), C),
+        "embed_action.weight": (G, max(cfg.act_dims), C),
         "embed_place.weight": (cfg.context, C),
     }
+    if cfg.shares:
+        shapes["embed_task.weight"] = (len(cfg.groups), C)
     shapes |= {f"blocks.{i}.fc.weight": (4 * C, C) for i in range(cfg.n_layer)}
     if any(weights[name].shape != shape for name, shape in shapes.items()):
         raise ValueError("the weights are not those of a model of the sizes that model.json gives")
     if not all(w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):
         raise ValueError("weights that are not finite float32 numbers")
+
+
+def _check_groups(cfg):
+    """Raise ValueError where groups are not 0 to G - 1, or hold tasks of different sizes or kinds."""
+    tasks = [*zip(cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.discrete, strict=True)]
+    G = len(set(cfg.groups))
+    if {type(g) for g in cfg.groups} != {int} or set(cfg.groups) != set(range(G)) or len(set(tasks)) > G:
+        given = (cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.discrete)
+        raise ValueError("groups {} of tasks of sizes {} and {}, discrete {}".format(*given))

@@ -162,18 +162,21 @@ class Actor:
 
         embeddings = (model.embed_action, model.embed_rtg, model.embed_state)
         sizes = (A, 1, O)
-        weights = [e.weight[task, :size] for e, size in zip(embeddings, sizes, strict=True)]
-        biases = torch.stack([e.bias[task] for e in embeddings])  # (3, C)
+        group = cfg.groups[task]
+        weights = [e.weight[group, :size] for e, size in zip(embeddings, sizes, strict=True)]
+        biases = torch.stack([e.bias[group] for e in embeddings])  # (3, C)
         if cfg.tokens == 3:
             self.embed = torch.block_diag(*weights)  # (A + 1 + O, 3C): the three tokens in one product
             self.embed_bias = biases
         else:
             self.embed = torch.cat(weights)  # (A + 1 + O, C)
             self.embed_bias = biases.sum(0, keepdim=True)
+        if cfg.shares:
+            self.embed_bias = self.embed_bias + model.embed_task.weight[task]
         self.embed_time = model.embed_time
         self.ln_in = (model.ln_in.weight, model.ln_in.bias)
         self.blocks = [BlockWeights.of(block) for block in model.blocks]
-        self.head = _fold(model.head.weight[task, :, :A], model.head.bias[task, :A], model.ln_out)
+        self.head = _fold(model.head.weight[group, :, :A], model.head.bias[group, :A], model.ln_out)
 
         self.time = self.time_embeddings(torch.arange(max(K, max_steps), device=device))  # (max_steps, nC)
         place = model.embed_place.weight[self._token_timesteps(torch.arange(K, device=device))]

@@ -76,8 +76,9 @@ def bounded(x: Tensor) -> Tensor:
 def own_map(x: Tensor, weight: Tensor, bias: Tensor, task: Tensor) -> Tensor:
     """Each window through its own task's affine map: (B, K, D) -> (B, K, E).
 
-    weight (N, D, E), bias (N, E), task (B,). Of few tasks one product with the weights of all, in which other
-    tasks meet zeros, takes a fraction of the time of a product for each window and of gathering its weights.
+    weight (N, D, E), bias (N, E), task (B,); where tasks share maps, the same of groups. Of few tasks one
+    product with the weights of all, in which other tasks meet zeros, takes a fraction of the time of a
+    product for each window and of gathering its weights.
     """
     N, D, E = weight.shape
     if N > FEW_TASKS:
@@ -156,8 +157,8 @@ def policy_kl(
 
 def head_kl_ref(
     h: Tensor,  # (B, K, C), hidden states
-    weight: Tensor,  # (N, C, 2A), of the student's heads
-    bias: Tensor,  # (N, 2A)
+    weight: Tensor,  # (G, C, 2A), of the student's heads
+    bias: Tensor,  # (G, 2A)
     t_mean: Tensor,  # (B, K, A)
     t_log_std: Tensor,
     mask: Tensor,  # (B, K) bool
@@ -167,9 +168,11 @@ def head_kl_ref(
     sigma_floor: float = 0.0,
     temperature: float = 1.0,
     discrete: Tensor | None = None,  # (N,) bool
+    groups: Tensor | None = None,  # (N,), which head is each task's; None: its own, and G is N
 ) -> tuple[Tensor, Tensor]:
     """policy_kl of the student's policies, which its heads make of hidden states; the rest as there."""
-    mean, log_std = policies(own_map(h, weight, bias, task), task, act_dims, discrete)
+    head = task if groups is None else groups[task]
+    mean, log_std = policies(own_map(h, weight, bias, head), task, act_dims, discrete)
     options = (direction, sigma_floor, temperature, discrete)
     return policy_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, *options)
 
@@ -241,21 +244,22 @@ def _minus_log1p(r):
 @triton.jit
 def _head_kl(
     h,  # (B, K, C)
-    weight,  # (N, C, 2A)
-    bias,  # (N, 2A)
+    weight,  # (G, C, 2A)
+    bias,  # (G, 2A)
     t_mean,  # (B, K, A)
     t_log_std,  # (B, K, A)
     mask,  # (B, K) bytes
     task,  # (B,) int64
     act_dims,  # (N,) int64
+    groups,  # (N,) int64; where SHARED, else each task has a head of its own
     sums,  # (N,) float32, zeros
     counts,  # (N,) float32, zeros
     gh,  # (B, K, C): gradient of the window's term in sums; this and the next two where GRADIENT
-    gweight,  # (N, C, 2A) float32, zeros
+    gweight,  # (N, C, 2A) float32, zeros: by task, whose sums have gradients of their own
     gbias,  # (N, 2A) float32, zeros
     th,  # (B, K, C), tangent of h; this and the next three where TANGENT
-    tweight,  # (N, C, 2A)
-    tbias,  # (N, 2A)
+    tweight,  # (G, C, 2A)
+    tbias,  # (G, 2A)
     tsums,  # (N,) float32, zeros: tangent of sums
     B,
     C,
@@ -270,6 +274,7 @@ def _head_kl(
     FORWARD: tl.constexpr,  # direction
     GRADIENT: tl.constexpr,
     TANGENT: tl.constexpr,
+    SHARED: tl.constexpr,
     LO: tl.constexpr,  # LOG_STD
     HI: tl.constexpr,
     DOT: tl.constexpr,
@@ -306,8 +311,11 @@ def _head_kl(
             summed_task = n
 
         # the head's affine map, then the policy
-        w = weight + n * C * 2 * A
-        b = bias + n * 2 * A
+        head = n
+        if SHARED:
+            head = tl.load(groups + n)
+        w = weight + head * C * 2 * A
+        b = bias + head * 2 * A
         n_dims = tl.load(act_dims + n)
         x = _load_tile(h + i * K * C, k, c, K, C, C, DOT)
         w_mean = _load_tile(w, c, a, C, A, 2 * A, DOT)
@@ -335,8 +343,8 @@ def _head_kl(
         g_var = student_var - teacher_var - diff * diff if FORWARD else student_var - teacher_var
         g_std = tl.where(counted, 0.5 * g_var / (student_var * var_q) * slope_var / n_dims, 0.0)
         if TANGENT:
-            tw = tweight + n * C * 2 * A
-            tb = tbias + n * 2 * A
+            tw = tweight + head * C * 2 * A
+            tb = tbias + head * 2 * A
             tx = _load_tile(th + i * K * C, k, c, K, C, C, DOT)
             tmean = _product_tangent(x, tx, w_mean, tw, c, a, C, A, DOT, PRECISION)
             tstd = _product_tangent(x, tx, w_std, tw + A, c, a, C, A, DOT, PRECISION)
@@ -376,15 +384,20 @@ def _launch(
     h: Tensor,
     weight: Tensor,
     bias: Tensor,
-    targets: tuple[Tensor, ...],  # t_mean, t_log_std, mask, task, act_dims
+    targets: tuple[Tensor | None, ...],  # t_mean, t_log_std, mask, task, act_dims, groups
     options: tuple[str, float, float],  # direction, sigma_floor, temperature
     gradient: bool = False,
     tangents: tuple[Tensor, ...] = (),  # of h, weight, bias
 ) -> tuple[Tensor, ...]:
-    """sums, counts, tangent of sums (N,), and its gradients (gh, gweight, gbias), empty unless asked for."""
+    """sums, counts, tangent of sums (N,), and its gradients (gh, gweight, gbias), empty unless asked for.
+
+    Those of weight and bias by task, (N, C, 2A) and (N, 2A), also where tasks share them.
+    """
     direction, sigma_floor, temperature = options
+    *_, act_dims, groups = targets
     B, K, C = h.shape
-    N, _, A2 = weight.shape
+    N = len(act_dims)
+    A2 = weight.shape[2]
     A = A2 // 2
     device = h.device
     # not views of one tensor: forward mode takes none that share memory
@@ -392,12 +405,14 @@ def _launch(
     counts = torch.zeros(N, device=device)
     tsums = torch.zeros(N, device=device)
     gh = torch.empty_like(h) if gradient else h.new_empty(0)
-    gweight = torch.zeros(weight.shape if gradient else 0, device=device)
-    gbias = torch.zeros(bias.shape if gradient else 0, device=device)
+    gweight = torch.zeros((N, C, A2) if gradient else 0, device=device)
+    gbias = torch.zeros((N, A2) if gradient else 0, device=device)
     n_programs = 4
     if device.type == "cuda":
         n_programs *= torch.cuda.get_device_properties(device).multi_processor_count
     n_windows = triton.cdiv(B, min(B, n_programs))
+    shared = groups is not None
+    targets = (*targets[:-1], groups if shared else act_dims)
     tensors = (h, weight, bias, *targets, sums, counts, gh, gweight, gbias)
     tangents_or_unused = tangents or (h, weight, bias)  # the kernel reads them only if there are tangents
     sizes = (B, C, A, sigma_floor**2, temperature**2, n_windows)
@@ -409,6 +424,7 @@ def _launch(
         "FORWARD": direction == "forward",
         "GRADIENT": gradient,
         "TANGENT": len(tangents) > 0,
+        "SHARED": shared,
         "LO": LOG_STD[0],
         "HI": LOG_STD[1],
         "DOT": kernels.dot_type(h.dtype),
@@ -439,6 +455,7 @@ class _HeadKL(torch.autograd.Function):
         ctx.save_for_backward(*output[2:], task)
         ctx.save_for_forward(h, weight, bias)
         ctx.dtypes = (weight.dtype, bias.dtype)
+        ctx.shape = weight.shape
 
     @staticmethod
     def backward(ctx, dsums: Tensor, *_) -> tuple:
@@ -446,9 +463,13 @@ class _HeadKL(torch.autograd.Function):
         gh, gweight, gbias, task = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         dh = gh * dsums[task].to(gh.dtype)[:, None, None]
-        dweight = (gweight * dsums[:, None, None]).to(weight_dtype)
-        dbias = (gbias * dsums[:, None]).to(bias_dtype)
-        return dh, dweight, dbias, None, None, None
+        dweight = gweight * dsums[:, None, None]
+        dbias = gbias * dsums[:, None]
+        groups = ctx.targets[5]
+        if groups is not None:
+            dweight = dweight.new_zeros(ctx.shape).index_add(0, groups, dweight)
+            dbias = dbias.new_zeros(ctx.shape[0], ctx.shape[2]).index_add(0, groups, dbias)
+        return dh, dweight.to(weight_dtype), dbias.to(bias_dtype), None, None, None
 
     @staticmethod
     def jvp(ctx, th: Tensor | None, tweight: Tensor | None, tbias: Tensor | None, *_) -> tuple:
@@ -478,10 +499,11 @@ class _Tangent(torch.autograd.Function):
     ) -> Tensor:
         tangents = (th.contiguous(), tweight.contiguous(), tbias.contiguous())
         if not kernels.multiplies(h.dtype):  # the kernel would spill 300 bytes a thread
-            mean, log_std, mask, *indices = targets
+            mean, log_std, mask, task, act_dims, groups = targets
 
             def sums(*head: Tensor) -> Tensor:
-                return head_kl_ref(*head, mean, log_std, mask.bool(), *indices, *options)[0]
+                rest = (mask.bool(), task, act_dims, *options)
+                return head_kl_ref(*head, mean, log_std, *rest, groups=groups)[0]
 
             return torch.func.jvp(sums, (h, weight, bias), tangents)[1]
         _, _, tsums, *_ = _launch(h, weight, bias, targets, options, tangents=tangents)
@@ -494,8 +516,8 @@ class _Tangent(torch.autograd.Function):
 
 def head_kl(
     h: Tensor,  # (B, K, C), hidden states
-    weight: Tensor,  # (N, C, 2A), of the student's heads
-    bias: Tensor,  # (N, 2A)
+    weight: Tensor,  # (G, C, 2A), of the student's heads
+    bias: Tensor,  # (G, 2A)
     t_mean: Tensor,  # (B, K, A)
     t_log_std: Tensor,
     mask: Tensor,  # (B, K) bool
@@ -505,6 +527,7 @@ def head_kl(
     sigma_floor: float = 0.0,
     temperature: float = 1.0,
     discrete: Tensor | None = None,  # (N,) bool
+    groups: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor]:
     """KL per teacher from the student's hidden states: sums and counts (N,), as head_kl_ref.
 
@@ -519,7 +542,8 @@ def head_kl(
     supported = kernels.available(h, weight, bias, t_mean, t_log_std) and discrete is None
     supported = supported and B > 0 and max(K, C, A2) <= 128
     if not supported or not kernels.fits(h, tiles(K, C, A2 // 2)):
-        return head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, act_dims, *options, discrete)
+        rest = (mask, task, act_dims, *options, discrete, groups)
+        return head_kl_ref(h, weight, bias, t_mean, t_log_std, *rest)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
     targets = (
         t_mean.contiguous(),
@@ -527,6 +551,7 @@ def head_kl(
         mask.contiguous().view(torch.uint8),
         task,
         act_dims,
+        groups,
     )
     sums, counts, *_ = _HeadKL.apply(
         h.contiguous(), weight.contiguous(), bias.contiguous(), targets, options, gradient

@@ -3,6 +3,7 @@
 Processes: test_distributed.py. Stopping and resuming: test_resume.py. The command line: test_scripts.py.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -23,30 +24,35 @@ from kernels.kl import policy_kl
 from support import UserError, files, processes, update_log
 
 NAMES = ("tests/a-v0", "tests/b-v0")
+ALIKE = (NAMES[1], "tests/c-v0")  # of the same spaces
 ACT_DIMS = torch.tensor([2, 3])
 K = 6
 
 
 @functools.cache
-def two_tasks() -> list[data.Dataset]:
-    """Two datasets of different sizes of observation and action."""
-    make_dataset(NAMES[0], [9, 1, 23, 4, 12, 7], obs_dim=3, act_dim=2, spec="Hopper-v5")
-    make_dataset(NAMES[1], [5, 30, 2, 8, 11, 6], obs_dim=5, act_dim=3, seed=1, spec="Walker2d-v5")
-    return [data.load(name) for name in NAMES]
+def two_tasks(alike: bool = False) -> list[data.Dataset]:
+    """Two datasets of different sizes of observation and action, or of the same."""
+    if NAMES[0] not in minari.list_local_datasets():
+        make_dataset(NAMES[0], [9, 1, 23, 4, 12, 7], obs_dim=3, act_dim=2, spec="Hopper-v5")
+        make_dataset(NAMES[1], [5, 30, 2, 8, 11, 6], obs_dim=5, act_dim=3, seed=1, spec="Walker2d-v5")
+        make_dataset(ALIKE[1], [7, 3, 20, 9, 4, 8], obs_dim=5, act_dim=3, seed=2, spec="Walker2d-v5")
+    return [data.load(name) for name in (ALIKE if alike else NAMES)]
 
 
-def untrained_teachers() -> list[dt.DecisionTransformer]:
+def untrained_teachers(alike: bool = False) -> list[dt.DecisionTransformer]:
     torch.manual_seed(5)
     models = []
-    for d in two_tasks():
+    for d in two_tasks(alike):
         cfg = dt.ModelConfig((d.task.obs_dim,), (d.task.act_dim,), n_layer=1, n_head=1, n_embd=16, context=K)
         models.append(dt.DecisionTransformer(cfg).eval())
     return models
 
 
-def windows(teachers: list[dt.DecisionTransformer] | None = None, top: float = 1.0) -> data.Windows:
+def windows(
+    teachers: list[dt.DecisionTransformer] | None = None, top: float = 1.0, alike: bool = False
+) -> data.Windows:
     """Of both tasks; with the teachers' targets, where there are teachers."""
-    sets = two_tasks()
+    sets = two_tasks(alike)
     targets = teachers is not None
     w = data.Windows([d.train for d in sets], [d.task for d in sets], K, targets=targets, top=top)
     if targets:
@@ -55,12 +61,15 @@ def windows(teachers: list[dt.DecisionTransformer] | None = None, top: float = 1
 
 
 def learner_of(cfg: distill.Config) -> distill.Learner:
-    """A tiny student of both tasks' untrained teachers."""
-    teachers = untrained_teachers()
+    """A tiny student of both tasks' untrained teachers; with --share, of tasks of the same spaces."""
+    teachers = untrained_teachers(cfg.share)
     torch.manual_seed(0)
-    tasks = [d.task for d in two_tasks()]
-    student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, n_layer=1, n_head=1, n_embd=8, context=K))
-    return distill.Learner(cfg, student, teachers, windows(teachers), torch.Generator().manual_seed(0))
+    tasks = [d.task for d in two_tasks(cfg.share)]
+    groups = distill.groups_of(tasks) if cfg.share else ()
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context": K, "groups": groups}
+    student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes))
+    w = windows(teachers, alike=cfg.share)
+    return distill.Learner(cfg, student, teachers, w, torch.Generator().manual_seed(0))
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
@@ -135,8 +144,9 @@ def gradients_by_teacher(learner: distill.Learner, batch: data.Batch) -> Tensor:
     student = learner.student
     cfg = learner.cfg
     policy = student(*batch[:6])
+    act_dims = torch.tensor(student.cfg.act_dims)
     sums, counts = policy_kl(
-        *policy, *batch.targets, batch.mask, batch.task, ACT_DIMS, cfg.kl, cfg.sigma_floor
+        *policy, *batch.targets, batch.mask, batch.task, act_dims, cfg.kl, cfg.sigma_floor
     )
     rows = []
     for L in sums / counts:
@@ -145,8 +155,10 @@ def gradients_by_teacher(learner: distill.Learner, batch: data.Batch) -> Tensor:
     return torch.stack(rows)
 
 
-def test_learner__projects_every_teachers_own_gradient_with_the_scope_teacher():
+@pytest.mark.parametrize("share", [False, True])
+def test_learner__projects_every_teachers_own_gradient_with_the_scope_teacher(share):
     cfg = distill.Config(
+        share=share,
         curriculum="all",
         surgery="previous",
         surgery_scope="teacher",
@@ -178,8 +190,14 @@ def test_learner__projects_every_teachers_own_gradient_with_the_scope_teacher():
 @triton_needed
 @pytest.mark.parametrize(
     "options",
-    [{}, {"surgery": "previous", "surgery_scope": "teacher"}, {"alignment_weight": 1.0}],
-    ids=["default", "by teacher", "by alignment"],
+    [
+        {},
+        {"surgery": "previous", "surgery_scope": "teacher"},
+        {"alignment_weight": 1.0},
+        {"share": True},
+        {"share": True, "alignment_weight": 1.0},
+    ],
+    ids=["default", "by teacher", "by alignment", "shared", "shared by alignment"],
 )
 def test_learner__gives_the_same_with_the_kernels_as_without(options, monkeypatch):
     states = []
@@ -202,9 +220,18 @@ TINY = {"log_interval": 10, "eval_episodes": 0, "device": "cpu"}
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory) -> tuple[str, ...]:
     """Two trained teachers' directories."""
-    root = tmp_path_factory.mktemp("teachers")
+    return trained(two_tasks(), tmp_path_factory.mktemp("teachers"))
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory) -> tuple[str, ...]:
+    """The same, of tasks of the same spaces."""
+    return trained(two_tasks(alike=True), tmp_path_factory.mktemp("alike"))
+
+
+def trained(sets: list[data.Dataset], root: Path) -> tuple[str, ...]:
     directories = []
-    for i, d in enumerate(two_tasks()):
+    for i, d in enumerate(sets):
         cfg = teacher.Config(
             dataset=d.task.dataset,
             steps=60,
@@ -281,6 +308,44 @@ def test_main__lowers_the_kl_at_least_five_times_by_every_method(teachers, tmp_p
         assert not log["projected"].any()
     if options.get("curriculum") == "fixed":
         assert shares[0].tolist() == [1.0, 0.0] * 75
+
+
+SHARED = [{}, BY_TEACHER, {"surgery": "pcgrad"}, {"alignment_weight": 0.5}, {"tokens": 3}, {"loss": "mse"}]
+
+
+@pytest.mark.parametrize(
+    "options", SHARED, ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()) or "default"
+)
+def test_main__lowers_the_kl_of_teachers_of_the_same_spaces_that_share(alike, tmp_path, options):
+    log = distilled(alike, tmp_path, steps=150, lr=1e-2, share=True, **options)
+    for name in ALIKE:
+        kl = log[f"heldout_kl_{name}"]
+        kl = kl[~np.isnan(kl)]
+        assert kl[-1] < kl[0] / (1 if options.get("loss") == "mse" else 4)
+    assert log["loss"][-10:].mean() < log["loss"][0] / 4
+    student, meta = dt.load(tmp_path)
+    assert student.cfg.groups == (0, 0)
+    assert len(student.head.weight) == 1
+    assert [t.name for t in data.tasks(meta, tmp_path)] == list(ALIKE)
+
+
+def test_groups_of__puts_tasks_of_the_same_spaces_together():
+    a, b = (d.task for d in two_tasks())
+    c = two_tasks(alike=True)[1].task
+    discrete = dataclasses.replace(b, first_action=0)
+    words = [{"path": [], "kind": "text", "words": list("abcde")}]
+    in_words = dataclasses.replace(b, obs_space=words)
+    as_box = dataclasses.replace(b, obs_space=[{"path": [], "kind": "numbers", "size": 5}])
+    assert distill.groups_of([a, b, c]) == (0, 1, 1)
+    assert distill.groups_of([b, discrete, in_words, a, as_box, a]) == (0, 1, 2, 3, 0, 3)
+    other_words = dataclasses.replace(in_words, obs_space=[words[0] | {"words": list("vwxyz")}])
+    with pytest.raises(
+        UserError, match=r"no two tasks have the same spaces, of other words \(tests/b-v0 has"
+    ):
+        distill.groups_of([in_words, other_words])
+    message = r"observations 5, 3 discrete actions; .*; and 1 more\); leave it out"
+    with pytest.raises(UserError, match=message):
+        distill.groups_of([a, b, discrete, in_words, other_words])
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -412,6 +477,11 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
         (
             {"data_share": 0.25},
             "--data-share 0.25: 1 of the 5 training episodes of tests/a-v0; .* 0.4 of them",
+        ),
+        (
+            {"share": True},
+            r"--share: no two tasks have the same spaces \(tests/a-v0 has observations 3, 2 continuous "
+            r"actions; tests/b-v0 has observations 5, 3 continuous actions\); leave it out",
         ),
         ({"state_noise": -0.1}, "--state-noise -0.1: must be at least 0"),
         ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),

@@ -144,10 +144,11 @@ PARTS = [
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved model: its folder, and {file name: content}."""
+    """A saved model of two tasks that share all: its folder, and {file name: content}."""
     path = tmp_path_factory.mktemp("model")
-    model = dt.DecisionTransformer(dt.ModelConfig((2,), (1,), 1, 1, 8, 4))
-    dt.save(path, model, {"tasks": [dataclasses.asdict(dataclasses.replace(TASK, obs_space=PARTS))]})
+    model = dt.DecisionTransformer(dt.ModelConfig((2, 2), (1, 1), 1, 1, 8, 4, groups=(0, 0)))
+    task = dataclasses.asdict(dataclasses.replace(TASK, obs_space=PARTS))
+    dt.save(path, model, {"tasks": [task, task | {"name": "run"}]})
     return path, {f.name: f.read_bytes() for f in path.iterdir()}
 
 

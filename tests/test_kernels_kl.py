@@ -354,6 +354,41 @@ def test_head_kl__kernel_is_as_exact_as_plain_pytorch(dtype, direction, scale):
     assert_as_exact(inputs, (direction, 0.05, 2.0))
 
 
+def sharing(inputs, groups):
+    """The same inputs where tasks share heads: the first ones of them."""
+    leaves, tangents, *rest = inputs
+    G = max(groups) + 1
+    leaves, tangents = ([x[0], *(y[:G] for y in x[1:])] for x in (leaves, tangents))
+    return tuple(leaves), tangents, *rest
+
+
+@triton_needed
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+def test_head_kl__kernel_of_shared_heads_is_as_exact_as_plain_pytorch(dtype, direction):
+    groups = [0, 1, 0, 0]
+    inputs = random_inputs(0, B=11, K=3, C=17, A=3, N=4, dtype=dtype)
+    upstream = torch.tensor([5.0, -3.0, -2.0, 1.0], device=DEVICE)  # a gradient of each task's own
+    inputs = (*sharing(inputs, groups)[:-1], upstream)
+    assert_as_exact(inputs, (direction, 0.05, 2.0, None, torch.tensor(groups, device=DEVICE)))
+
+
+@pytest.mark.parametrize("discrete", [None, DISCRETE], ids=["Gaussian", "mixed"])
+def test_head_kl__of_shared_heads_is_that_of_as_many_equal_heads(discrete):
+    h, weight, bias, *rest = head_of_three_tasks()
+    groups = torch.tensor([0, 1, 0])
+    got = []
+    for shared in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (h, weight[:2], bias[:2])]
+        own = leaves if shared else [leaves[0], *(x[groups] for x in leaves[1:])]
+        options = (discrete, groups) if shared else (discrete,)
+        sums, counts = head_kl(*own, *rest, ACT_DIMS, "forward", 0.1, 1.5, *options)
+        gradients = torch.autograd.grad(sums @ torch.tensor([5.0, -3.0, -2.0]).double(), leaves)
+        got.append((sums, counts, *gradients))
+    for a, b in zip(*got, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @triton_needed
 def test_head_kl__kernel_is_as_exact_as_plain_pytorch_at_close_policies(monkeypatch):
     """Student: mean 0, variance 1. Teacher: mean 0 and variances where the kernel's series is least exact."""

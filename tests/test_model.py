@@ -15,7 +15,8 @@ from support import UserError
 
 CFG = dt.ModelConfig(obs_dims=(3, 5, 4), act_dims=(2, 1, 4), n_layer=2, n_head=2, n_embd=16, context=6)
 ONE_TOKEN = dataclasses.replace(CFG, tokens=1)
-layouts = st.sampled_from([CFG, ONE_TOKEN])
+SHARED = dataclasses.replace(CFG, obs_dims=(3, 5, 5), act_dims=(2, 4, 4), groups=(0, 1, 1))
+layouts = st.sampled_from([CFG, ONE_TOKEN, SHARED, dataclasses.replace(SHARED, tokens=1)])
 TASK, STATES, ACTIONS, RTG, TIMESTEPS, MASK = range(6)  # of the model's inputs
 seeds = st.integers(0, 1000)
 
@@ -66,7 +67,7 @@ def test_forward__gives_the_tasks_own_action_size_within_bounds(task):
 @given(layouts, seeds, st.integers(0, 5), st.sampled_from([None, 0, 2]))
 def test_forward__does_not_see_the_future(cfg, seed, k, task):
     m = make(cfg)
-    x = windows(4, task, seed)
+    x = windows(4, task, seed, cfg)
     before = m(*x)
     x[STATES][:, k + 1 :] += 1
     x[ACTIONS][:, k:] -= 0.5  # the action of timestep k is not known yet
@@ -80,7 +81,7 @@ def test_forward__does_not_see_the_future(cfg, seed, k, task):
 @given(layouts, seeds, st.integers(1, 5))
 def test_forward__sees_the_past(cfg, seed, k):
     m = make(cfg)
-    x = windows(4, None, seed)
+    x = windows(4, None, seed, cfg)
     x[MASK][:] = True
     before = m(*x)[0][:, k].clone()
     x[ACTIONS][:, k - 1] += 1
@@ -95,7 +96,7 @@ def test_forward__lets_masked_content_change_neither_outputs_nor_gradients(cfg, 
         (mean + log_std)[x[MASK]].sum().backward()
         return mean[x[MASK]], log_std[x[MASK]], *[p.grad for p in m.parameters()]
 
-    x = windows(5, task, seed)
+    x = windows(5, task, seed, cfg)
     y = [x[TASK], *[v.clone() for v in x[1:]]]
     for i in (STATES, ACTIONS, RTG):
         y[i][~x[MASK]] = junk
@@ -106,13 +107,13 @@ def test_forward__lets_masked_content_change_neither_outputs_nor_gradients(cfg, 
 @given(layouts, seeds)
 def test_forward__takes_every_window_of_a_mixed_batch_through_its_own_task(cfg, seed):
     m = make(cfg)
-    x = windows(6, None, seed)
+    x = windows(6, None, seed, cfg)
     together = m(*x)
     assert together[0].shape == together[1].shape == (6, 6, 4)
     for b in range(6):
         task = int(x[TASK][b])
-        O = CFG.obs_dims[task]
-        A = CFG.act_dims[task]
+        O = cfg.obs_dims[task]
+        A = cfg.act_dims[task]
         valid = x[MASK][b]
         window = [v[b : b + 1].clone() for v in x]
         window[STATES][..., O:] = 0
@@ -130,10 +131,41 @@ def test_forward__gives_gradients_to_its_own_tasks_parameters_only():
         assert not heads.weight.grad[[0, 2]].any()
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_forward__tells_tasks_that_share_by_their_embedding_alone(tokens):
+    cfg = dataclasses.replace(SHARED, tokens=tokens)
+    m = make(cfg)
+    x = windows(4, 1, 0, cfg)
+    of_1 = m(*x)
+    assert not torch.allclose(m(2, *x[1:])[0], of_1[0], atol=1e-3)
+    m.embed_task.weight.data[2] = m.embed_task.weight[1]
+    assert all_equal(m(2, *x[1:]), of_1)
+    of_each = m(torch.tensor([1, 2, 2, 1]), *x[1:])
+    assert all_close(of_each, of_1)
+
+
+def test_forward__gives_gradients_to_its_own_groups_maps_and_its_own_tasks_embedding():
+    m = make(SHARED)
+    m(*windows(4, 2, 0, SHARED))[0].sum().backward()
+    for heads in (m.embed_state, m.embed_action, m.embed_rtg, m.head):
+        assert heads.weight.grad.shape[0] == 2
+        assert heads.weight.grad[1].any()
+        assert not heads.weight.grad[0].any()
+    assert m.embed_task.weight.grad[2].any()
+    assert not m.embed_task.weight.grad[:2].any()
+
+
+def test_model__has_a_task_embedding_only_where_tasks_share():
+    alone = dataclasses.replace(SHARED, groups=())
+    assert alone.groups == (0, 1, 2)
+    names = dict(make(alone).named_parameters()).keys()
+    assert dict(make(SHARED).named_parameters()).keys() - names == {"embed_task.weight"}
+
+
 @given(layouts, seeds, st.integers(1, 5))
 def test_forward__takes_a_padded_window_as_the_window_without_padding(cfg, seed, n):
     m = make(cfg)
-    x = windows(3, 1, seed)
+    x = windows(3, 1, seed, cfg)
     x[MASK] = (torch.arange(6) >= 6 - n).expand(3, 6)
     long = m(*x)
     short = m(1, *[v[:, -n:] for v in x[1:]])
@@ -203,9 +235,10 @@ def test_flatten__makes_buffer_and_parameters_the_same_memory():
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def test_save__gives_a_model_of_the_same_outputs_back(tmp_path):
-    m = make(seed=3)
-    x = windows(5)
+@pytest.mark.parametrize("cfg", [CFG, SHARED], ids=["own", "shared"])
+def test_save__gives_a_model_of_the_same_outputs_back(tmp_path, cfg):
+    m = make(cfg, seed=3)
+    x = windows(5, cfg=cfg)
     dt.flatten(m)
     dt.save(tmp_path, m, {"tasks": [{"name": "a"}]})
     again, meta = dt.load(tmp_path)
@@ -253,6 +286,27 @@ def test_load__says_so_where_a_file_has_another_layout(tmp_path):
     del meta["config"]["tokens"]  # a file from before there was a choice
     (tmp_path / "model.json").write_text(json.dumps(meta))
     assert dt.load(tmp_path)[0].cfg.tokens == 3
+
+
+GROUPS = [[0, 0, 1], [0, 2, 2], [0, 1], [0, 1, 1, 1], [0, 1, True], [0, 1, 1.0], [0, -1, -1], 3]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_load__takes_no_groups_that_can_not_be(tmp_path, groups):
+    dt.save(tmp_path, make(SHARED), {"tasks": []})
+    meta = json.loads((tmp_path / "model.json").read_text())
+    meta["config"]["groups"] = groups
+    (tmp_path / "model.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="damaged"):
+        dt.load(tmp_path)
+
+
+def test_load__takes_a_model_from_before_tasks_could_share(tmp_path):
+    dt.save(tmp_path, make(), {"tasks": []})
+    meta = json.loads((tmp_path / "model.json").read_text())
+    del meta["config"]["groups"]
+    (tmp_path / "model.json").write_text(json.dumps(meta))
+    assert dt.load(tmp_path)[0].cfg == CFG
 
 
 def test_load__names_the_command_that_makes_a_missing_model(tmp_path):

@@ -17,6 +17,7 @@ import policy
 from support import UserError
 
 TWO_TASKS = {"obs_dims": (3, 5), "act_dims": (2, 1), "n_layer": 2, "n_embd": 16}
+SHARED_BY_TWO = {**TWO_TASKS, "obs_dims": (5, 5), "act_dims": (1, 1), "groups": (0, 0)}
 HOPPER = data.Task(
     name="hopper",
     dataset="-",
@@ -60,13 +61,14 @@ CARTPOLE = data.Task(
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("sizes", [TWO_TASKS, SHARED_BY_TWO], ids=["own", "shared"])
 @pytest.mark.parametrize("K, n_head", [(1, 1), (2, 2), (3, 1), (6, 2), (7, 1)])
-def test_actor__acts_as_forward_does_on_the_older_window(f64, K, n_head, tokens):
+def test_actor__acts_as_forward_does_on_the_older_window(f64, K, n_head, sizes, tokens):
     E = 4
     T = 23
     H = max(1, K // 2)
     task = 1
-    m = make(dt.ModelConfig(**TWO_TASKS, n_head=n_head, context=K, tokens=tokens))
+    m = make(dt.ModelConfig(**sizes, n_head=n_head, context=K, tokens=tokens))
     for p in m.parameters():  # LayerNorms' too, which begin at one and zero
         p.data += 0.1 * torch.randn_like(p)
     states = torch.randn(E, T, 5)
