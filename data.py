@@ -66,7 +66,7 @@ class Task:
     env_kwargs: dict[str, Any]
     max_steps: int  # an episode's limit at evaluation
     obs_dim: int
-    act_dim: int  # discrete: how many actions there are
+    act_dim: int  # discrete: how many choices there are in all
     obs_mean: list[float]
     obs_std: list[float]
     act_low: list[float]
@@ -76,12 +76,26 @@ class Task:
     reference: tuple[float, float]  # returns of score 0 and 100
     reference_source: str
     split_seed: int  # chose the held-out episodes, for teacher and student alike
-    first_action: int | None = None  # number of the first of discrete actions; None: actions are continuous
+    # the number of the first choice, or of each factor's first; None: actions are continuous
+    first_action: int | list[int] | None = None
     obs_space: spaces.Description | None = None  # what observations are made of; None: of one Box
+    factors: list[int] | None = None  # choices of each (MultiDiscrete); None: Discrete, or continuous
 
     @property
     def discrete(self) -> bool:
         return self.first_action is not None
+
+    @property
+    def choices(self) -> list[int]:
+        """How many each factor of its discrete actions has; [] of continuous ones."""
+        return self.factors or [self.act_dim] * self.discrete
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Of an action in the environment's units: (A,); of a discrete one (), of F factors (F,)."""
+        if self.discrete:
+            return (len(self.factors),) if self.factors else ()
+        return (self.act_dim,)
 
     @property
     def observed(self) -> spaces.Description:
@@ -89,9 +103,9 @@ class Task:
         return self.obs_space or spaces.box(self.obs_dim)
 
     @property
-    def signature(self) -> tuple[spaces.Description, int, bool]:
+    def signature(self) -> tuple[spaces.Description, int, list[int]]:
         """Of its spaces: what tasks that share an embedding and a head have in common."""
-        return self.observed, self.act_dim, self.discrete
+        return self.observed, self.act_dim, self.choices
 
     @property
     def target_name(self) -> str:
@@ -113,8 +127,10 @@ def tasks(meta: dict[str, Any], path: Path | str) -> list[Task]:
         tasks = [Task(**fields) for fields in meta["tasks"]]
         config = meta["config"]
         discrete = config.get("discrete") or [False] * len(tasks)
-        for task, O, A, D in zip(tasks, config["obs_dims"], config["act_dims"], discrete, strict=True):
-            invalid = _invalid_field(task, O, A, D)
+        sizes = zip(config["obs_dims"], config["act_dims"], discrete, strict=True)
+        factors = config.get("factors") or [[A] * D for _, A, D in sizes]
+        for task, O, A, F in zip(tasks, config["obs_dims"], config["act_dims"], factors, strict=True):
+            invalid = _invalid_field(task, O, A, F)
             if invalid:
                 raise ValueError(f"{invalid} of {str(task.name)[:50]!r}")
         return tasks
@@ -122,7 +138,7 @@ def tasks(meta: dict[str, Any], path: Path | str) -> list[Task]:
         raise UserError(f"the model in {path} is damaged (tasks: {e}); train it again") from None
 
 
-def _invalid_field(t, O, A, discrete):
+def _invalid_field(t, O, A, factors):
     """The first field that does not fit a model of these sizes, or None."""
 
     def numbers(x, n):
@@ -144,7 +160,8 @@ def _invalid_field(t, O, A, discrete):
         "act_high": numbers(t.act_high, A),
         "rtg_scale": numbers([t.rtg_scale], 1) and t.rtg_scale > 0,
         "targets": targets and numbers([*t.targets.values()], len(t.targets)),
-        "first_action": type(t.first_action) is int if discrete else t.first_action is None,
+        "first_action": environments.is_valid_action(t.first_action, t.factors, A),
+        "factors": t.choices == list(factors),
         "obs_space": t.obs_space is None or spaces.is_valid(t.obs_space, O),
         "reference": numbers(t.reference, 2),
         "split_seed": type(t.split_seed) is int and t.split_seed >= 0,
@@ -241,7 +258,7 @@ def load(name: str, seed: int = 0, like: Task | None = None) -> Dataset:
 
 def _check_spaces(id_, about, O, task):
     """Raise UserError where a dataset's observations or actions are not those of a task."""
-    keys = ("act_low", "act_high", "first_action")
+    keys = ("act_low", "act_high", "first_action", "factors")
     theirs = [O, *(about[key] for key in keys)]
     ours = [task.obs_dim, *(getattr(task, key) for key in keys)]
     for name, a, b in zip(("obs_dim", *keys), theirs, ours, strict=True):
@@ -585,7 +602,7 @@ def main(cfg: Config) -> None:
     d = load(cfg.dataset or cfg.env, cfg.seed)
     actions = f"saturated {100 * d.saturation:.1f} % of action components"
     if d.task.discrete:
-        actions = "discrete"
+        actions = "discrete" if len(d.task.choices) == 1 else f"discrete, factors of {d.task.choices}"
     names = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max")
     quantiles = np.quantile(d.returns, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
     returns = ", ".join(f"{name} {value:.0f}" for name, value in zip(names, quantiles, strict=True))

@@ -374,7 +374,7 @@ class Distance:
         self.cfg = cfg
         self.student = student
         self.act_dims = torch.tensor(student.cfg.act_dims, device=device)  # (N,)
-        self.discrete = student.cfg.categorical(device)  # (N,) bool, or None
+        self.factors = student.cfg.categorical(device)  # (F, N, A) bool, or None
         self.groups = student.groups if student.cfg.shares else None  # (N,), which head is each task's
 
     def __call__(self, batch: data.Batch, targets: Tensor, theta: Tensor | None = None) -> Tensor:
@@ -408,23 +408,24 @@ class Distance:
             bias = parameters["head.bias"]
         kl = 0.0
         if "kl" in cfg.loss:
-            options = (cfg.kl, cfg.sigma_floor, cfg.temperature, self.discrete, self.groups)
+            options = (cfg.kl, cfg.sigma_floor, cfg.temperature, self.factors, self.groups)
             kl, counts = head_kl(h, weight, bias, *targets, batch.mask, batch.task, self.act_dims, *options)
             if cfg.loss == "kl":
                 return kl, counts
         x = own_map(h, weight, bias, student.groups[batch.task])
-        x = self._other(*policies(x, batch.task, self.act_dims, self.discrete), batch, targets)
-        sums, counts = per_teacher(x, batch.mask, batch.task, self.act_dims, self.discrete)
+        x = self._other(*policies(x, batch.task, self.factors), batch, targets)
+        sums, counts = per_teacher(x, batch.mask, batch.task, self.act_dims, self.factors)
         return kl + sums, counts
 
     def _other(self, mean, log_std, batch, targets):
         """(B, K, A): squared error of the means, or probabilities; or the data's negative log-likelihood."""
         mse = self.cfg.loss == "mse"
         x = (mean - targets[0]).square() if mse else dt.gaussian_nll(mean, log_std, batch.actions)
-        if self.discrete is None:
+        if self.factors is None:
             return x
         categorical = (mean.exp() - targets[0].exp()).square() if mse else -batch.actions * mean
-        return torch.where(self.discrete[batch.task][:, None, None], categorical, x)
+        discrete = self.factors.any(2).any(0)[batch.task]  # (B,)
+        return torch.where(discrete[:, None, None], categorical, x)
 
 
 def curriculum_of(cfg: Config) -> tuple[Callable[..., Tensor], bool]:
@@ -628,7 +629,8 @@ def groups_of(tasks: list[data.Task]) -> tuple[int, ...]:
 def _summary(task):
     """Of a task's spaces, for messages."""
     kind = "discrete" if task.discrete else "continuous"
-    return f"observations {spaces.summary(task.observed)}, {task.act_dim} {kind} actions"
+    factors = f" in factors of {task.factors}" if task.factors else ""
+    return f"observations {spaces.summary(task.observed)}, {task.act_dim} {kind} actions{factors}"
 
 
 def make_student(

@@ -72,7 +72,8 @@ def check_spaces(env: gym.Env, task: data.Task) -> None:
     theirs = spaces.describe(env.observation_space, name)
     has_shape = env.action_space.shape is not None  # a Dict has none
     actions = environments.size(env.action_space) if has_shape else type(env.action_space).__name__
-    if theirs != spaces.without_words(ours) or actions != task.act_dim:
+    choices = environments.choices(env.action_space) if has_shape else []
+    if theirs != spaces.without_words(ours) or actions != task.act_dim or choices != task.choices:
         raise UserError(
             f"{name} has {spaces.summary(theirs)} observations and {actions} actions, dataset "
             f"{task.dataset} {spaces.summary(ours)} and {task.act_dim}: no evaluation there; "

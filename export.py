@@ -8,7 +8,7 @@ A file is a function of B rows, any number or --batch; an episode's memory is an
 
     observation (B, O) and return_to_go (B,), in the environment's units; of other spaces than a Box, the
         vectors of support/spaces.py
-    last_action (B, A), or (B,) int64 discrete ones; at timestep 0 any
+    last_action (B, A), or (B,) int64 discrete ones, (B, F) of F factors; at timestep 0 any
     timestep (B,) int64, from 0; each row may be at its own
     memory (B, M), at timestep 0 zeros
 
@@ -85,12 +85,14 @@ class Step(torch.nn.Module):
         actor.caches = list(memory.view(-1, *self.shape).unbind(1))  # each (B, 2, nh, rows, hs)
         if task.discrete:
             # at timestep 0 it may be any
-            index = (last_action - task.first_action).clamp(0, task.act_dim - 1)
-            last_action = torch.eye(task.act_dim)[index]
+            choices = last_action.view(-1, len(task.choices)) - torch.tensor(task.first_action)
+            choices = torch.minimum(choices.clamp_min(0), torch.tensor(task.choices) - 1)
+            last_action = dt.one_hot(choices, task.choices).float()
         action = actor.step(actor.time_embeddings(timestep), observation, return_to_go, last_action)
         next_memory = torch.cat([cache.flatten(1) for cache in actor.caches], 1)
         if task.discrete:
-            return action.argmax(1) + task.first_action, next_memory
+            action = dt.likeliest(action, task.choices) + torch.tensor(task.first_action)
+            return action.view(-1, *task.action_shape), next_memory
         low = torch.tensor(task.act_low)
         high = torch.tensor(task.act_high)
         action = action * ((high - low) / 2) + (high + low) / 2
@@ -121,8 +123,8 @@ class Step(torch.nn.Module):
         task = self.task
         timestep = torch.zeros(batch, dtype=torch.long)
         observation = torch.zeros(batch, task.obs_dim)
-        discrete = torch.zeros(batch, dtype=torch.long)
-        action = discrete if task.discrete else torch.zeros(batch, task.act_dim)
+        action_type = torch.long if task.discrete else torch.float32
+        action = torch.zeros(batch, *task.action_shape, dtype=action_type)
         memory = torch.zeros(batch, int(np.prod(self.shape)))
         return observation, torch.zeros(batch), action, timestep, memory
 
@@ -211,7 +213,7 @@ class Exported:
         self.feed["return_to_go"] += target_return
 
     def act(self, observation: np.ndarray, reward: np.ndarray | float) -> np.ndarray:
-        """observation (E, O), reward (E,) -> action (E, A), or (E,) discrete ones."""
+        """observation (E, O), reward (E,) -> action (E, A), or discrete ones (E,) or (E, F)."""
         feed = self.feed
         feed["observation"] = observation.astype(np.float32)
         feed["return_to_go"] = (feed["return_to_go"] - reward).astype(np.float32)
@@ -327,7 +329,7 @@ def _card(cfg, step, measured):
         "targets": task.targets,
         "observation": task.obs_dim,
         "observation_space": task.obs_space,
-        "action_shape": [] if task.discrete else [task.act_dim],
+        "action_shape": list(task.action_shape),
         "action_type": "int64" if task.discrete else "float32",
         "action_low": task.act_low,
         "action_high": task.act_high,

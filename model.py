@@ -9,7 +9,7 @@ Notation, the same in every file:
     N tasks, in G groups; O and A observation and action dimension, P parameters
     rtg      return-to-go, divided by the task's rtg_scale
     states   normalised with the task's obs_mean and obs_std
-    actions  scaled to [-1, 1]; discrete ones one-hot: A is their number
+    actions  scaled to [-1, 1]; discrete ones one-hot: A is the number of choices, of all factors
     mask     (B, K) bool, True where there is a timestep, False where a window begins before its episode
 """
 
@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,16 @@ class ModelConfig:
     tokens: int = 3  # of a timestep: 3, Chen et al.'s R_t, s_t and a_t; or 1, the sum of R_t, s_t and a_{t-1}
     dropout: float = 0.0
     discrete: tuple[bool, ...] = ()  # whether each task's actions are; none given: no task's are
-    groups: tuple[
-        int, ...
-    ] = ()  # of each task, 0 to G - 1: one has one embedding and one head; none given: N
+    # how many choices each factor of a task's discrete actions has; none given: there is one factor
+    factors: tuple[tuple[int, ...], ...] = ()
+    # of each task, 0 to G - 1: one has one embedding and one head; none given: N
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "discrete", self.discrete or (False,) * len(self.act_dims))
+        discrete = self.discrete or (False,) * len(self.act_dims)
+        one_factor = tuple((A,) if d else () for A, d in zip(self.act_dims, discrete, strict=False))
+        object.__setattr__(self, "discrete", discrete)
+        object.__setattr__(self, "factors", self.factors or one_factor)
         object.__setattr__(self, "groups", self.groups or tuple(range(len(self.act_dims))))
 
     @property
@@ -65,11 +70,19 @@ class ModelConfig:
         obs_dims = tuple(t.obs_dim for t in tasks)
         act_dims = tuple(t.act_dim for t in tasks)
         discrete = tuple(t.discrete for t in tasks)
-        return cls(obs_dims, act_dims, discrete=discrete, **sizes)
+        factors = tuple(tuple(t.choices) for t in tasks)
+        return cls(obs_dims, act_dims, discrete=discrete, factors=factors, **sizes)
 
     def categorical(self, device: torch.device | str | None = None) -> Tensor | None:
-        """`discrete` as (N,) bool; None where no task's actions are."""
-        return torch.tensor(self.discrete, device=device) if any(self.discrete) else None
+        """`factors` as kernels/kl.py takes them, (F, N, A) bool; None where no task has any."""
+        if not any(self.discrete):
+            return None
+        columns = torch.zeros(max(map(len, self.factors)), len(self.act_dims), max(self.act_dims), dtype=bool)
+        for task, sizes in enumerate(self.factors):
+            for f, n in enumerate(sizes):
+                first = sum(sizes[:f])
+                columns[f, task, first : first + n] = True
+        return columns.to(device)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -247,11 +260,10 @@ class DecisionTransformer(nn.Module):
         x = self.head(x, self._group(task))
         cfg = self.cfg
         if not isinstance(task, int):
-            act_dims = torch.tensor(cfg.act_dims, device=x.device)
-            return policies(x, task, act_dims, cfg.categorical(x.device))
+            return policies(x, task, cfg.categorical(x.device))
         mean, log_std = (y[..., : cfg.act_dims[task]] for y in x.chunk(2, dim=-1))
         if cfg.discrete[task]:
-            return mean.log_softmax(-1), torch.zeros_like(mean)
+            return log_softmax(mean, cfg.factors[task]), torch.zeros_like(mean)
         return mean.tanh(), bounded(log_std)
 
     @property
@@ -302,13 +314,29 @@ def gaussian_nll(mean: Tensor, log_std: Tensor, x: Tensor) -> Tensor:
     return log_std + 0.5 * ((x - mean) * (-log_std).exp()).square() + 0.5 * math.log(2 * math.pi)
 
 
-def mean_nll(mean: Tensor, log_std: Tensor, x: Tensor, mask: Tensor, discrete: bool = False) -> Tensor:
+def mean_nll(mean: Tensor, log_std: Tensor, x: Tensor, mask: Tensor, factors: Sequence[int] = ()) -> Tensor:
     """Negative log-likelihood of a task's actions x (B, K, A), in nats.
 
-    The mean of valid timesteps, mask (B, K), and of action dimensions (a discrete action is one).
+    The mean of valid timesteps, mask (B, K), and of action dimensions. factors: the task's; each of them is
+    one dimension.
     """
-    nll = -(x * mean).sum(-1) if discrete else gaussian_nll(mean, log_std, x).mean(-1)
+    nll = -(x * mean).sum(-1) / len(factors) if factors else gaussian_nll(mean, log_std, x).mean(-1)
     return nll.where(mask, 0.0).sum() / mask.sum()
+
+
+def log_softmax(logits: Tensor, factors: Sequence[int]) -> Tensor:
+    """Log-probabilities (..., A) of a task's logits (..., A), each factor's on their own."""
+    return torch.cat([x.log_softmax(-1) for x in logits.split(list(factors), -1)], -1)
+
+
+def likeliest(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """The choice of the largest x in each factor, from 0: (B, A) -> (B, F) int64."""
+    return torch.stack([choices.argmax(1) for choices in x.split(list(factors), 1)], 1)
+
+
+def one_hot(choices: Tensor, factors: Sequence[int]) -> Tensor:
+    """The inverse: (B, F) int64 -> (B, A) int64."""
+    return torch.cat([F.one_hot(x, n) for x, n in zip(choices.unbind(1), factors, strict=True)], 1)
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -363,7 +391,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Decision
             raise ValueError("model.safetensors is not the file that model.json was written for")
         weights = safetensors.torch.load(blob)
         _check_layout(path, meta["config"])
-        cfg = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+        cfg = ModelConfig(**{name: _tuples(value) for name, value in meta["config"].items()})
         _check_sizes(cfg, meta["config"], weights)
         model = DecisionTransformer(cfg)
         model.load_state_dict(weights)
@@ -372,6 +400,11 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Decision
     except Exception as e:  # noqa: BLE001 - a damaged file can fail in any of these steps
         raise UserError(f"the model in {path} is damaged ({reason(e)}); train it again") from None
     return model.to(device).eval(), meta
+
+
+def _tuples(x):
+    """JSON's lists as tuples."""
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
 def _check_layout(path, config):
@@ -388,6 +421,10 @@ def _check_sizes(cfg, given, weights):
     """Raise ValueError where sizes can't be, or differ from the weights': before memory is taken for them."""
     if len(cfg.discrete) != len(cfg.act_dims) or not all(type(d) is bool for d in cfg.discrete):
         raise ValueError(f"discrete {cfg.discrete} of {len(cfg.act_dims)} tasks")
+    for discrete, A, sizes in zip(cfg.discrete, cfg.act_dims, cfg.factors, strict=True):
+        whole = all(type(n) is int and n > 0 for n in sizes)
+        if not whole or sum(sizes) != (A if discrete else 0):
+            raise ValueError(f"{A} columns of discrete actions, in factors of {sizes}")
     sizes = (*cfg.obs_dims, *cfg.act_dims, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context)
     possible = all(type(n) is int and n > 0 for n in sizes) and cfg.n_embd % cfg.n_head == 0
     possible = (
@@ -414,8 +451,8 @@ def _check_sizes(cfg, given, weights):
 
 def _check_groups(cfg):
     """Raise ValueError where groups are not 0 to G - 1, or hold tasks of different sizes or kinds."""
-    tasks = [*zip(cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.discrete, strict=True)]
+    tasks = [*zip(cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.factors, strict=True)]
     G = len(set(cfg.groups))
     if {type(g) for g in cfg.groups} != {int} or set(cfg.groups) != set(range(G)) or len(set(tasks)) > G:
-        given = (cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.discrete)
-        raise ValueError("groups {} of tasks of sizes {} and {}, discrete {}".format(*given))
+        given = (cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.factors)
+        raise ValueError("groups {} of tasks of sizes {} and {}, factors {}".format(*given))

@@ -157,7 +157,7 @@ class Actor:
         O = cfg.obs_dims[task]
         device = model.embed_place.weight.device
         self.cfg = cfg
-        self.discrete = cfg.discrete[task]
+        self.factors = cfg.factors[task]
         self.t: int | Tensor = 0  # timestep of all episodes; (E,) of each, once one of them began anew
 
         embeddings = (model.embed_action, model.embed_rtg, model.embed_state)
@@ -220,7 +220,9 @@ class Actor:
         weight, bias = self.head
         x = torch.addmm(bias, torch.layer_norm(x, (C,)), weight)  # (E, A)
         self.t = self.t + 1
-        return F.one_hot(x.argmax(1), x.shape[1]).to(x.dtype) if self.discrete else x.tanh()
+        if not self.factors:
+            return x.tanh()
+        return dt.one_hot(dt.likeliest(x, self.factors), self.factors).to(x.dtype)
 
     def _phase(self):
         t = self.t
@@ -336,7 +338,8 @@ class Policy:
     ) -> np.ndarray | np.int64:
         """observation (O,) and the last action's reward -> action (A,); batched: (E, O) and (E,) -> (E, A).
 
-        Actions are float32 in the environment's units; discrete ones an int64, or (E,) of them.
+        Actions are float32 in the environment's units; discrete ones an int64, or (E,) of them; of F factors
+        (F,) int64, or (E, F).
         began (E,) bool: which observations are the first of an episode; their rewards are ignored.
         Raises UserError past the task's last step.
         """
@@ -362,9 +365,10 @@ class Policy:
         return torch.as_tensor(x, dtype=torch.float32, device=self.device)
 
     def _in_units(self, action):
-        """The model's actions (E, A) as the environment takes them: (E, A), or (E,) discrete ones."""
+        """The model's actions (E, A) as the environment takes them: (E, A), or discrete (E,) or (E, F)."""
         if self.task.discrete:
-            return action.argmax(1).cpu().numpy() + self.task.first_action
+            chosen = dt.likeliest(action, self.task.choices).cpu().numpy() + self.task.first_action
+            return chosen.reshape(-1, *self.task.action_shape)
         unit = (action.cpu().double().numpy() + 1) / 2
         action = unit * self.act_range + self.act_low
         return np.clip(action, self.act_low, self.act_high).astype(np.float32)

@@ -115,14 +115,14 @@ class Learner:
         model: dt.DecisionTransformer,
         windows: data.Windows,
         generator: torch.Generator,
-        discrete: bool,
+        factors: tuple[int, ...],
     ):
         device = windows.size.device
         self.cfg = cfg
         self.model = model
         self.windows = windows
         self.generator = generator
-        self.discrete = discrete
+        self.factors = factors
         self.share = torch.ones(1, device=device)  # of the only task
         self.schedule = training.schedule(cfg.steps, cfg.lr, cfg.warmup).to(device)
         self.theta = dt.flatten(model)  # (P,)
@@ -141,7 +141,7 @@ class Learner:
 
     def nll(self, batch: data.Batch) -> Tensor:
         """() in nats, mean over valid timesteps and action dimensions."""
-        return dt.mean_nll(*self.model(0, *batch[1:6]), batch.actions, batch.mask, self.discrete)
+        return dt.mean_nll(*self.model(0, *batch[1:6]), batch.actions, batch.mask, self.factors)
 
     @torch.no_grad()
     def held_out_nll(self, batch: data.Batch) -> float:
@@ -154,7 +154,7 @@ class Learner:
     @torch.no_grad()
     def held_out_log_std(self, batch: data.Batch) -> float | None:
         """Mean over valid timesteps and action dimensions, of a model in evaluation mode; None: discrete."""
-        return None if self.discrete else self.model(0, *batch[1:6])[1][batch.mask].mean().item()
+        return None if self.factors else self.model(0, *batch[1:6])[1][batch.mask].mean().item()
 
     def update(self) -> None:
         """One update, in which nothing waits for the device."""
@@ -252,7 +252,7 @@ def make_learner(cfg: Config, dataset: data.Dataset, windows: data.Windows) -> L
         f"blocks in {'bfloat16' if model.bfloat16 else 'float32'}; kernels: {kernels.path(device)}",
         flush=True,
     )
-    return Learner(cfg, model, windows, generator, task.discrete)
+    return Learner(cfg, model, windows, generator, model.cfg.factors[0])
 
 
 def train(

@@ -1,11 +1,17 @@
 """KL divergence between policies, diagonal Gaussians or categoricals, summed per teacher.
 
     KL(N(m, s) || N(n, t)) = log(t / s) + (s^2 + (m - n)^2) / (2 t^2) - 1/2        per action dimension
-    KL(p || q) = sum_a p_a log(p_a / q_a)                                          of discrete actions
+    KL(p || q) = sum_f KL(p_f || q_f),   KL(p_f || q_f) = sum_a p_fa log(p_fa / q_fa)    of discrete actions
+
+A discrete action has one factor f, or several independent ones (MultiDiscrete). Each is an action dimension:
+the loss is the KL divided by the number of action dimensions, of either kind.
 
 distill.py and research/study.py call `head_kl` with student and teacher as the two policies; a batch mixes
 windows of any of N teachers. model.py makes its outputs with `policies` and `bounded`. A policy is two
-arrays (B, K, A): mean and log_std of a Gaussian, or log-probabilities of a categorical and zeros.
+arrays (B, K, A): mean and log_std of a Gaussian, or log-probabilities of all factors' choices and zeros.
+
+`factors` (F, N, A) bool: which of the A columns are the choices of the f-th factor of each task's actions; F
+is that of the task of most factors. Continuous actions have none. None: no task has any.
 
 Bytes moved by `head_kl`, e bytes a number: BKCe of hidden states and 2BKAe of targets in, BKCe of gradients
 out; 8BCA of heads from the cache. Forward computes the gradients too: policies never reach memory.
@@ -49,14 +55,26 @@ def divergence(
     return 0.5 * (x - torch.log1p(x) + (mean - t_mean).square() / var_q)
 
 
-def categorical_divergence(
-    logp: Tensor, t_logp: Tensor, direction: str = "reverse", temperature: float = 1.0
-) -> Tensor:
-    """Terms (..., A) of the KL between categoricals, one per action, from their log-probabilities (..., A).
+def log_softmax(logits: Tensor, factors: Tensor) -> Tensor:
+    """Log-probabilities (..., A) of logits (..., A), each factor's on their own; NEVER of columns of none.
 
-    temperature: divides the teacher's logits.
+    factors: as above, (F, ..., A), of the logits' own tasks.
     """
-    t_logp = (t_logp / temperature).log_softmax(-1)
+    logp = torch.full_like(logits, NEVER)
+    for own in factors:
+        logp = torch.where(own, logits.masked_fill(~own, NEVER).log_softmax(-1), logp)
+    return logp
+
+
+def categorical_divergence(
+    logp: Tensor, t_logp: Tensor, factors: Tensor, direction: str = "reverse", temperature: float = 1.0
+) -> Tensor:
+    """Terms (..., A) of the KL between categoricals, one per choice, from their log-probabilities (..., A).
+
+    factors: see log_softmax; terms of columns of none are 0. temperature: divides the teacher's logits.
+    """
+    t_logp = log_softmax(t_logp / temperature, factors)
+    logp = logp.masked_fill(~factors.any(0), NEVER)
     if direction == "forward":
         return t_logp.exp() * (t_logp - logp)
     return logp.exp() * (logp - t_logp)
@@ -91,15 +109,15 @@ def own_map(x: Tensor, weight: Tensor, bias: Tensor, task: Tensor) -> Tensor:
 def policies(
     x: Tensor,  # (B, K, 2A), what the head's affine map returns
     task: Tensor,  # (B,)
-    act_dims: Tensor,  # (N,)
-    discrete: Tensor | None = None,  # (N,) bool, tasks with a categorical policy; None: no task
+    factors: Tensor | None = None,  # (F, N, A) bool
 ) -> tuple[Tensor, Tensor]:
     """The policies from the head's outputs: two arrays (B, K, A) padded to the widest task's A."""
     mean, log_std = x.chunk(2, dim=-1)
-    if discrete is None:
+    if factors is None:
         return mean.tanh(), bounded(log_std)
-    categorical = discrete[task][:, None, None]  # (B, 1, 1)
-    logp = mean.masked_fill(~real(mean.shape[-1], task, act_dims), NEVER).log_softmax(-1)
+    own = factors[:, task, None]  # (F, B, 1, A)
+    categorical = own.any(0).any(-1, keepdim=True)  # (B, 1, 1)
+    logp = log_softmax(mean, own)
     return torch.where(categorical, logp, mean.tanh()), torch.where(categorical, 0.0, bounded(log_std))
 
 
@@ -108,17 +126,18 @@ def per_teacher(
     mask: Tensor,  # (B, K) bool
     task: Tensor,  # (B,)
     act_dims: Tensor,  # (N,)
-    discrete: Tensor | None = None,  # (N,) bool
+    factors: Tensor | None = None,  # (F, N, A) bool
 ) -> tuple[Tensor, Tensor]:
     """Sums (N,) of x over each teacher's valid tokens, and the counts (N,) of those tokens.
 
-    A token's x is summed over the real action dimensions and divided by their number. A discrete action is
-    one dimension, however many columns its terms take.
+    A token's x is summed over the real columns and divided by the number of action dimensions. A factor of a
+    discrete action is one dimension, however many columns its terms take.
     """
     n_teachers = len(act_dims)
     n_dims = act_dims[task]  # (B,)
-    if discrete is not None:
-        n_dims = n_dims.masked_fill(discrete[task], 1)
+    if factors is not None:
+        n_factors = factors.any(2).sum(0)[task]
+        n_dims = torch.where(n_factors > 0, n_factors, n_dims)
     x = x.masked_fill(~(mask[..., None] & real(x.shape[-1], task, act_dims)), 0.0).sum((1, 2))  # (B,)
     x = x / n_dims
     sums = torch.zeros(n_teachers, dtype=x.dtype, device=x.device).index_add(0, task, x)
@@ -138,7 +157,7 @@ def policy_kl(
     direction: str = "reverse",
     sigma_floor: float = 0.0,
     temperature: float = 1.0,
-    discrete: Tensor | None = None,  # (N,) bool
+    factors: Tensor | None = None,  # (F, N, A) bool
 ) -> tuple[Tensor, Tensor]:
     """Sums (N,) of the KL per action dimension over each teacher's valid tokens, and counts (N,) of those.
 
@@ -146,13 +165,11 @@ def policy_kl(
     is masked or beyond a task's actions changes nothing. Options as in `divergence` and `policies`.
     """
     terms = divergence(mean, log_std, t_mean, t_log_std, direction, sigma_floor, temperature)
-    if discrete is not None:
-        other = ~real(mean.shape[-1], task, act_dims)
-        logp = mean.masked_fill(other, NEVER)
-        t_logp = t_mean.masked_fill(other, NEVER)
-        categorical_terms = categorical_divergence(logp, t_logp, direction, temperature)
-        terms = torch.where(discrete[task][:, None, None], categorical_terms, terms)
-    return per_teacher(terms, mask, task, act_dims, discrete)
+    if factors is not None:
+        own = factors[:, task, None]  # (F, B, 1, A)
+        categorical_terms = categorical_divergence(mean, t_mean, own, direction, temperature)
+        terms = torch.where(own.any(0).any(-1, keepdim=True), categorical_terms, terms)
+    return per_teacher(terms, mask, task, act_dims, factors)
 
 
 def head_kl_ref(
@@ -167,13 +184,13 @@ def head_kl_ref(
     direction: str = "reverse",
     sigma_floor: float = 0.0,
     temperature: float = 1.0,
-    discrete: Tensor | None = None,  # (N,) bool
+    factors: Tensor | None = None,  # (F, N, A) bool
     groups: Tensor | None = None,  # (N,), which head is each task's; None: its own, and G is N
 ) -> tuple[Tensor, Tensor]:
     """policy_kl of the student's policies, which its heads make of hidden states; the rest as there."""
     head = task if groups is None else groups[task]
-    mean, log_std = policies(own_map(h, weight, bias, head), task, act_dims, discrete)
-    options = (direction, sigma_floor, temperature, discrete)
+    mean, log_std = policies(own_map(h, weight, bias, head), task, factors)
+    options = (direction, sigma_floor, temperature, factors)
     return policy_kl(mean, log_std, t_mean, t_log_std, mask, task, act_dims, *options)
 
 
@@ -526,7 +543,7 @@ def head_kl(
     direction: str = "reverse",
     sigma_floor: float = 0.0,
     temperature: float = 1.0,
-    discrete: Tensor | None = None,  # (N,) bool
+    factors: Tensor | None = None,  # (F, N, A) bool
     groups: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor]:
     """KL per teacher from the student's hidden states: sums and counts (N,), as head_kl_ref.
@@ -539,10 +556,10 @@ def head_kl(
     B, K, C = h.shape
     A2 = weight.shape[2]
     options = (direction, sigma_floor, temperature)
-    supported = kernels.available(h, weight, bias, t_mean, t_log_std) and discrete is None
+    supported = kernels.available(h, weight, bias, t_mean, t_log_std) and factors is None
     supported = supported and B > 0 and max(K, C, A2) <= 128
     if not supported or not kernels.fits(h, tiles(K, C, A2 // 2)):
-        rest = (mask, task, act_dims, *options, discrete, groups)
+        rest = (mask, task, act_dims, *options, factors, groups)
         return head_kl_ref(h, weight, bias, t_mean, t_log_std, *rest)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
     targets = (

@@ -480,7 +480,7 @@ def by_optimizer(device: str, dtype: str, size: str, **options: Any) -> Step:
     generator = torch.Generator(device).manual_seed(0)
     model = teacher_model(tokens=cfg.tokens).to(device)
     model.bfloat16 = dtype == "bfloat16"
-    learner = teacher.Learner(cfg, model, windows, generator, discrete=False)
+    learner = teacher.Learner(cfg, model, windows, generator, factors=())
     steps = itertools.cycle(range(cfg.steps))
 
     def step() -> None:

@@ -64,14 +64,47 @@ def _silence_mujoco():
 
 
 def size(space: gym.Space) -> int:
-    """How many numbers a Box's element holds, or how many actions a Discrete space has."""
-    return int(space.n if isinstance(space, gym.spaces.Discrete) else np.prod(space.shape))
+    """A: how many numbers a Box's element holds, or how many choices discrete actions have in all."""
+    return sum(choices(space)) or int(np.prod(space.shape))
 
 
-def one_hot(actions: np.ndarray, space: gym.spaces.Discrete) -> np.ndarray:
-    """actions (L,) -> (L, n) float32. Raises ValueError where one is not in the space."""
-    index = np.reshape(actions, -1).astype(np.int64) - space.start
-    inside = (index >= 0) & (index < space.n)
+def choices(space: gym.Space) -> list[int]:
+    """How many choices each factor of discrete actions has; [] of a space that is not discrete."""
+    if isinstance(space, gym.spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return np.ravel(space.nvec).tolist()
+    return [2] * int(np.prod(space.shape)) if isinstance(space, gym.spaces.MultiBinary) else []
+
+
+def first_action(space: gym.Space) -> int | list[int] | None:
+    """The first of a Discrete space; of each factor of other discrete spaces; None of one that is not."""
+    if isinstance(space, gym.spaces.Discrete):
+        return int(space.start)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return np.ravel(space.start).tolist()
+    return [0] * len(choices(space)) or None
+
+
+def is_valid_action(first_action: Any, factors: Any, A: int) -> bool:
+    """Whether these can be data.Task's, of A columns. They may be anything that JSON can be."""
+    if factors is None:
+        return first_action is None or type(first_action) is int
+    if not (isinstance(first_action, list) and isinstance(factors, list)):
+        return False
+    if not all(type(n) is int and abs(n) < 2**63 for n in (*first_action, *factors)):
+        return False
+    return len(first_action) == len(factors) > 0 and min(factors) > 0 and sum(factors) == A
+
+
+def one_hot(actions: np.ndarray, space: gym.Space) -> np.ndarray:
+    """Discrete actions (L, ...) -> (L, A) float32, the factors one after the other.
+
+    Raises ValueError where one is not in the space.
+    """
+    sizes = choices(space)
+    index = np.reshape(actions, (len(actions), len(sizes))).astype(np.int64) - first_action(space)
+    inside = ((index >= 0) & (index < sizes)).all(1)
     if not inside.all():
         raise ValueError(f"action {actions[~inside][0]} is not in {space}")
-    return np.eye(int(space.n), dtype=np.float32)[index]
+    return np.concatenate([np.eye(n, dtype=np.float32)[i] for n, i in zip(sizes, index.T, strict=True)], 1)

@@ -8,8 +8,8 @@ The arrays of a dataset with S timesteps, E episodes, O observation and A action
     lengths              (E,) int64
     returns              (E,) float64
     obs_sum, obs_square  (E, O) float64, sums over an episode's timesteps
-Its description: env_id, env_kwargs, max_steps, act_low, act_high, first_action, obs_space, saturation; see
-data.Task.
+Its description: env_id, env_kwargs, max_steps, act_low, act_high, first_action, factors, obs_space,
+saturation; see data.Task.
 """
 
 import functools
@@ -32,9 +32,9 @@ from support import UserError, environments, files, first_line, isolation, space
 
 MAX_STEPS = 100_000  # of an episode at evaluation
 CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
-FORMAT = b"manyteachers cache 4"
+FORMAT = b"manyteachers cache 5"
 DESCRIPTION = {"env_id", "env_kwargs", "act_low", "act_high", "first_action", "max_steps", "obs_space"}
-DESCRIPTION |= {"saturation"}
+DESCRIPTION |= {"saturation", "factors"}
 
 Arrays = dict[str, np.ndarray]
 Description = dict[str, Any]
@@ -175,7 +175,7 @@ def _valid_description(about, O):
     return (
         set(about) == DESCRIPTION
         and bool(np.isfinite(bounds).all())
-        and isinstance(about["first_action"], (int, type(None)))
+        and environments.is_valid_action(about["first_action"], about["factors"], len(about["act_low"]))
         and type(about["max_steps"]) is int
         and 0 < about["max_steps"] <= MAX_STEPS
         and isinstance(about["env_id"], (str, type(None)))
@@ -238,7 +238,7 @@ def _fill_rows(rows, episode, obs_space, act_space):
     L = len(episode.rewards)
     O = spaces.size(obs_space)
     rows[:, :O] = spaces.vectors(obs_space, episode.observations)[:L]  # without the one after the last action
-    if isinstance(act_space, gym.spaces.Discrete):
+    if environments.choices(act_space):
         rows[:, O:-2] = environments.one_hot(episode.actions, act_space)
     else:
         rows[:, O:-2] = np.reshape(episode.actions, (L, -1))
@@ -251,10 +251,16 @@ def _reason(e):
 
 
 def _check_actions(dataset_id, act_space):
-    if not isinstance(act_space, (gym.spaces.Box, gym.spaces.Discrete)):
+    choices = environments.choices(act_space)
+    if not choices and not isinstance(act_space, gym.spaces.Box):
         raise UserError(
-            f"dataset {dataset_id} has {type(act_space).__name__} actions; "
-            f"only continuous (Box) and Discrete ones can be learnt from"
+            f"dataset {dataset_id} has {type(act_space).__name__} actions; only Box, Discrete, "
+            f"MultiDiscrete and MultiBinary ones can be learnt from"
+        )
+    if sum(choices) > spaces.MAX_CATEGORIES:
+        raise UserError(
+            f"dataset {dataset_id} has actions of {sum(choices)} choices; "
+            f"at most {spaces.MAX_CATEGORIES} can be learnt from"
         )
 
 
@@ -275,7 +281,7 @@ def _description(dataset, obs_space, table, lengths):
     O = spaces.size(obs_space)
     spec = dataset._eval_env_spec or dataset.env_spec
     act_space = dataset.action_space
-    discrete = isinstance(act_space, gym.spaces.Discrete)
+    first_action = environments.first_action(act_space)
     low, high = _action_bounds(act_space, table[:, O:-2])
     max_steps = (spec.max_episode_steps if spec else None) or lengths.max()
     return {
@@ -283,7 +289,8 @@ def _description(dataset, obs_space, table, lengths):
         "env_kwargs": spec.kwargs if spec else {},
         "act_low": low.tolist(),
         "act_high": high.tolist(),
-        "first_action": int(act_space.start) if discrete else None,
+        "first_action": first_action,
+        "factors": environments.choices(act_space) if isinstance(first_action, list) else None,
         "max_steps": min(MAX_STEPS, int(max_steps)),
         "obs_space": None if obs_space == spaces.box(O) else obs_space,
     }
@@ -291,8 +298,9 @@ def _description(dataset, obs_space, table, lengths):
 
 def _action_bounds(act_space, actions):
     """low, high (A,) of the action space; of an unbounded dimension, those of the data."""
-    if isinstance(act_space, gym.spaces.Discrete):
-        return np.zeros(act_space.n), np.ones(act_space.n)
+    if environments.choices(act_space):
+        A = environments.size(act_space)
+        return np.zeros(A), np.ones(A)
     low = np.broadcast_to(act_space.low, act_space.shape).reshape(-1).astype(np.float32)
     high = np.broadcast_to(act_space.high, act_space.shape).reshape(-1).astype(np.float32)
     bounded = np.isfinite(low) & np.isfinite(high)

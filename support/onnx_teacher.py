@@ -8,7 +8,7 @@ units, of B rows, any number:
              (B, K, O), with or without returns_to_go (B, K) or (B, K, 1), timesteps (B, K) int64, mask (B, K)
              bool, and actions (B, K, A), discrete ones one-hot
     outputs  mean or action (B, A), with or without log_std (B, A) or (A,); or logits (B, n) of n discrete
-             actions; others are ignored
+             actions, of several factors (MultiDiscrete) one after the other; others are ignored
 
 A history ends with the present timestep, whose action is not chosen yet: zeros. Where an episode or a
 student's window has fewer timesteps, it begins with zeros, at which mask is False.
@@ -184,7 +184,7 @@ class OnnxTeacher:
         action, *log_std = self._run(history)
         if self.task.discrete:
             logits = torch.from_numpy(action.clip(NEVER, -NEVER))  # a mask's -inf too
-            return logits.log_softmax(-1).numpy(), np.zeros_like(action)
+            return dt.log_softmax(logits, self.task.choices).numpy(), np.zeros_like(action)
         low = np.array(self.task.act_low)
         half_range = (np.array(self.task.act_high) - low) / 2
         mean = ((action.clip(low, self.task.act_high) - low) / half_range - 1).clip(-1, 1)
@@ -255,15 +255,17 @@ class OnnxTeacher:
         self.history = self._empty(episodes)
 
     def act(self, observation: np.ndarray, reward: np.ndarray) -> np.ndarray:
-        """observation (E, O), reward (E,) -> the mean (E, A), or the likeliest discrete action (E,)."""
+        """observation (E, O), reward (E,) -> the mean (E, A), or the likeliest of discrete actions (E,) or
+        (E, F).
+        """
         task = self.task
         self.return_to_go = self.return_to_go - reward
         self._append(self.history, observation, self.return_to_go)
         mean, _ = self.policy(self.history)
         if task.discrete:
-            best = mean.argmax(1)
-            self.history["actions"][:, -1] = np.eye(task.act_dim)[best]
-            return best + task.first_action
+            best = dt.likeliest(torch.from_numpy(mean), task.choices)
+            self.history["actions"][:, -1] = dt.one_hot(best, task.choices).numpy()
+            return best.numpy().reshape(-1, *task.action_shape) + task.first_action
         action = self._in_units(mean).clip(task.act_low, task.act_high).astype(np.float32)
         self.history["actions"][:, -1] = action
         return action

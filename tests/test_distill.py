@@ -333,11 +333,13 @@ def test_groups_of__puts_tasks_of_the_same_spaces_together():
     a, b = (d.task for d in two_tasks())
     c = two_tasks(alike=True)[1].task
     discrete = dataclasses.replace(b, first_action=0)
+    of_factors = dataclasses.replace(b, first_action=[0, 0], factors=[1, 2])
     words = [{"path": [], "kind": "text", "words": list("abcde")}]
     in_words = dataclasses.replace(b, obs_space=words)
     as_box = dataclasses.replace(b, obs_space=[{"path": [], "kind": "numbers", "size": 5}])
     assert distill.groups_of([a, b, c]) == (0, 1, 1)
-    assert distill.groups_of([b, discrete, in_words, a, as_box, a]) == (0, 1, 2, 3, 0, 3)
+    given = [b, discrete, in_words, a, as_box, a, of_factors, of_factors]
+    assert distill.groups_of(given) == (0, 1, 2, 3, 0, 3, 4, 4)
     other_words = dataclasses.replace(in_words, obs_space=[words[0] | {"words": list("vwxyz")}])
     with pytest.raises(
         UserError, match=r"no two tasks have the same spaces, of other words \(tests/b-v0 has"

@@ -27,6 +27,7 @@ from kernels.kl import (
     divergence,
     head_kl,
     head_kl_ref,
+    log_softmax,
     own_map,
     per_teacher,
     policies,
@@ -114,66 +115,152 @@ def test_per_teacher__divides_by_the_action_dimension():
 # ---- categoricals ------------------------------------------------------------------------------------------
 
 
-def categoricals(seed, B=6, K=4):
-    """Student and teacher of three tasks, the first and last of them categorical.
+FACTORS = [(2,), (), (1,), (3, 2)]
 
-    Returns their policies, four arrays (B, K, 3); mask (B, K), task (B,), act_dims (3,), discrete (3,).
+
+def columns(factors, A):
+    """As kernels/kl.py takes the factors of tasks, (F, N, A) bool."""
+    found = torch.zeros(max(map(len, factors)), len(factors), A, dtype=torch.bool)
+    for n, sizes in enumerate(factors):
+        for f, columns_of_f in enumerate(torch.arange(sum(sizes)).split(sizes)):
+            found[f, n, columns_of_f] = True
+    return found
+
+
+def categoricals(seed, B=8, K=4):
+    """Student and teacher of four tasks, all but the second categorical, the last of two factors.
+
+    Returns their policies, four arrays (B, K, 5); mask (B, K), task (B,), act_dims (4,), factors (2, 4, 5).
     """
     gen = torch.Generator().manual_seed(seed)
-    mean, log_std, t_mean, t_log_std = gaussians(seed, (B, K, 3))
-    act_dims = torch.tensor([2, 3, 1])
-    discrete = torch.tensor([True, False, True])
-    task = torch.arange(B) % 3
+    mean, log_std, t_mean, t_log_std = gaussians(seed, (B, K, 5))
+    task = torch.arange(B) % 4
     mask = torch.rand(B, K, generator=gen) < 0.7
-    student = policies(torch.cat((3 * mean, log_std), -1), task, act_dims, discrete)
-    teacher = policies(torch.cat((3 * t_mean, t_log_std), -1), task, act_dims, discrete)
-    return *student, *teacher, mask, task, act_dims, discrete
+    factors = columns(FACTORS, 5)
+    student = policies(torch.cat((3 * mean, log_std), -1), task, factors)
+    teacher = policies(torch.cat((3 * t_mean, t_log_std), -1), task, factors)
+    return *student, *teacher, mask, task, torch.tensor([2, 3, 1, 5]), factors
 
 
 @given(seeds, st.sampled_from(DIRECTIONS))
 def test_policy_kl__of_categoricals_is_that_of_torch_distributions(seed, direction):
-    logp, log_std, t_logp, t_log_std, mask, task, act_dims, discrete = categoricals(seed)
+    logp, log_std, t_logp, t_log_std, mask, task, act_dims, factors = categoricals(seed)
     args = (logp, log_std, t_logp, t_log_std, mask, task, act_dims, direction, 0.05, 1.0)
-    sums, counts = policy_kl(*args, discrete)
-    for n in (0, 2):
-        A = int(act_dims[n])
-        student = Categorical(logits=logp[task == n][..., :A])
-        teacher = Categorical(logits=t_logp[task == n][..., :A])
-        pair = (teacher, student) if direction == "forward" else (student, teacher)
+    sums, counts = policy_kl(*args, factors)
+    for n, sizes in enumerate(FACTORS):
         valid = mask[task == n]
-        assert torch.allclose(sums[n], kl_divergence(*pair)[valid].sum())
         assert counts[n] == valid.sum()
-    gaussian_sums, _ = policy_kl(*args)
-    assert torch.allclose(sums[1], gaussian_sums[1])
+        if not sizes:
+            gaussian_sums, _ = policy_kl(*args)
+            assert torch.allclose(sums[n], gaussian_sums[n])
+            continue
+        wanted = 0
+        parts = [x[task == n][..., : sum(sizes)].split(sizes, -1) for x in (logp, t_logp)]
+        for student, teacher in zip(*parts, strict=True):
+            of_factor = ordered(direction, Categorical(logits=student), Categorical(logits=teacher))
+            wanted += of_factor[valid].sum() / len(sizes)  # each factor is an action dimension
+        assert torch.allclose(sums[n], wanted)
+
+
+@given(seeds, st.sampled_from(DIRECTIONS), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_policy_kl__of_a_product_is_the_sum_of_its_factors(seed, direction, sizes):
+    """That of the joint distribution, over all combinations of choices."""
+    gen = torch.Generator().manual_seed(seed)
+    scale = 10 ** torch.rand(1, generator=gen, dtype=torch.float64)
+    logits = scale * torch.randn(2, sum(sizes), generator=gen, dtype=torch.float64)
+    joint = []
+    for x in logits:
+        total = torch.zeros(1, dtype=torch.float64)
+        for of_factor in x.split(sizes):
+            total = (total[:, None] + of_factor).flatten()
+        joint.append(Categorical(logits=total))
+    factors = columns([sizes], sum(sizes))
+    task = torch.zeros(1, dtype=torch.long)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    logp, t_logp = log_softmax(logits, factors)[:, None, None]
+    zeros = torch.zeros_like(logp)
+    args = (logp, zeros, t_logp, zeros, mask, task, torch.tensor([sum(sizes)]), direction, 0.0, 1.0, factors)
+    sums, _ = policy_kl(*args)
+    expected = ordered(direction, *joint)
+    assert torch.allclose(sums * len(sizes), expected, rtol=1e-9, atol=1e-12)
+
+
+@given(
+    seeds,
+    st.sampled_from(DIRECTIONS),
+    st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    st.lists(st.lists(st.integers(1, 17), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.sampled_from([1, 7, 17]),
+)
+def test_head_kl__of_factors_is_exact_at_odd_sizes_and_extreme_scales(seed, direction, scale, sizes, K):
+    """In float32, values and gradients, against a loop over windows and factors in float32 and float64.
+
+    torch.distributions calls the KL infinite where a probability underflows.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    act_dims = torch.tensor([sum(s) for s in sizes])
+    N, A, B, C = len(sizes), int(act_dims.max()), 5, 3
+    factors = columns(sizes, A)
+    task = torch.randint(N, (B,), generator=gen)
+    mask = torch.rand(B, K, generator=gen) < 0.7
+    leaves = [torch.randn(*shape, generator=gen) for shape in ((B, K, C), (N, C, 2 * A), (N, 2 * A))]
+    leaves[1] *= scale
+    target, zeros = policies(scale * torch.randn(B, K, 2 * A, generator=gen), task, factors)
+
+    def ours(h, weight, bias):
+        teacher = (target.to(h), zeros.to(h))
+        return head_kl(h, weight, bias, *teacher, mask, task, act_dims, direction, 0.0, 1.5, factors)[0]
+
+    def loop(h, weight, bias):
+        sums = [h.new_zeros(()) for _ in sizes]
+        for i, n in enumerate(task.tolist()):
+            own = (h[i] @ weight[n] + bias[n])[:, : act_dims[n]].split(sizes[n], -1)
+            for x, y in zip(own, target[i, :, : act_dims[n]].to(h).split(sizes[n], -1), strict=True):
+                logp, logq = x.log_softmax(-1), (y / 1.5).log_softmax(-1)
+                if direction == "forward":
+                    logp, logq = logq, logp
+                kl = (logp.exp() * (logp - logq)).sum(-1)
+                sums[n] = sums[n] + kl[mask[i]].sum() / len(sizes[n])
+        return torch.stack(sums)
+
+    found = []
+    for f, dtype in ((ours, torch.float32), (loop, torch.float32), (loop, torch.float64)):
+        own = [x.to(dtype, copy=True).requires_grad_() for x in leaves]
+        sums = f(*own)
+        found.append((sums.detach(), *torch.autograd.grad(sums.sum(), own)))
+    assert all(x.isfinite().all() for x in found[0])
+    for name, *results in zip(("KL", "dh", "dweight", "dbias"), *found, strict=True):
+        assert_as_exact_as_pytorch(*[[x] for x in results], [name], torch.float32, least=max(1.0, scale**2))
 
 
 @given(seeds, st.sampled_from(DIRECTIONS))
 def test_head_kl__of_categoricals_ignores_what_is_masked_or_no_action(seed, direction):
     gen = torch.Generator().manual_seed(seed)
-    *_, mask, task, act_dims, discrete = categoricals(seed)
+    *_, mask, task, act_dims, factors = categoricals(seed)
     leaves = []
-    for shape in ((6, 4, 8), (3, 8, 6), (3, 6)):  # h, weight, bias
+    for shape in ((8, 4, 8), (4, 8, 10), (4, 10)):  # h, weight, bias
         leaves.append(torch.randn(*shape, generator=gen, dtype=torch.float64, requires_grad=True))
     target = categoricals(seed + 1)[2:4]
-    real = torch.arange(3) < act_dims[task][:, None, None]
+    real = torch.arange(5) < act_dims[task][:, None, None]
     got = []
     for wild in (0.0, -7.0):
         filled = [x.masked_fill(~(real & mask[..., None]), wild) for x in target]
-        sums, _ = head_kl(*leaves, *filled, mask, task, act_dims, direction, 0.05, 1.5, discrete)
+        sums, _ = head_kl(*leaves, *filled, mask, task, act_dims, direction, 0.05, 1.5, factors)
         got.append((sums, *torch.autograd.grad(sums.sum(), leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
     assert all(x.isfinite().all() for x in got[0])
     _, _, gweight, _ = got[0]
     assert gweight[0, :, :2].any()  # the first task has two logits,
     assert not gweight[0, :, 2].any()  # no third,
-    assert not gweight[0, :, 3:].any()  # and no log-std
+    assert not gweight[0, :, 5:].any()  # and no log-std
 
 
 def test_categorical_divergence__temperature_flattens_the_teacher():
-    logp = torch.tensor([0.9, 0.1]).log()
-    flat = (logp / 2).log_softmax(-1)
-    assert categorical_divergence(flat, logp, "forward", 2.0).sum() < 1e-6
-    assert categorical_divergence(flat, logp, "forward").sum() > 1e-6
+    logp = torch.tensor([0.9, 0.1, 0.3, 0.7]).log()
+    factors = columns([(2, 2)], 4)[:, 0]
+    flat = log_softmax(logp / 2, factors)
+    assert categorical_divergence(flat, logp, factors, "forward", 2.0).sum() < 1e-6
+    assert categorical_divergence(flat, logp, factors, "forward").sum() > 1e-6
 
 
 # ---- from the hidden states: sums, forward mode and gradients ----------------------------------------------
@@ -196,7 +283,7 @@ def test_head_kl__is_the_kl_of_the_heads_outputs():
 
 
 ACT_DIMS = torch.tensor([2, 3, 4])
-DISCRETE = torch.tensor([False, True, False])
+OF_THREE = columns([(), (3,), (1, 3)], 4)  # factors
 
 
 def head_of_three_tasks(B=9, K=4, C=5, A=4):
@@ -216,8 +303,8 @@ def ordered(direction, student, teacher):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("discrete", [None, DISCRETE], ids=["Gaussian", "mixed"])
-def test_head_kl_ref__is_a_loop_over_tokens_of_torch_distributions(direction, discrete):
+@pytest.mark.parametrize("factors", [None, OF_THREE], ids=["Gaussian", "mixed"])
+def test_head_kl_ref__is_a_loop_over_tokens_of_torch_distributions(direction, factors):
     floor = 0.1
     temperature = 1.5
     h, weight, bias, t_mean, t_log_std, mask, task = head_of_three_tasks()
@@ -227,10 +314,12 @@ def test_head_kl_ref__is_a_loop_over_tokens_of_torch_distributions(direction, di
         i = int(task[b])
         A = int(ACT_DIMS[i])
         x = h[b, k] @ weight[i] + bias[i]
-        if discrete is not None and discrete[i]:
-            student = Categorical(logits=x[:A])
-            teacher = Categorical(logits=t_mean[b, k, :A] / temperature)
-            sums[i] += ordered(direction, student, teacher)
+        if factors is not None and i > 0:
+            own = factors[factors[:, i].any(-1), i]
+            for choices in own:
+                student = Categorical(logits=x[:4][choices])
+                teacher = Categorical(logits=t_mean[b, k, choices] / temperature)
+                sums[i] += ordered(direction, student, teacher) / len(own)
         else:
             log_std = LOG_STD[0] + (LOG_STD[1] - LOG_STD[0]) * torch.sigmoid(x[4 : 4 + A])
             student = Normal(x[:A].tanh(), ((2 * log_std).exp() + floor**2).sqrt())
@@ -238,7 +327,7 @@ def test_head_kl_ref__is_a_loop_over_tokens_of_torch_distributions(direction, di
             teacher = Normal(t_mean[b, k, :A], (sigma**2 + floor**2).sqrt())
             sums[i] += ordered(direction, student, teacher).mean()
         counts[i] += 1
-    options = (direction, floor, temperature, discrete)
+    options = (direction, floor, temperature, factors)
     got = head_kl_ref(h, weight, bias, t_mean, t_log_std, mask, task, ACT_DIMS, *options)
     assert torch.allclose(got[0], sums, rtol=1e-9)
     assert torch.equal(got[1], counts)
@@ -247,7 +336,7 @@ def test_head_kl_ref__is_a_loop_over_tokens_of_torch_distributions(direction, di
 def test_policies__of_categoricals_are_log_probabilities_of_their_own_actions_and_zeros():
     x = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
     task = torch.tensor([1, 0, 1])  # teacher 1 has three discrete actions
-    first, second = policies(x, task, ACT_DIMS, DISCRETE)
+    first, second = policies(x, task, OF_THREE)
     assert torch.allclose(first[::2, :, :3], x[::2, :, :3].log_softmax(-1))
     assert (first[::2, :, 3].exp() == 0).all()
     assert not second[::2].any()
@@ -276,10 +365,12 @@ def test_references__default_to_the_reverse_kl_without_floor_or_temperature():
     gaussian = (mean, log_std, t_mean, t_log_std)
     logp = mean.log_softmax(-1)
     t_logp = t_mean.log_softmax(-1)
+    one_factor = torch.ones(1, 4, dtype=torch.bool)
     plain = ("reverse", 0.0, 1.0)
     assert torch.equal(divergence(*gaussian), divergence(*gaussian, *plain))
+    categorical = (logp, t_logp, one_factor)
     assert torch.equal(
-        categorical_divergence(logp, t_logp), categorical_divergence(logp, t_logp, "reverse", 1.0)
+        categorical_divergence(*categorical), categorical_divergence(*categorical, "reverse", 1.0)
     )
     for f, args in ((policy_kl, gaussian), (head_kl_ref, (h, weight, bias, t_mean, t_log_std))):
         args = (*args, mask, task, ACT_DIMS)
@@ -373,15 +464,15 @@ def test_head_kl__kernel_of_shared_heads_is_as_exact_as_plain_pytorch(dtype, dir
     assert_as_exact(inputs, (direction, 0.05, 2.0, None, torch.tensor(groups, device=DEVICE)))
 
 
-@pytest.mark.parametrize("discrete", [None, DISCRETE], ids=["Gaussian", "mixed"])
-def test_head_kl__of_shared_heads_is_that_of_as_many_equal_heads(discrete):
+@pytest.mark.parametrize("factors", [None, OF_THREE], ids=["Gaussian", "mixed"])
+def test_head_kl__of_shared_heads_is_that_of_as_many_equal_heads(factors):
     h, weight, bias, *rest = head_of_three_tasks()
     groups = torch.tensor([0, 1, 0])
     got = []
     for shared in (True, False):
         leaves = [x.clone().requires_grad_() for x in (h, weight[:2], bias[:2])]
         own = leaves if shared else [leaves[0], *(x[groups] for x in leaves[1:])]
-        options = (discrete, groups) if shared else (discrete,)
+        options = (factors, groups) if shared else (factors,)
         sums, counts = head_kl(*own, *rest, ACT_DIMS, "forward", 0.1, 1.5, *options)
         gradients = torch.autograd.grad(sums @ torch.tensor([5.0, -3.0, -2.0]).double(), leaves)
         got.append((sums, counts, *gradients))

@@ -213,7 +213,7 @@ def test_mean_nll__is_that_of_torch_distributions_over_valid_tokens():
     assert torch.allclose(dt.mean_nll(mean, log_std, x, mask), wanted)
     actions = torch.randint(2, (4, 5))
     wanted = -torch.distributions.Categorical(logits=mean).log_prob(actions)[mask].mean()
-    got = dt.mean_nll(mean.log_softmax(-1), None, torch.eye(2)[actions], mask, discrete=True)
+    got = dt.mean_nll(mean.log_softmax(-1), None, torch.eye(2)[actions], mask, factors=(2,))
     assert torch.allclose(got, wanted)
 
 

@@ -149,14 +149,15 @@ def test_read__names_an_action_outside_its_space():
 
 
 def test_read__names_an_action_space_that_can_not_be_learnt_from():
-    space = gym.spaces.MultiDiscrete([2, 3])
+    space = gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Discrete(3)))
 
     def edit(i, episode):
-        episode["actions"] = np.zeros((len(episode["actions"]), 2), int)
+        L = len(episode["rewards"])
+        episode["actions"] = (np.zeros(L, int), np.zeros(L, int))
 
-    make_dataset("tests/multi-v0", [3, 3], spec=None, edit=edit, action_space=space)
-    with pytest.raises(UserError, match="has MultiDiscrete actions; only"):
-        data.load("tests/multi-v0")
+    make_dataset("tests/tuple-v0", [3, 3], spec=None, edit=edit, action_space=space)
+    with pytest.raises(UserError, match="has Tuple actions; only"):
+        data.load("tests/tuple-v0")
 
 
 def test_read__tells_of_a_truncated_file():

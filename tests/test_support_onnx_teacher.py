@@ -229,6 +229,25 @@ def test_onnx_teacher__gives_log_probabilities_of_discrete_actions(tmp_path):
     assert model.act(observation, np.zeros(6)).tolist() == (f(observation).argmax(1) + 4).tolist()
 
 
+def test_onnx_teacher__gives_log_probabilities_of_each_factor(tmp_path):
+    task = a_task(A=5, first_action=[4, -1], factors=[2, 3])
+    f = Average(3, 5, seed=1)
+    model = OnnxTeacher(f.write(tmp_path / "a.onnx", 2, ("observations", "actions"), "logits"), task)
+    batch = a_batch(task, 5, 2, seed=0)
+    logp, zeros = model(0, *batch)
+    for part in logp[batch[-1]].split([2, 3], -1):
+        assert torch.allclose(part.exp().sum(-1), torch.ones(len(part)))
+    assert not zeros.any()
+    observation = np.random.default_rng(0).normal(size=(2, 6, 3)) * 5
+    model.reset(0.0, 6)
+    first = model.act(observation[0], np.zeros(6))
+    second = model.act(observation[1], np.zeros(6))
+    W, X = f.weights_of(("observations", "actions"))
+    one_hot = np.concatenate((np.eye(2)[first[:, 0] - 4], np.eye(3)[first[:, 1] + 1]), 1)
+    logits = observation.sum(0) @ W + one_hot @ X
+    assert second.tolist() == np.stack((logits[:, :2].argmax(1) + 4, logits[:, 2:].argmax(1) - 1), 1).tolist()
+
+
 def test_onnx_teacher__takes_masked_logits(tmp_path):
     f = Function(3, 2, seed=0)
     f.b[1] = -np.inf
