@@ -58,7 +58,7 @@ Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
-FEW_EPISODES = 30  # of a task; students of fewer are told of --ask (docs/study.md, When teachers pay)
+FEW_EPISODES = 30  # of a task: with fewer, --ask auto asks (docs/study.md, When teachers pay)
 
 
 @dataclasses.dataclass
@@ -90,7 +90,9 @@ class Config:
     sigma_floor: float = 0.05  # added in squares to every variance, in half action ranges
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
     top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
-    ask: float = 0.0  # share of the windows that ask teachers for other returns, in other states
+    # share of the windows that ask teachers for other returns, in other states; auto: 0.5 where a task has
+    # fewer than 30 training episodes, else 0
+    ask: float | Literal["auto"] = "auto"
     ask_low: float = 0.5  # lowest of these: 0 is the data's 10th percentile, 1 the default target return
     ask_high: float = 1.05  # highest, likewise
     state_noise: float = 0.5  # how far the states of these windows are moved, in standard deviations
@@ -133,9 +135,9 @@ class Config:
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
         cli.check_share(self)
-        cli.at_least(self, ask=0, ask_copies=0, state_noise=0)
-        if self.ask > 1:
-            raise UserError(f"--ask {self.ask}: must be at most 1")
+        cli.at_least(self, ask_copies=0, state_noise=0)
+        if self.ask != "auto" and not 0 <= self.ask <= 1:
+            raise UserError(f"--ask {self.ask}: must be auto, or at least 0 and at most 1")
         if not self.ask_low <= self.ask_high:  # nor NaN
             raise UserError(f"--ask-low {self.ask_low}: must be at most --ask-high {self.ask_high}")
         if not 0 < self.data_share <= 1:
@@ -152,7 +154,7 @@ class Config:
                 f"--loss {self.loss} is no distance, for it may be negative: with --curriculum "
                 f"{self.curriculum} it means nothing; choose all, fixed or uniform"
             )
-        if self.loss == "kl+nll" and self.ask:
+        if self.loss == "kl+nll" and self.ask not in ("auto", 0):
             raise UserError(
                 f"--loss kl+nll with --ask {self.ask}: the data's actions are no answer to another return; "
                 f"use --ask 0 or --loss kl"
@@ -564,35 +566,44 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
             dataset = data.load(source, task.split_seed, like)
             check_unchanged(task, dataset.task)
             sets.append(data.share_of(dataset, cfg.data_share, cfg.seed))
-    tell_of_few_episodes(cfg, sets)
+    ask = asked_share(cfg, sets)
     device = machine.device(cfg)
     train_tables = [s.train for s in sets]
-    asks_teachers = cfg.loss != "nll"
-    asking = cfg.ask > 0 and asks_teachers
-    cached = cfg.targets == "cached" and asks_teachers
+    cached = cfg.targets == "cached" and cfg.loss != "nll"
     copies = 0
-    if asking and cached:
+    if ask and cached:
         rows = sum(map(len, train_tables)) / len(tasks)
         copies = cfg.ask_copies or math.ceil(min(MOST_COPIES, ASKED_ROWS / rows))
     options = {"targets": cached, "top": cfg.top, "copies": copies}
     windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, **options)
-    if asking:
+    if ask:
         lowest = torch.tensor([min(t.targets.values()) / t.rtg_scale for t in tasks])
         span = torch.tensor([t.target / t.rtg_scale for t in tasks]) - lowest
         low = lowest + cfg.ask_low * span
         high = lowest + cfg.ask_high * span
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        windows.ask(cfg.ask, low, high, cfg.state_noise, generator)
+        windows.ask(ask, low, high, cfg.state_noise, generator)
     held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
     return windows, held_out.spread()
 
 
-def tell_of_few_episodes(cfg: Config, sets: list[data.Dataset]) -> None:
-    """Say that a student of few episodes does better where its teachers are asked, or has teachers at all."""
+def asked_share(cfg: Config, sets: list[data.Dataset]) -> float:
+    """Of the windows: what --ask says. Says so where it decides by itself."""
+    if cfg.loss == "nll":
+        return 0.0
+    if cfg.ask != "auto":
+        return cfg.ask
     episodes = {s.task.name: len(data.first_rows(s.train)) for s in sets}
     few = ", ".join(f"{n} of {name}" for name, n in episodes.items() if n < FEW_EPISODES)
-    if few and not (cfg.ask and cfg.loss != "nll") and not processes.rank():
-        print(f"few training episodes ({few}): with --ask 0.5 students of so few retain more", flush=True)
+    if not few or cfg.loss == "kl+nll":
+        return 0.0
+    if not processes.rank():
+        print(
+            f"few training episodes ({few}): half of the windows ask for other returns, in other states "
+            f"(--ask 0: none)",
+            flush=True,
+        )
+    return 0.5
 
 
 def check_unchanged(task: data.Task, now: data.Task) -> None:

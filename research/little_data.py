@@ -39,10 +39,10 @@ TASKS = {"builtin": BODIES, "thirdparty": tuple(f"thirdparty/{body}/trpo-replay-
 MODES: dict[str, dict[str, Any]] = {  # options of distill.py; "data, tuned": and those that `tune` found
     "data": {"loss": "nll", "curriculum": "all"},
     "data, tuned": {"loss": "nll", "curriculum": "all"},
-    "labels": {},
+    "labels": {"ask": 0.0},
     "asked": {"ask": 0.5},
     "both": {"loss": "kl+nll", "curriculum": "all"},
-    "ensemble": {},  # labels of the teachers of all seeds as one
+    "ensemble": {"ask": 0.0},  # labels of the teachers of all seeds as one
 }
 GRID = {"steps": (750, 3000), "dropout": (0.0, 0.1), "weight_decay": (1e-4, 0.1)}
 TEACHER_OPTIONS: dict[str, Any] = {}  # besides the defaults, in tests

@@ -290,7 +290,7 @@ def load_onnx(path: Path, name: str | None, cfg: Any) -> tuple[OnnxTeacher, data
     with processes.rank_0_first():
         dataset = data.load(name, cfg.seed)
     model = OnnxTeacher(path, dataset.task)
-    if cfg.ask > 0 and cfg.state_noise == 0 and cfg.loss != "nll" and not model.takes_return:
+    if cfg.ask not in ("auto", 0) and cfg.state_noise == 0 and cfg.loss != "nll" and not model.takes_return:
         raise UserError(
             f"--ask {cfg.ask}: {path} takes no return_to_go or returns_to_go, it can't be asked for returns; "
             f"ask in other states (--state-noise 0.5), or use --ask 0"

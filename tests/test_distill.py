@@ -248,7 +248,8 @@ def trained(sets: list[data.Dataset], root: Path) -> tuple[str, ...]:
 
 def distilled(teachers: tuple[str, ...], out: Path, **options) -> dict[str, np.ndarray]:
     """Run distill.main; the run's log."""
-    cfg = {"steps": 60, "batch_size": 16, "n_layer": 1, "n_embd": 16, "warmup": 5, **TINY, **options}
+    cfg = {"steps": 60, "batch_size": 16, "n_layer": 1, "n_embd": 16, "warmup": 5, "ask": 0.0}
+    cfg |= {**TINY, **options}
     distill.main(distill.Config(teachers=teachers, out_dir=str(out), **cfg))
     return files.read_csv(out / "log.csv")
 
@@ -470,8 +471,9 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
         ({"top": 0.0}, "--top 0.0: must be above 0"),
         ({"top": float("nan")}, "--top nan: must be above 0 and at most 1"),
         ({"datasets": NAMES[:1]}, "2 --teachers for 1 tasks"),
-        ({"ask": 1.5}, "--ask 1.5: must be at most 1"),
-        ({"ask": -0.1}, "--ask -0.1: must be at least 0"),
+        ({"ask": 1.5}, "--ask 1.5: must be auto, or at least 0 and at most 1"),
+        ({"ask": -0.1}, "--ask -0.1: must be auto, or at least 0"),
+        ({"ask": float("nan")}, "--ask nan: must be auto"),
         ({"ask_copies": -1}, "--ask-copies -1: must be at least 0"),
         ({"ask_low": 0.9, "ask_high": 0.5}, "--ask-low 0.9: must be at most --ask-high 0.5"),
         ({"ask_high": float("nan")}, "must be at most --ask-high nan"),
@@ -503,12 +505,20 @@ def test_main__names_an_option_that_does_not_fit(teachers, tmp_path, option, mes
         distilled(teachers, tmp_path, **option)
 
 
-def test_main__tells_of_few_episodes_unless_it_asks(teachers, tmp_path, capsys):
-    distilled(teachers, tmp_path / "few", steps=2)
-    told = f"few training episodes (5 of {NAMES[0]}, "
-    assert told in capsys.readouterr().out
-    distilled(teachers, tmp_path / "asked", steps=2, ask=0.5)
-    assert told not in capsys.readouterr().out
+def test_main__asks_by_itself_where_a_task_has_few_episodes(teachers, tmp_path, capsys, monkeypatch):
+    """Of five training episodes; not where none is few, nor without teachers."""
+    said = f"few training episodes (5 of {NAMES[0]}, "
+    logs = {}
+    for name, few, ask in (("few", 30, "auto"), ("asked", 30, 0.5), ("many", 5, "auto"), ("labels", 5, 0.0)):
+        monkeypatch.setattr(distill, "FEW_EPISODES", few)
+        logs[name] = distilled(teachers, tmp_path / name, steps=10, ask=ask)["loss"]
+        assert (said in capsys.readouterr().out) == (name == "few"), name
+    assert np.array_equal(logs["few"], logs["asked"])
+    assert np.array_equal(logs["many"], logs["labels"])
+    assert not np.array_equal(logs["few"], logs["many"])
+    monkeypatch.setattr(distill, "FEW_EPISODES", 30)
+    distilled(teachers, tmp_path / "data", steps=2, loss="kl+nll", curriculum="all", ask="auto")
+    assert said not in capsys.readouterr().out
 
 
 def test_main__takes_the_students_data_from_elsewhere(teachers, tmp_path):
