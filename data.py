@@ -12,13 +12,14 @@ left, as it is at evaluation.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
-from support import UserError, cli, collect, environments, minari_files, processes, spaces
+from support import UserError, cli, collect, environments, metaworld, minari_files, processes, spaces
 from support.host_table import HostTable, free_bytes
 
 
@@ -28,7 +29,7 @@ class Env(NamedTuple):
     reference: tuple[float, float] | None = (
         None  # returns of score 0 and 100; None: the data's lowest and highest
     )
-    dataset: str | None = None  # Minari id; None: collected with the policies in support/behaviours/
+    dataset: str | None = None  # Minari id; None: collected, see collect_if_missing
 
 
 # Tasks by name: a new one is one line. Reference returns are those of a random and an expert policy that D4RL
@@ -41,8 +42,11 @@ ENVS = {
     "ant": Env("Ant-v5", {"include_cfrc_ext_in_observation": False}, (-325.6, 3879.7)),  # 27 observations
     "halfcheetah-back": Env("HalfCheetah-v5", {"forward_reward_weight": -1.0}),  # paid for running backwards
 }
+ENV_CHOICES = "{" + ",".join([*ENVS, "mw/TASK"]) + "}"  # as --help shows them
+ENVS |= {f"mw/{task}": Env(f"mw/{task}-v3", {}) for task in metaworld.TASKS}  # their data need a package
+GROUPS = {"mt10": metaworld.MT10, "mt50": metaworld.TASKS}  # names that stand for several mw/ tasks
+EnvName = Annotated[Literal[tuple(ENVS)], tyro.conf.arg(metavar=ENV_CHOICES)]
 DEFAULT_ENVS = ("hopper", "halfcheetah", "walker2d")  # of distill.py
-COLLECT_STEPS = 200_000  # timesteps of a built-in dataset
 HELD_OUT = 0.1  # share of the episodes
 HELD_OUT_TIMESTEPS = 5120  # of each task's held-out ones, on which losses are measured
 BEST_STEPS = 0.1  # share of the timesteps, of highest return: what these episodes returned is asked for
@@ -172,11 +176,27 @@ def _invalid_field(t, O, A, factors):
 def dataset_id(env: str) -> str:
     """The Minari id of a built-in task's dataset. Raises UserError for a name that ENVS does not hold."""
     if env not in ENVS:
-        choices = ", ".join(sorted(ENVS))
+        of_package = env.startswith("mw/")
+        choices = ", ".join(sorted(name for name in ENVS if name.startswith("mw/") == of_package))
         raise UserError(
             f"unknown env {env!r}; choose from {choices}, or name a Minari dataset with --dataset(s)"
         )
     return ENVS[env].dataset or f"manyteachers/{env}/replay-v0"
+
+
+def check_env(env: str) -> None:
+    """Raise UserError for a name not in ENVS, or where its data need a package that is missing."""
+    missing = not minari_files.local(dataset_id(env)).exists()
+    if missing and env.startswith("mw/"):
+        metaworld.check_installed()
+
+
+def expanded(envs: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of tasks, a group's in its place."""
+    names = []
+    for env in envs:
+        names += [f"mw/{task}" for task in GROUPS[env]] if env in GROUPS else [env]
+    return tuple(names)
 
 
 def task_name(id_: str) -> str:
@@ -217,7 +237,7 @@ def load(name: str, seed: int = 0, like: Task | None = None) -> Dataset:
     missing is collected, another downloaded. Raises UserError where that fails, where the data can't be
     learnt from, or where they are not of `like`'s spaces.
     """
-    id_ = name if "/" in name or name not in ENVS else dataset_id(name)
+    id_ = dataset_id(name) if name in ENVS else name
     if "/" not in id_ and "-v" not in id_:
         dataset_id(name)  # a mistyped env: raises, naming the choices
     collect_if_missing(id_)
@@ -289,14 +309,21 @@ def share_of(dataset: Dataset, share: float, seed: int) -> Dataset:
     return dataclasses.replace(dataset, train=np.concatenate([episodes[i] for i in chosen]))
 
 
-def collect_if_missing(id_: str, steps: int = COLLECT_STEPS) -> None:
-    """Collect a built-in dataset that is not there; does nothing for others. Raises UserError if it fails."""
+def collect_if_missing(id_: str, steps: int = 0) -> None:
+    """Collect a built-in dataset that is not there; does nothing for others. Raises UserError if it fails.
+
+    By the policies in support/behaviours/ (support/collect.py), or by Meta-World's experts
+    (support/metaworld.py). steps: timesteps; 0: the collector's own number.
+    """
     task = task_name(id_)
     if minari_files.local(id_).exists() or task not in ENVS or ENVS[task].dataset:
         return
+    collector = metaworld if task.startswith("mw/") else collect
+    steps = steps or collector.STEPS
     print(f"{id_} is not there: collecting {steps:,} steps", flush=True)
     env = environments.make_env(ENVS[task].id, ENVS[task].options)
-    collect.collect(id_, env, task, steps)
+    episodes = collector.episodes(env, task, steps)
+    collect.collect(id_, env, episodes, collector.ALGORITHM, collector.DESCRIPTION)
 
 
 def _held_out_episodes(id_, n, seed):
@@ -589,7 +616,7 @@ class Windows:
 
 @dataclasses.dataclass
 class Config:
-    env: Literal[tuple(ENVS)] = "hopper"  # built-in task
+    env: EnvName = "hopper"  # built-in task; mw/TASK: one of Meta-World's (docs/metaworld.md)
     dataset: str = ""  # Minari id, in place of --env
     seed: int = 0  # chooses the held-out episodes
     out_dir: str = "out"  # folder of the histogram

@@ -17,10 +17,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,7 +53,10 @@ from support import (
 from support.checkpoint import Checkpoint
 from support.update_log import Diverged, UpdateLog
 
-Envs = tuple[Literal[tuple(data.ENVS)], ...]
+Envs = Annotated[
+    tuple[Literal[tuple([*data.ENVS, *data.GROUPS])], ...],
+    tyro.conf.arg(metavar=f"[{data.ENV_CHOICES[:-1]},{','.join(data.GROUPS)}}} ...]"),
+]
 Curricula = Literal[tuple(curriculum.METHODS)]
 Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
@@ -64,7 +68,7 @@ FEW_EPISODES = 30  # of a task: with fewer, --ask auto asks (docs/study.md, When
 @dataclasses.dataclass
 class Config:
     # tasks
-    envs: Envs = ()  # built-in tasks; default, where no task is given: the first three
+    envs: Envs = ()  # built-in tasks; mw/TASK, mt10, mt50: Meta-World's; default: the first three
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
     teachers: tuple[str, ...] = ()  # runs, hf://org/name, ONNX files; default: out/teacher-<task>, trained
     student_datasets: tuple[str, ...] = ()  # one for each teacher, in place of what it was trained on
@@ -163,8 +167,8 @@ class Config:
             raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
         if self.dropout and self.surgery in surgery.EACH:
             raise UserError(f"--dropout {self.dropout} with --surgery {self.surgery}: use one of them")
-        for env in self.envs:
-            data.dataset_id(env)  # raises for a name that is none
+        for env in data.expanded(self.envs):
+            data.check_env(env)
 
 
 # ---- the method --------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from support.onnx_teacher import OnnxTeacher, load_onnx
 @dataclasses.dataclass
 class Config:
     # task
-    env: Literal[tuple(data.ENVS)] = "hopper"  # built-in task
+    env: data.EnvName = "hopper"  # built-in task; mw/TASK: one of Meta-World's (docs/metaworld.md)
     dataset: str = ""  # Minari id, in place of --env
     # model
     context: int = 1  # K, timesteps; more where an observation does not hold the whole state
@@ -95,7 +95,7 @@ class Config:
             raise UserError(f"--context {self.context}: must be at most {dt.MAX_CONTEXT}")
         cli.check_share(self)
         if not self.dataset:
-            data.dataset_id(self.env)  # raises for a name that is none
+            data.check_env(self.env)
 
 
 def directory(name: str) -> Path:
@@ -359,7 +359,7 @@ def find(cfg: Any) -> list[Teacher]:
 
     Raises UserError where one could not be trained, or they do not fit the tasks or each other.
     """
-    names = [*cfg.envs, *map(data.task_name, cfg.datasets)]
+    names = [*data.expanded(cfg.envs), *map(data.task_name, cfg.datasets)]
     if not names and not cfg.teachers:
         names = list(data.DEFAULT_ENVS)
     if names and cfg.teachers and len(names) != len(cfg.teachers):

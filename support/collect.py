@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -24,7 +24,9 @@ from support import UserError
 
 BEHAVIOURS = Path(__file__).parent / "behaviours"
 N_SNAPSHOTS = 10  # policies of a task
+STEPS = 200_000  # timesteps of a built-in dataset
 NOISE = (0.05, 0.1, 0.2)  # standard deviations of the action noise, in units of half the action range
+ALGORITHM = "PPO snapshots with action noise"
 DESCRIPTION = (
     f"{len(NOISE)} levels of action noise times {N_SNAPSHOTS} snapshots of one PPO run, "
     f"from untrained to best"
@@ -59,11 +61,16 @@ def load_behaviours(task: str) -> list[Behaviour]:
 
 
 def rollout(
-    env: gym.Env, policy: Behaviour, noise: float, rng: np.random.Generator, seed: int
+    env: gym.Env,
+    policy: Callable[[np.ndarray], np.ndarray],
+    noise: float,
+    rng: np.random.Generator,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """One episode under Gaussian action noise, clipped to the action space.
 
-    noise: in units of half the action range. Returns the fields of Minari's EpisodeBuffer.
+    policy: from observations (O,) to actions (A,). noise: in units of half the action range. Returns the
+    fields of Minari's EpisodeBuffer.
     """
     low = env.action_space.low
     high = env.action_space.high
@@ -96,12 +103,18 @@ def episodes(env: gym.Env, task: str, steps: int, seed: int = 0) -> Iterator[dic
                 break
 
 
-def collect(dataset_id: str, env: gym.Env, task: str, steps: int) -> None:
-    """Write the Minari dataset `dataset_id`: `steps` timesteps of the bundled policies of `task` in env.
+def collect(
+    dataset_id: str,
+    env: gym.Env,
+    episodes: Iterable[dict[str, np.ndarray]],
+    algorithm: str = ALGORITHM,
+    description: str = DESCRIPTION,
+) -> None:
+    """Write the Minari dataset `dataset_id` of these episodes in env (see `rollout`).
 
     Closes env. Raises UserError where the dataset can't be written.
     """
-    buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes(env, task, steps))]
+    buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes)]
     root = get_dataset_path()
     _remove_remains(root)
     # under another name first: a dataset killed half-way must not be taken for a whole one
@@ -114,11 +127,11 @@ def collect(dataset_id: str, env: gym.Env, task: str, steps: int) -> None:
                 buffers,
                 env=env,
                 eval_env=env,
-                algorithm_name="PPO snapshots with action noise",
+                algorithm_name=algorithm,
                 author="manyteachers",
                 author_email="-@-.org",
                 code_permalink="behaviour.py",
-                description=DESCRIPTION,
+                description=description,
             )
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary / dataset_id, final)

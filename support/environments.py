@@ -42,6 +42,8 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
     _silence_mujoco()
     try:
         return gym.make(name, **{"disable_env_checker": True, **env_kwargs, **kwargs})
+    except UserError:  # an environment of our own says what it needs
+        raise
     except Exception as e:  # noqa: BLE001 - a package that it needs, an option that it does not know, ...
         raise UserError(
             f"environment {env_id!r} can't be made ({reason(e)}); "
