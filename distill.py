@@ -115,6 +115,7 @@ class Config:
     # run
     out_dir: str = "out/student"  # the run's directory
     eval_episodes: int = 20  # episodes per task; 0: no evaluation
+    retention: evaluate.Retained = "score"  # what it is of; success: the success rate, if a task reports one
     imports: cli.Imports = ()  # packages to import, which register environments
     seed: int = 0  # of weights, windows, and of a teacher trained first
     device: str = "auto"  # cpu, cuda, cuda:<number> or auto
@@ -729,8 +730,8 @@ def evaluated(
         metrics[task.name] = {"target": task.target, **unknown, "heldout_kl": held[i]}
         if cfg.eval_episodes and task.env_id:
             policy = Policy.of(student, task, i)
-            options = (task, task.target, cfg.eval_episodes, evaluate.SEED, teachers[task.name])
-            metrics[task.name] |= evaluate.measured(policy, *options)
+            options = (cfg.eval_episodes, evaluate.SEED, teachers[task.name], cfg.retention)
+            metrics[task.name] |= evaluate.measured(policy, task, task.target, *options)
             episodes = evaluate.sweep_episodes(cfg.eval_episodes)
             metrics[task.name]["sweep"] = evaluate.sweep(policy, task, episodes, evaluate.SEED)
         of_data = teachers[task.name].get("data")
@@ -750,7 +751,12 @@ def summary(out: Path) -> None:
         retention = list(run.retention.values())
         gaps = ", ".join(f"{model} {gap:.3f}" for model, gap in run.target_gaps().items())
         text = f"; mean gap from return to target, over the range of returns: {gaps}" if gaps else ""
-        print(f"retention: mean {np.mean(retention):.3f}, worst {min(retention):.3f}{text}")
+        what = "retention of success" if run.of_success else "retention"
+        print(f"{what}: mean {np.mean(retention):.3f}, worst {min(retention):.3f}{text}")
+    rates = run.success_rates()
+    if rates:
+        means = ", ".join(f"{model} {rate:.3f}" for model, rate in rates.items())
+        print(f"success rate, mean of the tasks that report one: {means}")
     compression = run.metrics["compression"]
     parameters = run.metrics["parameters"]
     print(

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -30,6 +30,7 @@ from support import UserError, cli, environments, files, first_line, log, machin
 
 SEED = 1000  # of the first evaluation episode; episode i has SEED + i
 FRAME_INTERVAL = 4  # steps between the frames of a film
+Retained = Literal["score", "success"]
 
 
 @dataclasses.dataclass
@@ -39,6 +40,7 @@ class Config:
     target: str = "default"  # return to ask for: a number, or default, median, p75, ... of the data's returns
     seed: int = SEED  # of the first episode; episode i has seed + i
     device: str = "auto"  # cpu, cuda, cuda:<number>, or auto
+    retention: Retained = "score"  # what it is of; success: of the success rate, where a task reports one
     sweep: bool = False  # also ask for each of the data's quantiles: a table, and RUN/sweep.png
     imports: cli.Imports = ()  # packages to import, which register environments
     video: bool = False  # also film one episode of each task into RUN/<task>.gif
@@ -169,10 +171,19 @@ def measured(
     episodes: int,
     seed: int,
     teacher: dict[str, Any] | None = None,
-) -> dict[str, float]:
-    """The metrics of E episodes: see `played` and `scores`."""
+    retention: Retained = "score",
+) -> dict[str, Any]:
+    """The metrics of E episodes: see `played` and `scores`.
+
+    retention: "success": of the success rate in any step, where the task reports one; `retention_of` says so.
+    """
     found = played(policy, task, target, episodes, seed)
-    return {**scores(found.returns, task, teacher), **success_rates(found.success)}
+    metrics = {**scores(found.returns, task, teacher), **success_rates(found.success)}
+    if retention == "success" and teacher and "success_rate" in metrics:
+        of_teacher = teacher.get("success_rate")
+        metrics["retention"] = metrics["success_rate"] / of_teacher if of_teacher else None
+        metrics["retention_of"] = "success"
+    return metrics
 
 
 def success_rates(success: np.ndarray | None) -> dict[str, float]:
@@ -289,7 +300,8 @@ def main(cfg: Config) -> None:
             continue
         teachers = meta.get("teachers", {}) if target == task.target else {}  # their scores are of that
         policy = Policy.of(model, task, index)
-        of_task = measured(policy, task, target, cfg.eval_episodes, cfg.seed, teachers.get(task.name))
+        options = (cfg.eval_episodes, cfg.seed, teachers.get(task.name), cfg.retention)
+        of_task = measured(policy, task, target, *options)
         metrics[task.name] = {"target": target, **of_task}
         rows.append(_row(task.name, metrics[task.name]))
         if cfg.sweep:
@@ -300,6 +312,9 @@ def main(cfg: Config) -> None:
             _film_into_run(cfg, model, task, index, target)
     if rows:
         print(log.table(rows))
+        rates = [of_task["success_rate"] for of_task in metrics.values() if "success_rate" in of_task]
+        if len(rates) > 1:
+            print(f"success rate: mean of {len(rates)} tasks {np.mean(rates):.3f}")
         if cfg.sweep:
             _print_and_draw_sweeps(cfg, meta, metrics)
         for line in verdict.lines(data.tasks(meta, cfg.run), judged, meta.get("teachers")):

@@ -57,6 +57,7 @@ class Run:
         self.log = files.read_csv(self.path / "log.csv")  # {column: values}
         self.step = self.log["step"]
         self.retention = {n: m["retention"] for n, m in self.tasks.items() if m["retention"] is not None}
+        self.of_success = any("retention_of" in m for m in self.tasks.values())  # what retention is of
 
     def rows(self) -> list[dict[str, Any]]:
         """The table of results, a row for each task."""
@@ -101,6 +102,18 @@ class Run:
             sweeps = {name: metrics["sweep"] for name, metrics in by_task.items() if metrics.get("sweep")}
             if sweeps:
                 found[model] = sweeps
+        return found
+
+    def success_rates(self) -> dict[str, float]:
+        """{"teacher", "student": the mean success rate of the tasks that report one}."""
+        by_model = {"teacher": self.teachers or self.tasks}
+        if self.teachers:
+            by_model["student"] = self.tasks
+        found = {}
+        for model, by_task in by_model.items():
+            rates = [metrics["success_rate"] for metrics in by_task.values() if "success_rate" in metrics]
+            if rates:
+                found[model] = float(np.mean(rates))
         return found
 
     def target_gaps(self) -> dict[str, float]:
@@ -530,7 +543,8 @@ def headline(run: Run) -> str:
     if run.retention:
         retention = [100 * x for x in run.retention.values()]
         text += (
-            f" It retains {np.mean(retention):.1f} % of their scores on average, "
+            f" It retains {np.mean(retention):.1f} % of their "
+            f"{'success rates' if run.of_success else 'scores'} on average, "
             f"{min(retention):.1f} % on the worst task."
         )
     return text

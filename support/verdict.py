@@ -134,7 +134,8 @@ def _symptoms_of_student(task, metrics, teacher):
     found = []
     retention = metrics.get("retention")
     if retention is not None and retention < SHARE_OF_TARGET and teacher["normalized_score"] > 0:
-        finding = f"{100 * retention:.0f} % of its teacher's score"
+        what = "success rate" if metrics.get("retention_of") == "success" else "score"
+        finding = f"{100 * retention:.0f} % of its teacher's {what}"
         found.append(Flag("below-teacher", finding, "train for more --steps, or with more --n-embd"))
     of_teacher = [flag.name for flag in _symptoms(task, teacher)]
     if of_teacher:

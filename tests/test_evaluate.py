@@ -189,6 +189,21 @@ def test_measured__has_success_rates_where_the_environment_reports_success(env_i
     assert "success_rate" not in evaluate.measured(player, WALK, 8.0, episodes=2, seed=200)
 
 
+def test_measured__has_retention_of_success_where_it_is_asked_for_and_reported():
+    game = dataclasses.replace(WALK, env_id="tests/Game-v0")
+    player = policy.Policy.of(make(CFG), game, 0)
+    teacher = {"normalized_score": 1.0, "success_rate": 0.8}
+    metrics = evaluate.measured(player, game, 8.0, 5, 200, teacher, "success")
+    assert metrics["retention"] == 1.25  # 1.0 / 0.8
+    assert metrics["retention_of"] == "success"
+    never = {"normalized_score": 1.0, "success_rate": 0.0}
+    assert evaluate.measured(player, game, 8.0, 5, 200, never, "success")["retention"] is None
+    player = policy.Policy.of(make(CFG), WALK, 0)
+    metrics = evaluate.measured(player, WALK, 8.0, 2, 200, {"normalized_score": 40.0}, "success")
+    assert metrics["retention"] == metrics["normalized_score"] / 40
+    assert "retention_of" not in metrics
+
+
 def test_sweep__plays_every_target_lowest_first():
     m = make(CFG)
     rows = evaluate.sweep(policy.Policy.of(m, WALK, 0), WALK, episodes=3, seed=200)

@@ -299,6 +299,24 @@ def test_page__holds_the_runs_own_numbers(student):
     assert page == report.page([run], [])  # to the byte
 
 
+def test_report__has_success_rates_and_says_where_retention_is_of_them(student, capsys):
+    metrics = files.read_json(student / "metrics.json")
+    meta = files.read_json(student / "model.json")
+    for i, name in enumerate(TASKS):
+        metrics["tasks"][name] |= {"success_rate": 0.5 + 0.2 * i, "retention_of": "success"}
+        meta["teachers"][name]["success_rate"] = 0.8
+    files.write_json(student / "metrics.json", metrics)
+    files.write_json(student / "model.json", meta)
+    run = report.Run(student)
+    assert run.success_rates() == {"teacher": 0.8, "student": pytest.approx(0.6)}
+    assert [row["student success"] for row in run.rows()] == [0.5, 0.7]
+    assert "of their success rates on average" in report.headline(run)
+    distill.summary(student)
+    printed = capsys.readouterr().out
+    assert "retention of success: mean 0.925, worst 0.900" in printed
+    assert "success rate, mean of the tasks that report one: teacher 0.800, student 0.600" in printed
+
+
 def test_page__shows_verdicts_where_there_are_any(student):
     assert "<li>" not in report.page([report.Run(student)], [])
     run = report.Run(student)

@@ -127,6 +127,8 @@ def test_verdict__of_a_student_passes_its_teachers_symptoms_on():
 def test_below_teacher__is_less_than_80_percent_of_its_score():
     better = {**GOOD, "target": 900.0, "normalized_score": 100.0}
     assert names({**GOOD, "retention": 0.79}, better) == ["below-teacher"]
+    of_success = verdict.verdict(TASK, {**GOOD, "retention": 0.79, "retention_of": "success"}, better)
+    assert "79 % of its teacher's success rate" in of_success.line("-")
     assert names({**GOOD, "retention": 0.81}, better) == []
     negative = {**GOOD, "normalized_score": -1.0}  # the ratio means nothing
     assert names({**GOOD, "retention": -88.0}, negative) == []
