@@ -485,26 +485,3 @@ def test_act_onnx__makes_the_same_vectors(space, seed):
     vector = runpy.run_path(str(ROOT / "examples/act_onnx.py"))["vector"]
     for sample in samples:
         assert vector(sample, description)[0] == pytest.approx(spaces.vector(description, sample))
-
-
-def test_teacher__learns_from_pointmaze(tmp_path):
-    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics")
-
-    def towards_the_goal(observation):
-        position, velocity = np.split(observation["observation"], 2)
-        step = 5 * (observation["desired_goal"] - position) - velocity
-        return np.clip(step, -1, 1).astype(np.float32)
-
-    collect("tests/pointmaze-v0", "PointMaze_Open-v3", 3, towards_the_goal)
-    size = {"n_layer": 1, "n_embd": 16, "steps": 2, "eval_episodes": 1, "device": "cpu"}
-    out = teacher.main(
-        teacher.Config(dataset="tests/pointmaze-v0", out_dir=str(tmp_path / "teacher"), **size)
-    )
-    task = data.tasks(dt.load(out)[1], out)[0]
-    assert [(part["path"], part["size"]) for part in task.obs_space] == [
-        (["observation"], 4),
-        (["desired_goal"], 2),
-    ]
-    metrics = files.read_json(out / "metrics.json")["tasks"]["tests/pointmaze-v0"]
-    assert np.isfinite(metrics["return_mean"])
-    assert metrics["success_rate"] == float(metrics["return_mean"] > 0)  # of the only episode
