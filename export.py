@@ -1,8 +1,9 @@
-"""Export a teacher or a student to ONNX: one file for each task, with everything in it that acting needs.
+"""Export a teacher or a student to ONNX: a file for each task, with everything in it that acting needs.
 
-    python export.py out/student                 # out/student/hopper.onnx, hopper.json, ...
+    python export.py out/student                 # out/student/hopper.onnx, hopper.json, ...; all-tasks.onnx
     python export.py out/student --int8          # and hopper.int8.onnx: weights quantised to 8 bits
     python export.py out/student --int8 --eval-episodes 20    # and the returns of the files' own episodes
+    python export.py out/student --one-file only              # all-tasks.onnx alone
 
 A file is a function of B rows, any number or --batch; an episode's memory is an input and an output. Inputs:
 
@@ -14,6 +15,11 @@ A file is a function of B rows, any number or --batch; an episode's memory is an
 
 Outputs: action, like last_action, and next_memory, the memory of the next timestep.
 
+all-tasks.onnx is a file of a student's tasks together, each row in its own. One more input, task (B,) int64,
+is a task's index in the list `tasks` of the card. Observations are padded with zeros to the task's of most
+numbers. Actions are float32 (B, W), of which a task reads and writes the first ones: its A, or the number of
+a discrete one, or of each of its factors.
+
 examples/act_onnx.py acts with numpy and onnxruntime alone. The JSON file beside a task's files is their card:
 sizes, environment, target returns, the run's metrics, and each file's largest difference from the model.
 README.md is the run's card on the Hugging Face Hub: `hf upload <org>/<name> out/student` shares it.
@@ -24,12 +30,13 @@ import dataclasses
 import importlib.util
 import io
 import logging
+import math
 import platform
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -40,12 +47,14 @@ from torch import Tensor
 import data
 import evaluate
 import model as dt
+from kernels.kl import NEVER
 from policy import Actor, Policy
 from support import UserError, cli, environments, files, hub, log
 
 OPSET = 23  # of ONNX 1.18; onnxruntime reads it from 1.23 on
 INPUTS = ("observation", "return_to_go", "last_action", "timestep", "memory")
 OUTPUTS = ("action", "next_memory")
+ALL_TASKS = "all-tasks"  # name of the file of all tasks
 
 
 @dataclasses.dataclass
@@ -53,6 +62,7 @@ class Config:
     run: Annotated[str, tyro.conf.Positional]  # a run directory of teacher.py or distill.py
     batch: int = 0  # size of the batch; 0: any
     int8: bool = False  # also write files with weights in 8 bits (onnxruntime's dynamic quantisation)
+    one_file: Literal["also", "only", "no"] = "also"  # one of all tasks, where a student has several
     eval_episodes: int = 0  # evaluation episodes of each file, in its task's environment; 0: none
     imports: cli.Imports = ()  # packages to import, which register environments
     overwrite: bool = False  # replace files that exist
@@ -63,6 +73,8 @@ class Config:
 
 class Step(torch.nn.Module):
     """One step of policy.Actor in the environment's units, as a function: INPUTS -> OUTPUTS."""
+
+    names = INPUTS
 
     def __init__(self, model: dt.DecisionTransformer, task: data.Task, index: int):
         super().__init__()
@@ -133,13 +145,139 @@ class Step(torch.nn.Module):
         return {name: x.numpy() for name, x in zip(INPUTS, self.inputs(batch), strict=True)}
 
 
+class AllSteps(torch.nn.Module):
+    """The steps of all of a student's tasks as one function: INPUTS and `task` -> OUTPUTS.
+
+    Weights and statistics are looked up by each row's task or group, padded with zeros to the largest.
+    """
+
+    names = (*INPUTS, "task")
+
+    @torch.no_grad()
+    def __init__(self, model: dt.DecisionTransformer, tasks: list[data.Task]):
+        super().__init__()
+        actors = [Actor(model, i, episodes=1, max_steps=1) for i in range(len(tasks))]
+        self.actor = actors[0]
+        self.actor.restart(slice(None))
+        self.shape = (len(self.actor.caches), *self.actor.caches[0].shape[1:])  # as Step's
+        self.O = max(task.obs_dim for task in tasks)
+        self.A = max(task.act_dim for task in tasks)
+        self.W = max(math.prod(task.action_shape) for task in tasks)
+
+        # weights, of the first task of each group; biases, of each task
+        groups = model.cfg.groups
+        self.group = torch.tensor(groups)  # (N,)
+        of_group = [groups.index(g) for g in range(len(set(groups)))]
+        self.embed = torch.stack([self._embed(actors[i], tasks[i]) for i in of_group])  # (G, A + 1 + O, nC)
+        self.embed_bias = torch.stack([actor.embed_bias for actor in actors])  # (N, n, C)
+        heads = [actors[i].head for i in of_group]
+        self.head = torch.stack([_padded(weight, self.A, 1) for weight, _ in heads])  # (G, C, A)
+        self.head_bias = torch.stack([_padded(bias, self.A) for _, bias in heads])  # (G, A)
+
+        # statistics of each task
+        self.obs_mean = self._table([task.obs_mean for task in tasks], self.O)
+        self.obs_std = self._table([task.obs_std for task in tasks], self.O, 1.0)
+        self.rtg_scale = torch.tensor([task.rtg_scale for task in tasks])  # (N,)
+        self.low = self._table([task.act_low for task in tasks], self.A, -1.0)
+        self.high = self._table([task.act_high for task in tasks], self.A, 1.0)
+        self.factors = model.cfg.categorical()  # (F, N, A) bool: which columns are a factor's; or None
+        if self.factors is not None:
+            self.discrete = self.factors.any(0).any(1)  # (N,)
+            # (F, N): the number of a factor's first choice, less its column
+            self.first = torch.zeros(self.factors.shape[:2])
+            for n, task in enumerate(tasks):
+                for f, number in enumerate(np.ravel(task.first_action or 0)[: len(task.choices)]):
+                    self.first[f, n] = float(number - sum(task.choices[:f]))
+
+    def _embed(self, actor, task):
+        """actor.embed with its parts, of actions and states, padded: (A + 1 + O, nC)."""
+        action, rtg, state = actor.embed.split((task.act_dim, 1, task.obs_dim))
+        return torch.cat((_padded(action, self.A, 0), rtg, _padded(state, self.O, 0)))
+
+    def _table(self, rows, width, fill=0.0):
+        """(N, width) float32."""
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+    def forward(
+        self,
+        observation: Tensor,
+        return_to_go: Tensor,
+        last_action: Tensor,
+        timestep: Tensor,
+        memory: Tensor,
+        task: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Shapes: see this file's head."""
+        actor = self.actor
+        actor.t = timestep
+        actor.caches = list(memory.view(-1, *self.shape).unbind(1))
+        states = (observation - self.obs_mean[task]) / self.obs_std[task]
+        rtg = return_to_go / self.rtg_scale[task]
+        actions = self._from_units(last_action, task)  # (B, A)
+
+        # policy.Actor.step, with weights of each row's own
+        group = self.group[task]
+        embed = self.embed[group]  # (B, A + 1 + O, nC)
+        actor.embed_bias = self.embed_bias[task]
+        phase = actor.phase()
+        x = torch.cat((actions, rtg[:, None], states), 1)
+        x = actor.time_embeddings(timestep) + (x[:, None] @ embed)[:, 0]
+        place = phase.place
+        if actor.cfg.tokens == 1:
+            place = place - phase.begins * (actions[:, None] @ embed[:, : self.A])
+        x = actor.hidden(x[:, None] + place, phase)
+        x = (x[:, None] @ self.head[group])[:, 0] + self.head_bias[group]
+        next_memory = torch.cat([cache.flatten(1) for cache in actor.caches], 1)
+        return self._in_units(x, task), next_memory
+
+    def _from_units(self, action, task):
+        """Actions (B, W) as the model takes them, (B, A)."""
+        low = self.low[task]
+        high = self.high[task]
+        x = (torch.nn.functional.pad(action, (0, self.A - self.W)) - (high + low) / 2) / ((high - low) / 2)
+        if self.factors is None:
+            return x
+        one_hot = torch.zeros_like(x)
+        for f, (own, first) in enumerate(zip(self.factors, self.first, strict=True)):
+            column = action[:, f] - first[task]
+            one_hot = one_hot + (own[task] & (column[:, None] == torch.arange(self.A)))
+        return torch.where(self.discrete[task, None], one_hot, x)
+
+    def _in_units(self, x, task):
+        """The head's outputs (B, A) as actions (B, W)."""
+        low = self.low[task]
+        high = self.high[task]
+        action = (x.tanh() * ((high - low) / 2) + (high + low) / 2).clamp(low, high)
+        if self.factors is not None:
+            numbers = []
+            for own, first in zip(self.factors, self.first, strict=True):
+                numbers.append(x.masked_fill(~own[task], NEVER).argmax(1) + first[task])
+            numbers = _padded(torch.stack(numbers, 1), self.A, 1)
+            action = torch.where(self.discrete[task, None], numbers, action)
+        return action[:, : self.W]
+
+    def inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """The inputs of an episode's first timestep in the first task, all zeros."""
+        index = torch.zeros(batch, dtype=torch.long)
+        memory = torch.zeros(batch, int(np.prod(self.shape)))
+        observation = torch.zeros(batch, self.O)
+        return observation, torch.zeros(batch), torch.zeros(batch, self.W), index, memory, index.clone()
+
+
+def _padded(x, size, dim=0):
+    """x with zeros behind it along an axis."""
+    shape = [*x.shape]
+    shape[dim] = size - shape[dim]
+    return torch.cat((x, x.new_zeros(shape)), dim)
+
+
 # ---- files -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def to_onnx(step: Step, batch: int) -> bytes:
+def to_onnx(step: Step | AllSteps, batch: int) -> bytes:
     """The file of a step, for batches of this size; 0: of any size."""
-    any_size = tuple({0: torch.export.Dim("batch")} for _ in INPUTS)
+    any_size = tuple({0: torch.export.Dim("batch")} for _ in step.names)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -150,7 +288,7 @@ def to_onnx(step: Step, batch: int) -> bytes:
             dynamic_shapes=None if batch else any_size,
             opset_version=OPSET,
             verbose=False,
-            input_names=INPUTS,
+            input_names=step.names,
             output_names=OUTPUTS,
         )
     return program.model_proto.SerializeToString()
@@ -199,6 +337,31 @@ def session(file: str | bytes, quiet: bool = False) -> Any:
 
 
 # ---- acting with a file, and measuring it ----------------------------------------------------------------
+
+
+class InTask:
+    """A session of the file of all tasks in place of one of the task's own file."""
+
+    def __init__(self, runtime: Any, steps: AllSteps, index: int):
+        self.runtime = runtime
+        self.steps = steps
+        self.index = index  # of the task
+
+    def run(self, outputs: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Takes and returns what the session of the task's own file does."""
+        last = feed["last_action"]
+        B = len(last)
+        padded = {
+            "observation": self._padded(feed["observation"], self.steps.O),
+            "last_action": self._padded(last.reshape(B, -1), self.steps.W),
+            "task": np.full(B, self.index),
+        }
+        action, memory = self.runtime.run(outputs, feed | padded)
+        action = action[:, : math.prod(last.shape[1:])]
+        return [action.astype(last.dtype).reshape(last.shape), memory]
+
+    def _padded(self, x, width):
+        return np.pad(x, ((0, 0), (0, width - x.shape[1]))).astype(np.float32)
 
 
 class Exported:
@@ -286,27 +449,50 @@ def main(cfg: Config) -> None:
     model, meta = dt.load(cfg.run)
     measured = (files.read_json(Path(cfg.run) / "metrics.json") or {}).get("tasks", {})
     torch.set_num_threads(1)
-    rows = []
-    for index, task in enumerate(data.tasks(meta, cfg.run)):
-        path = Path(cfg.run) / f"{task.name.replace('/', '-')}.onnx"
-        if path.exists() and not cfg.overwrite:
-            raise UserError(f"{path} is there already; add --overwrite")
-        step = Step(model, task, index).eval()
-        blobs = {path.name: to_onnx(step, cfg.batch)}
-        if cfg.int8:
-            blobs[path.with_suffix(".int8.onnx").name] = quantised(blobs[path.name])
-        for name, blob in blobs.items():
-            files.write(path.with_name(name), blob)
-        card = _card(cfg, step, measured.get(task.name))
-        teacher = meta.get("teachers", {}).get(task.name)
-        for name, blob in blobs.items():
-            card["files"][name] = _measure(cfg, step, blob, teacher)
-            rows.append(_row(name, card["files"][name]))
-        files.write_json(path.with_suffix(".json"), card)
     run = Path(cfg.run)
-    card = hub.model_card(run.resolve().name, data.tasks(meta, run), measured, model.n_params)
+    tasks = data.tasks(meta, run)
+    steps = [Step(model, task, index).eval() for index, task in enumerate(tasks)]
+    several = len(tasks) > 1
+    rows = []
+    if not several or cfg.one_file != "only":
+        for step in steps:
+            name = step.task.name.replace("/", "-")
+            card = _card(cfg, step, measured.get(step.task.name))
+            rows += _export(cfg, name, step, [step], [card], meta)
+            files.write_json(run / f"{name}.json", card)
+    if several and cfg.one_file != "no":
+        whole = AllSteps(model, tasks).eval()
+        cards = [{"index": s.index, **_card(cfg, s, measured.get(s.task.name))} for s in steps]
+        rows += _export(cfg, ALL_TASKS, whole, steps, cards, meta)
+        widths = {"observation_width": whole.O, "action_width": whole.W}
+        files.write_json(run / f"{ALL_TASKS}.json", {**widths, "tasks": cards})
+    card = hub.model_card(run.resolve().name, tasks, measured, model.n_params)
     files.write(run / "README.md", card.encode())
     print(log.table(rows))
+
+
+def _export(cfg, name, whole, steps, cards, meta):
+    """Write the files of `whole`, a Step or AllSteps, and enter them into the cards of its tasks' steps.
+
+    Returns their rows in the printed table.
+    """
+    path = Path(cfg.run) / f"{name}.onnx"
+    if path.exists() and not cfg.overwrite:
+        raise UserError(f"{path} is there already; add --overwrite")
+    blobs = {path: to_onnx(whole, cfg.batch)}
+    if cfg.int8:
+        blobs[path.with_suffix(".int8.onnx")] = quantised(blobs[path])
+    rows = []
+    for path, blob in blobs.items():
+        files.write(path, blob)
+        runtime = session(blob)
+        for step, card in zip(steps, cards, strict=True):
+            own = InTask(runtime, whole, step.index) if isinstance(whole, AllSteps) else runtime
+            teacher = meta.get("teachers", {}).get(step.task.name)
+            card["files"][path.name] = {"bytes": len(blob), **_measure(cfg, step, own, teacher)}
+            label = f"{path.name}, {step.task.name}" if isinstance(whole, AllSteps) else path.name
+            rows.append(_row(label, card["files"][path.name]))
+    return rows
 
 
 def _check_packages():
@@ -345,12 +531,10 @@ def _card(cfg, step, measured):
     }
 
 
-def _measure(cfg, step, blob, teacher):
-    """A file's entry in the card: size, difference, time and, with --eval-episodes, its scores."""
-    runtime = session(blob)
+def _measure(cfg, step, runtime, teacher):
+    """A file's entry in the card, but for its size: difference, time and, with --eval-episodes, scores."""
     batch = cfg.batch or 1
     entry = {
-        "bytes": len(blob),
         "largest_difference": compared(runtime, step, batch),
         "microseconds": microseconds(runtime, step, batch),
     }

@@ -206,25 +206,29 @@ class Actor:
 
     def step(self, time: Tensor, states: Tensor, rtg: Tensor, actions: Tensor) -> Tensor:
         """`act` as export.py traces it: with the time embeddings given, (nC,) or (E, nC)."""
-        C = self.cfg.n_embd
-        phase = self._phase()
+        phase = self.phase()
         x = torch.addmm(time, torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, nC)
         place = phase.place
         if self.cfg.tokens == 1:  # of three, a mask hides the action before a window
             before = actions @ self.embed[: actions.shape[1]]
             place = place - phase.begins * before[:, None]
-        x = (x[:, None] + place).view(-1, C)  # (2nE, C)
-        x = torch.layer_norm(x, (C,), *self.ln_in)
-        for i in range(len(self.blocks)):
-            x = self._block(i, x, phase)
         weight, bias = self.head
-        x = torch.addmm(bias, torch.layer_norm(x, (C,)), weight)  # (E, A)
-        self.t = self.t + 1
+        x = torch.addmm(bias, self.hidden(x[:, None] + place, phase), weight)  # (E, A)
         if not self.factors:
             return x.tanh()
         return dt.one_hot(dt.likeliest(x, self.factors), self.factors).to(x.dtype)
 
-    def _phase(self):
+    def hidden(self, x: Tensor, phase: Phase | PhasePerEpisode) -> Tensor:
+        """What the head reads of this timestep, (E, C), from its tokens in both windows, (E, 2, nC)."""
+        C = self.cfg.n_embd
+        x = torch.layer_norm(x.view(-1, C), (C,), *self.ln_in)  # (2nE, C)
+        for i in range(len(self.blocks)):
+            x = self._block(i, x, phase)
+        self.t = self.t + 1
+        return torch.layer_norm(x, (C,))
+
+    def phase(self) -> Phase | PhasePerEpisode:
+        """Of this timestep."""
         t = self.t
         H = self.half
         if isinstance(t, int):

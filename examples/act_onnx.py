@@ -1,12 +1,15 @@
 """Act with an exported policy; needs numpy, onnxruntime and gymnasium alone.
 
 python examples/act_onnx.py out/student/hopper.onnx --episodes 20
+python examples/act_onnx.py out/student/all-tasks.onnx --task hopper
 """
 
 import argparse
 import importlib
 import json
+import math
 import re
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,6 +20,7 @@ import onnxruntime
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("file", help="written by export.py, its card beside it")
+    parser.add_argument("--task", help="of a file of all tasks: its name in the card")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--target", type=float, help="return to ask for; default: the card's target")
     parser.add_argument("--seed", type=int, default=1000, help="of the first episode; episode i has seed + i")
@@ -47,10 +51,25 @@ def vector(observation, parts: list[dict] | None) -> np.ndarray:
     return np.concatenate(numbers, dtype=np.float32)[None]
 
 
+def card_of(path: Path, task: str | None) -> dict:
+    """The card of a file; of a file of all tasks the one of this task, with the file's widths."""
+    card = json.loads(path.read_text())
+    if "tasks" not in card:
+        return card
+    names = [of_task["task"] for of_task in card["tasks"]]
+    if task not in names:
+        sys.exit(f"--task {task}: the file has {', '.join(names)}")
+    return card | card["tasks"][names.index(task)]
+
+
 def play(session: onnxruntime.InferenceSession, env: gym.Env, card: dict, target: float, seed: int) -> float:
     """One episode; returns its return."""
     observation, _ = env.reset(seed=seed)
-    action = np.zeros((1, *card["action_shape"]), card["action_type"])
+    several = "index" in card  # a file of all tasks
+    if several:
+        action = np.zeros((1, card["action_width"]), np.float32)
+    else:
+        action = np.zeros((1, *card["action_shape"]), card["action_type"])
     memory = np.zeros((1, card["memory"]), np.float32)
     episode_return = 0.0
     return_to_go = target
@@ -62,8 +81,15 @@ def play(session: onnxruntime.InferenceSession, env: gym.Env, card: dict, target
             "timestep": np.array([t]),
             "memory": memory,
         }
+        if several:
+            padding = card["observation_width"] - card["observation"]
+            inputs["observation"] = np.pad(inputs["observation"], ((0, 0), (0, padding)))
+            inputs["task"] = np.array([card["index"]])
         action, memory = session.run(None, inputs)
-        observation, reward, terminated, truncated, _ = env.step(action[0].reshape(env.action_space.shape))
+        taken = action[0]
+        if several:  # the first of the numbers
+            taken = taken[: math.prod(card["action_shape"])].astype(card["action_type"])
+        observation, reward, terminated, truncated, _ = env.step(taken.reshape(env.action_space.shape))
         episode_return += reward
         return_to_go -= reward
         if terminated or truncated:
@@ -75,8 +101,7 @@ if __name__ == "__main__":
     args = parse_args()
     for name in args.imports:
         importlib.import_module(name)
-    card_path = Path(args.file.replace(".int8", "")).with_suffix(".json")
-    card = json.loads(card_path.read_text())
+    card = card_of(Path(args.file.replace(".int8", "")).with_suffix(".json"), args.task)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(args.file, options, providers=["CPUExecutionProvider"])

@@ -81,8 +81,8 @@ def model_card(name: str, tasks: list[Any], metrics: dict[str, dict[str, Any]], 
 # {name}
 
 A Decision Transformer of {parameters:,} parameters for {len(tasks)} task(s), trained offline by manyteachers.
-Weights are in `model.safetensors`, all else that acting needs in `model.json`; `<task>.onnx` acts with
-onnxruntime alone.
+Weights are in `model.safetensors`, all else that acting needs in `model.json`; `<task>.onnx`, and
+`all-tasks.onnx` of several tasks, act with onnxruntime alone.
 
 {table}
 

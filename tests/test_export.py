@@ -51,9 +51,9 @@ class Run:
         return json.loads((self.home / f"{name}.json").read_text())
 
 
-def saved_run(home: Path, tasks: list[data.Task], tokens: int = 3) -> Run:
+def saved_run(home: Path, tasks: list[data.Task], tokens: int = 3, **options) -> Run:
     """A student of these tasks, and a score of its teacher in hopper."""
-    cfg = dt.ModelConfig.of(tasks, n_layer=2, n_head=2, n_embd=32, context=7, tokens=tokens)
+    cfg = dt.ModelConfig.of(tasks, n_layer=2, n_head=2, n_embd=32, context=7, tokens=tokens, **options)
     m = make(cfg)
     for p in m.parameters():  # biases too, which begin at zero
         p.data += 0.1 * torch.randn_like(p)
@@ -90,7 +90,7 @@ class Eager:
 
     @torch.no_grad()
     def run(self, outputs, feed):
-        inputs = [torch.from_numpy(feed[name]) for name in export.INPUTS]
+        inputs = [torch.from_numpy(feed[name]) for name in self.step.names]
         return [x.numpy() for x in self.step(*inputs)]
 
 
@@ -167,6 +167,100 @@ def test_quantised__is_smaller_and_close(hopper):
     assert 1e-5 < difference < 0.3
 
 
+# ---- the file of all tasks ---------------------------------------------------------------------------------
+
+
+def like(task: data.Task, name: str) -> data.Task:
+    """Another task of the same spaces, in other units."""
+    low = [x - 0.5 for x in task.act_low]
+    mean = [x + 1 for x in task.obs_mean]
+    return dataclasses.replace(task, name=name, act_low=low, obs_mean=mean, rtg_scale=3 * task.rtg_scale)
+
+
+SEVERAL = {
+    "mixed": [WALK, HOPPER, dataclasses.replace(CARTPOLE, first_action=-3)],
+    "continuous": [HOPPER, WALK],
+    "discrete": [
+        CARTPOLE,
+        dataclasses.replace(CARTPOLE, name="three", act_dim=3, act_low=[0.0] * 3, act_high=[1.0] * 3),
+    ],
+    "factors": [
+        dataclasses.replace(
+            CARTPOLE, act_dim=5, factors=[3, 2], first_action=[-2, 1], act_low=[0.0] * 5, act_high=[1.0] * 5
+        ),
+        CARTPOLE,
+        WALK,
+    ],
+    "shared": [WALK, OF_ALL_SCALES, like(WALK, "run"), like(HOPPER, "hop")],
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tasks", SEVERAL.values(), ids=SEVERAL.keys())
+def test_all_steps__act_as_the_model_does_in_each_task(tmp_path, tasks, tokens):
+    run = saved_run(tmp_path, tasks, tokens, groups=(1, 0, 1, 0) if len(tasks) == 4 else ())
+    steps = export.AllSteps(run.model, tasks)
+    for index in range(len(tasks)):
+        runtime = export.InTask(Eager(steps), steps, index)
+        assert export.compared(runtime, run.step(index), batch=20) < 2e-5
+
+
+def test_all_steps__lets_rows_be_in_tasks_of_their_own(tmp_path):
+    """A batch of rows in all tasks gives what batches of one task do."""
+    tasks = SEVERAL["mixed"]
+    steps = export.AllSteps(saved_run(tmp_path, tasks).model, tasks)
+    inputs = list(steps.inputs(6))
+    for i in (0, 1, 2):
+        inputs[i] = torch.randn_like(inputs[i])
+    inputs[3] = torch.arange(6)
+    inputs[5] = torch.arange(6) % 3
+    with torch.no_grad():
+        together = steps(*inputs)
+        for row in range(6):
+            alone = steps(*(x[row : row + 1] for x in inputs))
+            for a, b in zip(together, alone, strict=True):
+                assert torch.allclose(a[row], b[0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all-tasks.onnx", "all-tasks.int8.onnx"])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_to_onnx__of_all_tasks_acts_as_the_model_does_in_each(three_tasks, name, index):
+    steps = export.AllSteps(three_tasks.model, three_tasks.tasks)
+    runtime = export.InTask(three_tasks.session(name), steps, index)
+    difference = export.compared(runtime, three_tasks.step(index), batch=20)
+    assert difference < (0.3 if "int8" in name else 1e-5)
+    card = three_tasks.card("all-tasks")
+    assert (card["observation_width"], card["action_width"]) == (11, 3)
+    of_task = card["tasks"][index]
+    entry = of_task.pop("files")[name]
+    assert entry["bytes"] == (three_tasks.home / name).stat().st_size
+    assert ("return_mean" in entry) == (index > 0)
+    own = three_tasks.card(three_tasks.tasks[index].name)
+    del own["files"]
+    assert of_task == {"index": index, **own}
+
+
+@pytest.mark.slow
+def test_to_onnx__of_ten_tasks_is_no_larger_than_a_student_of_them(tmp_path):
+    """Of MT10's sizes: at most 1.2 MB."""
+    tasks = []
+    for i in range(10):
+        sizes = {"obs_dim": 39, "act_dim": 4, "obs_mean": [0.1 * i] * 39, "obs_std": [1.0 + i] * 39}
+        bounds = {"act_low": [-1.0] * 4, "act_high": [1.0] * 4}
+        tasks.append(dataclasses.replace(HOPPER, name=f"task-{i}", **sizes, **bounds))
+    for groups in ((), (0,) * 10):
+        cfg = dt.ModelConfig.of(tasks, n_layer=3, n_embd=64, context=20, tokens=1, groups=groups)
+        model = make(cfg)
+        steps = export.AllSteps(model, tasks)
+        blob = export.to_onnx(steps, 0)
+        assert len(blob) < 1.2e6
+        for index in (0, 9):
+            runtime = export.InTask(export.session(blob), steps, index)
+            step = export.Step(model, tasks[index], index)
+            assert export.compared(runtime, step, batch=3) < 1e-5
+
+
 # ---- acting with a file ------------------------------------------------------------------------------------
 
 
@@ -216,6 +310,25 @@ def test_act_onnx__takes_discrete_actions(three_tasks, tmp_path):
     printed = printed_return([EXAMPLE, str(three_tasks.home / "cartpole.onnx")], tmp_path)
     returns, _ = evaluate.rollout(three_tasks.model, CARTPOLE, 2, 500.0, 4, evaluate.SEED)
     assert printed == pytest.approx(returns.mean(), abs=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [1, 2])
+def test_act_onnx__takes_a_file_of_all_tasks(three_tasks, tmp_path, index):
+    task = three_tasks.tasks[index]
+    printed = printed_return(
+        [EXAMPLE, str(three_tasks.home / "all-tasks.onnx"), "--task", task.name], tmp_path
+    )
+    returns, _ = evaluate.rollout(three_tasks.model, task, index, task.target, 4, evaluate.SEED)
+    assert printed == pytest.approx(returns.mean(), abs=0.06)
+
+
+@pytest.mark.slow
+def test_act_onnx__names_the_tasks_of_a_file_of_all(three_tasks):
+    command = [sys.executable, EXAMPLE, str(three_tasks.home / "all-tasks.onnx"), "--task", "swimmer"]
+    p = subprocess.run(command, capture_output=True, text=True)
+    assert p.returncode == 1
+    assert p.stderr == "--task swimmer: the file has walk, hopper, cartpole\n"
 
 
 # ---- the command -------------------------------------------------------------------------------------------
