@@ -17,6 +17,7 @@ rounds; a row of the CSV holds the median.
                             lower bound, its matrix products alone
     distil     teachers     an update of distill.py, synthetic teachers, batch 64
     teachers   teachers     the same for more teachers, and the peak memory
+    share      teachers     the same with today's defaults, tasks of Meta-World's spaces; --share, and without
     surgery    parameters   the projection of one flat gradient
     update     parameters   projection, clipping, AdamW, and the copy of g into u
     attention  batch heads  forward and backward, T 60, C 128
@@ -68,6 +69,7 @@ from support import UserError, files, machine
 
 if TYPE_CHECKING:
     import data
+    import distill
     import model as dt
 
 # All else is imported where it is needed: the peers' environment lacks it, and a process measures its memory.
@@ -441,18 +443,36 @@ def huggingface_acting(device: str, dtype: str, size: str) -> Step:
 
 def ours_distil(device: str, dtype: str, size: str, **options: Any) -> Step:
     """distill.Learner with these fields of distill.Config, teachers of built-in tasks' sizes."""
-    import data
     import distill
-    import model as dt
     from research.variants import LONG_STUDENT
 
     dims = ((11, 3), (17, 6), (17, 6), (27, 8))
     cfg = distill.Config(steps=20_000, **{**LONG_STUDENT, **options})
     tasks = [task(i, *dims[i % 4]) for i in range(int(size))]
+    return update_of_student(cfg, tasks, K, device, dtype)
+
+
+def of_same_spaces(device: str, dtype: str, size: str, share: bool) -> Step:
+    """The same with the defaults, teachers of Meta-World's sizes."""
+    import distill
+
+    tasks = [task(i, 39, 4) for i in range(int(size))]
+    return update_of_student(distill.Config(steps=20_000, share=share), tasks, 1, device, dtype)
+
+
+def update_of_student(
+    cfg: "distill.Config", tasks: list["data.Task"], context: int, device: str, dtype: str
+) -> Step:
+    """An update of distill.py, on synthetic data and targets."""
+    import data
+    import distill
+    import model as dt
+
     tables = [table(2000, t.obs_dim, t.act_dim) for t in tasks]
-    windows = data.Windows(tables, tasks, K, device, targets=True)
+    windows = data.Windows(tables, tasks, context, device, targets=True)
     windows.table[:, -2 * windows.A :].uniform_(-1, 0)
-    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 64, "tokens": cfg.tokens, "context": K}
+    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 64, "tokens": cfg.tokens, "context": context}
+    sizes["groups"] = distill.groups_of(tasks) if cfg.share else ()
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     student.bfloat16 = dtype == "bfloat16"
     learner = distill.Learner(cfg, student, [], windows, torch.Generator(device).manual_seed(0))
@@ -1082,6 +1102,10 @@ ROWS = {
     "teachers": Row(*2 * (("1", "3", "10", "30", "100", "300", "1000"),), {
         "novelty, previous": Contender(NOVELTY, HALF),
     }),
+    "share": Row(*2 * (("10", "20", "50"),), {
+        "own": Contender(functools.partial(of_same_spaces, share=False), BOTH),
+        "--share": Contender(functools.partial(of_same_spaces, share=True), BOTH),
+    }, cpu_time=True),
     "surgery": Row(PARAMETERS, PARAMETERS, {
         "ours": Contender(ours_surgery),
         "torch": Contender(torch_surgery),

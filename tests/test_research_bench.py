@@ -29,6 +29,7 @@ SMALLEST = {  # sizes at which a step is quick
     "acting": "student",
     "distil": "3",
     "teachers": "5",
+    "share": "3",
     "surgery": "1e3",
     "update": "1e3",
     "attention": "2x4",
