@@ -84,6 +84,8 @@ class Task:
     first_action: int | list[int] | None = None
     obs_space: spaces.Description | None = None  # what observations are made of; None: of one Box
     factors: list[int] | None = None  # choices of each (MultiDiscrete); None: Discrete, or continuous
+    # what the environment is wrapped in, the innermost first: {"entry_point": "module:class", "kwargs": {}}
+    env_wrappers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def discrete(self) -> bool:
@@ -157,6 +159,7 @@ def _invalid_field(t, O, A, factors):
         "name": isinstance(t.name, str) and isinstance(t.dataset, str),
         "env_id": t.env_id is None or isinstance(t.env_id, str),
         "env_kwargs": isinstance(t.env_kwargs, dict),
+        "env_wrappers": environments.are_wrappers(t.env_wrappers),
         "max_steps": type(t.max_steps) is int and 0 < t.max_steps <= minari_files.MAX_STEPS,
         "obs_mean": numbers(t.obs_mean, O),
         "obs_std": numbers(t.obs_std, O),

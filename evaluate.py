@@ -62,7 +62,7 @@ def make_env(task: data.Task, **kwargs: Any) -> gym.Env:
 
     kwargs: of gymnasium.make. Raises UserError where it can't be made or does not fit.
     """
-    env = environments.make_env(task.env_id, task.env_kwargs, **kwargs)
+    env = environments.make_env(task.env_id, task.env_kwargs, task.env_wrappers, **kwargs)
     check_spaces(env, task)
     return spaces.VectorObservation(env, task.obs_space) if task.obs_space else env
 

@@ -510,6 +510,7 @@ def _card(cfg, step, measured):
         "task": task.name,
         "environment": task.env_id,
         "environment_options": task.env_kwargs,
+        "environment_wrappers": task.env_wrappers,
         "max_steps": task.max_steps,
         "target": task.target,
         "targets": task.targets,

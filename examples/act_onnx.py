@@ -62,6 +62,17 @@ def card_of(path: Path, task: str | None) -> dict:
     return card | card["tasks"][names.index(task)]
 
 
+def make_env(card: dict) -> gym.Env:
+    """A task's environment, in wrappers of packages that are imported."""
+    env = gym.make(card["environment"], max_episode_steps=card["max_steps"], **card["environment_options"])
+    for wrapper in card.get("environment_wrappers", []):
+        module, name = wrapper["entry_point"].split(":")
+        wrapper_class = getattr(sys.modules[module], name)
+        assert issubclass(wrapper_class, gym.Wrapper), wrapper
+        env = wrapper_class(env, **wrapper["kwargs"])
+    return env
+
+
 def play(session: onnxruntime.InferenceSession, env: gym.Env, card: dict, target: float, seed: int) -> float:
     """One episode; returns its return."""
     observation, _ = env.reset(seed=seed)
@@ -105,7 +116,7 @@ if __name__ == "__main__":
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(args.file, options, providers=["CPUExecutionProvider"])
-    env = gym.make(card["environment"], max_episode_steps=card["max_steps"], **card["environment_options"])
+    env = make_env(card)
     target = card["target"] if args.target is None else args.target
     returns = []
     for i in range(args.episodes):

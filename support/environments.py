@@ -2,13 +2,16 @@
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from support import UserError, reason
+
+WRAPPERS = (gym.ObservationWrapper, gym.ActionWrapper, gym.RewardWrapper)  # and two that are more than these
+WRAPPERS += (gym.wrappers.AtariPreprocessing, gym.wrappers.FrameStackObservation)
 
 
 def import_packages(names: Iterable[str]) -> None:
@@ -23,10 +26,13 @@ def import_packages(names: Iterable[str]) -> None:
             ) from None
 
 
-def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
+def make_env(
+    env_id: str, env_kwargs: dict[str, Any], wrappers: Sequence[dict[str, Any]] = (), **kwargs: Any
+) -> gym.Env:
     """gym.make; raises UserError where the environment is not registered or can't be made.
 
     env_id: Gymnasium's, also as module:id, whose module must have been imported: a dataset names it.
+    wrappers: data.Task.env_wrappers, the innermost first.
     """
     module, _, name = env_id.rpartition(":")
     if module and module not in sys.modules:
@@ -39,9 +45,13 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
             f"environment {env_id!r} is not registered with Gymnasium; add --import and the package that "
             f"registers it, for example --import gymnasium_robotics, or use --eval-episodes 0"
         )
+    classes = [_wrapper_class(env_id, wrapper["entry_point"]) for wrapper in wrappers]
     _silence_mujoco()
     try:
-        return gym.make(name, **{"disable_env_checker": True, **env_kwargs, **kwargs})
+        env = gym.make(name, **{"disable_env_checker": True, **env_kwargs, **kwargs})
+        for cls, wrapper in zip(classes, wrappers, strict=True):
+            env = cls(env, **wrapper["kwargs"])
+        return env
     except UserError:  # an environment of our own says what it needs
         raise
     except Exception as e:  # noqa: BLE001 - a package that it needs, an option that it does not know, ...
@@ -49,6 +59,32 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], **kwargs: Any) -> gym.Env:
             f"environment {env_id!r} can't be made ({reason(e)}); "
             f"install what it needs, or use --eval-episodes 0"
         ) from None
+
+
+def _wrapper_class(env_id, entry_point):
+    """What module:name stands for. Raises UserError where that is not imported, or may do anything else."""
+    module, _, name = entry_point.partition(":")
+    if module not in sys.modules:
+        raise UserError(
+            f"environment {env_id!r} is wrapped in {entry_point!r}, as a dataset says, which is not imported "
+            f"unasked; add --import {module} if you trust it, or use --eval-episodes 0"
+        )
+    cls = getattr(sys.modules[module], name, None)
+    if not (isinstance(cls, type) and issubclass(cls, WRAPPERS)):  # RecordVideo, for one, writes files
+        raise UserError(
+            f"environment {env_id!r} is wrapped in {entry_point!r}, as a dataset says, which wraps neither "
+            f"observations nor actions nor rewards; use --eval-episodes 0"
+        )
+    return cls
+
+
+def are_wrappers(x: Any) -> bool:
+    """Whether this can be data.Task.env_wrappers. It may be anything that JSON can be."""
+    fields = {"entry_point": str, "kwargs": dict}
+    for wrapper in x if isinstance(x, list) else [None]:
+        if not isinstance(wrapper, dict) or {k: type(v) for k, v in wrapper.items()} != fields:
+            return False
+    return True
 
 
 def _silence_mujoco():

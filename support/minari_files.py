@@ -8,8 +8,8 @@ The arrays of a dataset with S timesteps, E episodes, O observation and A action
     lengths              (E,) int64
     returns              (E,) float64
     obs_sum, obs_square  (E, O) float64, sums over an episode's timesteps
-Its description: env_id, env_kwargs, max_steps, act_low, act_high, first_action, factors, obs_space,
-saturation; see data.Task.
+Its description: env_id, env_kwargs, env_wrappers, max_steps, act_low, act_high, first_action, factors,
+obs_space, saturation; see data.Task.
 """
 
 import functools
@@ -32,9 +32,9 @@ from support import UserError, environments, files, first_line, isolation, space
 
 MAX_STEPS = 100_000  # of an episode at evaluation
 CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
-FORMAT = b"manyteachers cache 5"
+FORMAT = b"manyteachers cache 6"
 DESCRIPTION = {"env_id", "env_kwargs", "act_low", "act_high", "first_action", "max_steps", "obs_space"}
-DESCRIPTION |= {"saturation", "factors"}
+DESCRIPTION |= {"saturation", "factors", "env_wrappers"}
 
 Arrays = dict[str, np.ndarray]
 Description = dict[str, Any]
@@ -180,6 +180,7 @@ def _valid_description(about, O):
         and 0 < about["max_steps"] <= MAX_STEPS
         and isinstance(about["env_id"], (str, type(None)))
         and isinstance(about["env_kwargs"], dict)
+        and environments.are_wrappers(about["env_wrappers"])
         and (about["obs_space"] is None or spaces.is_valid(about["obs_space"], O))
     )
 
@@ -284,9 +285,13 @@ def _description(dataset, obs_space, table, lengths):
     first_action = environments.first_action(act_space)
     low, high = _action_bounds(act_space, table[:, O:-2])
     max_steps = (spec.max_episode_steps if spec else None) or lengths.max()
+    wrappers = []
+    for wrapper in spec.additional_wrappers if spec else ():
+        wrappers.append({"entry_point": wrapper.entry_point, "kwargs": wrapper.kwargs or {}})
     return {
         "env_id": spec.id if spec else None,
         "env_kwargs": spec.kwargs if spec else {},
+        "env_wrappers": wrappers,
         "act_low": low.tolist(),
         "act_high": high.tolist(),
         "first_action": first_action,

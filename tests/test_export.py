@@ -377,6 +377,7 @@ def test_main__writes_a_card_with_all_that_acting_needs(hopper):
         "task": "hopper",
         "environment": "Hopper-v5",
         "environment_options": {},
+        "environment_wrappers": [],
         "max_steps": 1000,
         "target": 300.0,
         "targets": {"p95": 300.0},

@@ -68,6 +68,7 @@ class Group(NamedTuple):
     policy: Callable = at_random  # of an environment that was just reset
     success: bool = False  # whether it reports any
     mujoco_3: bool = False  # whether it needs one before 3.12
+    wrapper: str = ""  # of the package
 
 
 GROUPS = {
@@ -106,6 +107,13 @@ GROUPS = {
         "4 one-hot at 'direction', 147 numbers at 'image', text at 'mission'",
         policy=baby_ai_bot,
     ),
+    "babyai-fullobs": Group(
+        "minigrid",
+        "BabyAI-GoToRedBallGrey-v0",
+        "4 one-hot at 'direction', 192 numbers at 'image', text at 'mission'",
+        policy=baby_ai_bot,
+        wrapper="FullyObsWrapper",
+    ),
     "minigrid": Group(
         "minigrid",
         "MiniGrid-FourRooms-v0",
@@ -117,12 +125,13 @@ GROUPS = {
 def made(group: Group) -> gym.Env:
     """Its environment; skips the test where that can't be."""
     why = f"needs {group.package}: pip install -r requirements-envs.txt"
-    pytest.importorskip(group.package, reason=why)
+    package = pytest.importorskip(group.package, reason=why)
     if group.mujoco_3:
         version = tuple(map(int, importlib.metadata.version("mujoco").split(".")[:2]))
         if version >= (3, 12):  # an integer is then no element of a tuple of joint types
             pytest.skip(f"{group.env_id} of gymnasium-robotics 1.4.2 needs: pip install 'mujoco<3.12'")
-    return gym.make(group.env_id, max_episode_steps=STEPS, disable_env_checker=True, **group.options)
+    env = gym.make(group.env_id, max_episode_steps=STEPS, disable_env_checker=True, **group.options)
+    return getattr(package.wrappers, group.wrapper)(env) if group.wrapper else env
 
 
 def in_texts(space: gym.Space) -> gym.Space:
@@ -210,14 +219,13 @@ def test_student__of_all_groups_acts_by_onnxruntime_as_it_does_here(home):
         teachers = tuple(str(home / name) for name in names)
         distill.main(distill.Config(teachers=teachers, out_dir=str(out), imports=imports, ask=0.2, **TINY))
         evaluate.main(evaluate.Config(str(out), eval_episodes=2, imports=imports, device="cpu"))
-        export.main(export.Config(str(out), imports=imports))
+        export.main(export.Config(str(out), imports=imports, one_file="only"))
     evaluated = files.read_json(out / "evaluation.json")["tasks"]
     example = runpy.run_path(str(ROOT / "examples/act_onnx.py"))
+    session = export.session(str(out / "all-tasks.onnx"))
     for name in names:
-        file = out / f"tests-{name}-v0.onnx"
-        card = files.read_json(file.with_suffix(".json"))
-        env = gym.make(card["environment"], max_episode_steps=STEPS, **card["environment_options"])
-        session = export.session(str(file))
+        card = example["card_of"](out / "all-tasks.json", f"tests/{name}-v0")
+        env = example["make_env"](card)
         returns = [example["play"](session, env, card, card["target"], evaluate.SEED + i) for i in range(2)]
         mean = evaluated[f"tests/{name}-v0"]["return_mean"]
         assert np.mean(returns) == pytest.approx(mean, abs=1e-3 * (1 + abs(mean))), name

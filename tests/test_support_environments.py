@@ -2,6 +2,8 @@
 
 import sys
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import tyro
 
@@ -11,12 +13,18 @@ import evaluate
 import export
 import report
 import teacher
+from conftest import make_dataset
 from support import UserError, environments, jobs, run_directory
 
 PACKAGE = '''"""Registers an environment."""
 import gymnasium as gym
 
 gym.register("tests/Imported-v0", "gymnasium.envs.classic_control:PendulumEnv")
+
+
+class Doubled(gym.RewardWrapper):
+    def reward(self, reward):
+        return 2 * reward
 '''
 
 
@@ -28,7 +36,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield "our_envs"
     sys.modules.pop("our_envs", None)
-    environments.gym.registry.pop("tests/Imported-v0", None)
+    gym.registry.pop("tests/Imported-v0", None)
 
 
 def test_make_env__takes_environments_of_packages_that_were_asked_for(package):
@@ -42,6 +50,54 @@ def test_make_env__takes_environments_of_packages_that_were_asked_for(package):
         assert environments.make_env(env_id, {}).spec.id == "tests/Imported-v0"
     with pytest.raises(UserError, match="'our_envs:Nothing-v0' is not registered"):
         environments.make_env("our_envs:Nothing-v0", {})
+
+
+def test_make_env__wraps_as_a_dataset_says_in_what_is_imported(package):
+    """Wrappers of Gymnasium, with options, and of a package, without."""
+    environments.import_packages((package,))
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+    env = sys.modules[package].Doubled(gym.wrappers.RescaleAction(env, -1.0, 3.0))
+    make_dataset("tests/wrapped-v0", [5, 5], obs_dim=3, act_dim=1, spec=env, action_space=env.action_space)
+    task = data.load("tests/wrapped-v0").task
+    assert [w["entry_point"].split(":")[1] for w in task.env_wrappers] == ["RescaleAction", "Doubled"]
+    ours = evaluate.make_env(task)
+    assert ours.action_space.high == 3.0
+    for e in (env, ours):
+        e.reset(seed=0)
+    assert ours.step(np.ones(1))[1] == env.step(np.ones(1))[1]
+    sys.modules.pop(package)
+    with pytest.raises(
+        UserError, match=f"'{package}:Doubled', .* not imported unasked; add --import our_envs"
+    ):
+        evaluate.make_env(task)
+
+
+@pytest.mark.parametrize(
+    "entry_point",
+    [
+        "gymnasium.wrappers:RecordVideo",
+        "os:system",
+        "os:nothing",
+        "os",
+        "builtins:open",
+        "gymnasium:Env",
+        ":",
+    ],
+)
+def test_make_env__refuses_what_may_do_more_than_wrap(entry_point, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrapper = {"entry_point": entry_point, "kwargs": {"video_folder": "x"}}
+    with pytest.raises(UserError, match="which wraps neither observations|not imported unasked"):
+        environments.make_env("Pendulum-v1", {}, [wrapper])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, {}, [3], ["x:y"], [{}], [{"entry_point": "x:y"}], [{"entry_point": 3, "kwargs": {}}]]
+)
+def test_are_wrappers__refuses_what_can_not_be(wrong):
+    assert environments.are_wrappers([{"entry_point": "x:y", "kwargs": {"a": 1}}])
+    assert not environments.are_wrappers(wrong)
 
 
 @pytest.mark.parametrize(
