@@ -74,6 +74,7 @@ class Config:
     student_datasets: tuple[str, ...] = ()  # one for each teacher, in place of what it was trained on
     data_share: float = 1.0  # of each dataset's training episodes, for the student
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
+    teacher_top: float = teacher.Config.top  # --top of a teacher trained first
     jobs: int = 0  # teachers trained at a time; 0: as many as keep all CPU cores or GPUs busy; 1: in turn
     # student
     n_layer: int = 2  # transformer blocks
@@ -140,6 +141,8 @@ class Config:
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
         cli.check_share(self)
+        if not 0 < self.teacher_top <= 1:
+            raise UserError(f"--teacher-top {self.teacher_top}: must be above 0 and at most 1")
         cli.at_least(self, ask_copies=0, state_noise=0)
         if self.ask != "auto" and not 0 <= self.ask <= 1:
             raise UserError(f"--ask {self.ask}: must be auto, or at least 0 and at most 1")

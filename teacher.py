@@ -472,7 +472,7 @@ def options_of(cfg: Any, name: str) -> dict[str, Any]:
     )
     options = {option: getattr(cfg, option) for option in shared}
     options["env" if name in data.ENVS else "dataset"] = name
-    return options | {"steps": cfg.teacher_steps}
+    return options | {"steps": cfg.teacher_steps, "top": cfg.teacher_top}
 
 
 def load(path: Path, device: str, name: str | None) -> Teacher:

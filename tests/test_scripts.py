@@ -273,6 +273,7 @@ BAD = [
     ("distill.py --grad-clip 0", "--grad-clip 0.0: must be at least 1e-09"),
     ("distill.py --alignment-weight nan", "--alignment-weight nan: must be finite"),
     ("distill.py --loss nll", "--loss nll is no distance"),
+    ("distill.py --teacher-top 0", "--teacher-top 0.0: must be above 0 and at most 1"),
     ("distill.py --batch-size -4", "--batch-size -4: must be at least 1"),
     (
         "distill.py --teachers out/nothing --out-dir out/bad",

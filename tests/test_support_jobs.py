@@ -23,6 +23,20 @@ DATASETS = ("tests/side-a-v0", "tests/side-b-v0", "tests/side-c-v0")
 TINY = "--steps 5 --batch-size 4 --n-embd 8 --eval-episodes 0 --device cpu --dtype float32"
 
 
+def test_options_of__are_those_that_distill_says_of_teachers_trained_first():
+    cfg = dataclasses.replace(CONFIG, teacher_top=0.5, top=0.2, imports=("math",))
+    options = teacher.options_of(cfg, DATASETS[0])
+    assert teacher.Config(**options) == teacher.Config(
+        dataset=DATASETS[0],
+        steps=40,
+        top=0.5,
+        eval_episodes=0,
+        device="cpu",
+        dtype="float32",
+        imports=("math",),
+    )
+
+
 # ---- small scripts -----------------------------------------------------------------------------------------
 
 
