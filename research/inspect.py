@@ -133,7 +133,7 @@ def kl_case(name: str, B: int, K: int, C: int, dtype: torch.dtype, direction: st
     def launch():
         head = (empty(B, K, C, dtype=dtype), empty(N, C, 2 * A), empty(N, 2 * A))
         indices = (empty(B, dtype=torch.int64), empty(N, dtype=torch.int64))
-        targets = (empty(B, K, A), empty(B, K, A), empty(B, K, dtype=torch.uint8), *indices)
+        targets = (empty(B, K, A), empty(B, K, A), empty(B, K, dtype=torch.uint8), *indices, None)
         tangents = head if name == "tangent" else ()
         kl._launch(*head, targets, (direction, 0.05, 1.0), name == "gradient", tangents)
 
