@@ -75,6 +75,10 @@ def make(task: str, render_mode: str | None = None) -> gym.Env:
                 self.seed(seed)
             return super().reset()
 
+        def render(self):
+            image = super().render()
+            return np.ascontiguousarray(image[::-1, ::-1])  # the camera hangs upside down
+
     env = GoalBySeed(render_mode=render_mode, camera_name="corner2")
     # what its set_task does, but that a goal is drawn at each reset, by the environment's own generator
     env._set_task_called = True

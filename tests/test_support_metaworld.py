@@ -18,6 +18,7 @@ import data
 import distill
 import evaluate
 import forked
+import research.metaworld
 from support import UserError, environments, metaworld
 
 package_needed = pytest.mark.skipif(
@@ -29,7 +30,10 @@ package_needed = pytest.mark.skipif(
 class StandIn(gym.Env):
     """As the package's environments are: goals are drawn in reset, which ignores its seed."""
 
+    metadata = {"render_modes": ["rgb_array"]}
+
     def __init__(self, render_mode=None, camera_name=None):
+        self.render_mode = render_mode
         self._partially_observable = True
         self.observation_space = self.sawyer_observation_space
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
@@ -50,6 +54,9 @@ class StandIn(gym.Env):
         self.goal = goal
         self.t = 0
         return goal, {}
+
+    def render(self):
+        return np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
 
     def step(self, action):
         self.t += 1
@@ -130,7 +137,7 @@ def test_check_env__names_the_choices():
         data.check_env("mw/reech")
 
 
-# ---- data, of a stand-in for the package -------------------------------------------------------------------
+# ---- environments and data, of a stand-in for the package -------------------------------------------------
 
 
 def test_make__draws_the_goal_from_the_seed(stand_in):
@@ -141,6 +148,12 @@ def test_make__draws_the_goal_from_the_seed(stand_in):
     assert (env.reset(seed=3)[0] == first).all()
     assert (environments.make_env("mw/reach-v3", {}).reset(seed=3)[0] == first).all()
     assert env.observation_space.high[-1] == 1  # the goal is observed
+
+
+def test_make__turns_the_pictures_of_a_camera_that_hangs_upside_down(stand_in):
+    env = environments.make_env("mw/reach-v3", {}, render_mode="rgb_array")
+    env.reset(seed=0)
+    assert env.render()[0, 0].tolist() == [15, 16, 17]
 
 
 def test_collect__writes_graded_noise_random_episodes_and_goals_of_their_own(stand_in):
@@ -176,6 +189,25 @@ def test_goals__of_data_are_not_those_of_evaluations():
     n_episodes = metaworld.STEPS // metaworld.EPISODE_STEPS
     of_data = range(metaworld.FIRST_GOAL, metaworld.FIRST_GOAL + n_episodes)
     assert of_data[0] > evaluate.SEED + 100_000
+
+
+@pytest.mark.slow
+def test_table__has_experts_teachers_and_a_student(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    collected("mw/reach", 5000)
+    options = {"steps": 2, "n_embd": 8, "eval_episodes": 2, "device": "cpu"}
+    distill.main(distill.Config(envs=("mw/reach",), teacher_steps=2, out_dir="out/student", **options))
+    research.metaworld.main(research.metaworld.Config("out/student"))
+    experts = json.loads((tmp_path / "out/student/experts.json").read_text())
+    assert experts["mw/reach"]["success_rate"] == 1
+    assert experts["mw/reach"]["return_mean"] == metaworld.EPISODE_STEPS
+    assert experts["mw/reach"]["episodes"] == 2
+    capsys.readouterr()
+    research.metaworld.main(research.metaworld.Config("out/student", table=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| mw/reach | 1.00 / 1.00 |")
+    assert lines[3].startswith("| **mean** | 1.00 / 1.00 |")
+    shutil.rmtree(get_dataset_path(data.dataset_id("mw/reach")))
 
 
 # ---- the package itself ------------------------------------------------------------------------------------
