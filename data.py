@@ -4,13 +4,14 @@
     python data.py --dataset mujoco/hopper/medium-v0   # any Minari dataset: local if present, else downloaded
 
 Used by teacher.py and distill.py. Notation: model.py. A dataset's timesteps lie in one table (S, O + A + 2),
-a row each: state, action, return-to-go, timestep. A window is named by its last row, so sampling rows
-uniformly samples timesteps uniformly. A window that would begin before its episode does is padded on the
-left, as it is at evaluation.
+a row each: state, action, return-to-go, timestep; the pixels of images lie in a second one, (S, P) uint8. A
+window is named by its last row, so sampling rows uniformly samples timesteps uniformly. A window that would
+begin before its episode does is padded on the left, as it is at evaluation.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -114,6 +115,11 @@ class Task:
         return self.observed, self.act_dim, self.choices
 
     @property
+    def image(self) -> tuple[int, ...]:
+        """(channels, height, width) of its observations' pixels; (): they have none."""
+        return spaces.image(self.observed)
+
+    @property
     def target_name(self) -> str:
         """Of the default target return, in `targets`; older models have no "supported" one."""
         return "supported" if "supported" in self.targets else "p95"
@@ -135,8 +141,10 @@ def tasks(meta: dict[str, Any], path: Path | str) -> list[Task]:
         discrete = config.get("discrete") or [False] * len(tasks)
         sizes = zip(config["obs_dims"], config["act_dims"], discrete, strict=True)
         factors = config.get("factors") or [[A] * D for _, A, D in sizes]
-        for task, O, A, F in zip(tasks, config["obs_dims"], config["act_dims"], factors, strict=True):
-            invalid = _invalid_field(task, O, A, F)
+        images = config.get("images") or [()] * len(tasks)
+        sizes = (config["obs_dims"], config["act_dims"], factors, images)
+        for task, O, A, F, image in zip(tasks, *sizes, strict=True):
+            invalid = _invalid_field(task, O, A, F, image)
             if invalid:
                 raise ValueError(f"{invalid} of {str(task.name)[:50]!r}")
         return tasks
@@ -144,7 +152,7 @@ def tasks(meta: dict[str, Any], path: Path | str) -> list[Task]:
         raise UserError(f"the model in {path} is damaged (tasks: {e}); train it again") from None
 
 
-def _invalid_field(t, O, A, factors):
+def _invalid_field(t, O, A, factors, image):
     """The first field that does not fit a model of these sizes, or None."""
 
     def numbers(x, n):
@@ -169,7 +177,7 @@ def _invalid_field(t, O, A, factors):
         "targets": targets and numbers([*t.targets.values()], len(t.targets)),
         "first_action": environments.is_valid_action(t.first_action, t.factors, A),
         "factors": t.choices == list(factors),
-        "obs_space": t.obs_space is None or spaces.is_valid(t.obs_space, O),
+        "obs_space": spaces.is_valid(t.observed, O) and t.image == tuple(image),
         "reference": numbers(t.reference, 2),
         "split_seed": type(t.split_seed) is int and t.split_seed >= 0,
     }
@@ -218,6 +226,8 @@ class Dataset:
     returns: np.ndarray  # (E,) of every episode
     lengths: np.ndarray  # (E,)
     saturation: float  # share of action components within 0.1 % of a bound
+    train_pixels: np.ndarray | None = None  # (S, P) uint8, of observations with images: as in `train`
+    held_out_pixels: np.ndarray | None = None
 
     def facts(self) -> dict[str, float]:
         """What a verdict needs (support/verdict.py), of the training episodes; `data` in metrics.json."""
@@ -250,6 +260,9 @@ def load(name: str, seed: int = 0, like: Task | None = None) -> Dataset:
     held_out = _held_out_episodes(id_, len(lengths), seed)
     mean, std = _obs_statistics(arrays, ~held_out, about["obs_space"])
     train, held = _split(arrays["table"], lengths, returns, held_out)
+    pixels = (None, None)
+    if "pixels" in arrays:
+        pixels = _split(arrays["pixels"], lengths, returns, held_out)
     rtg_scale = float(np.abs(train[:, -2]).max()) or 1.0
     if like:
         _check_spaces(id_, about, len(mean), like)
@@ -276,7 +289,7 @@ def load(name: str, seed: int = 0, like: Task | None = None) -> Dataset:
         split_seed=seed,
         **about,
     )
-    return Dataset(like or task, train, held, returns, lengths, saturation)
+    return Dataset(like or task, train, held, returns, lengths, saturation, *pixels)
 
 
 def _check_spaces(id_, about, O, task):
@@ -308,8 +321,13 @@ def share_of(dataset: Dataset, share: float, seed: int) -> Dataset:
             f"at least 2 are needed, {2 / len(first):.2g} of them"
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(len(first))[:n])  # still by return
-    episodes = np.split(dataset.train, first[1:])
-    return dataclasses.replace(dataset, train=np.concatenate([episodes[i] for i in chosen]))
+    selected = {}
+    for name in ("train", "train_pixels"):
+        rows = getattr(dataset, name)
+        if rows is not None:
+            episodes = np.split(rows, first[1:])
+            selected[name] = np.concatenate([episodes[i] for i in chosen])
+    return dataclasses.replace(dataset, **selected)
 
 
 def collect_if_missing(id_: str, steps: int = 0) -> None:
@@ -407,7 +425,7 @@ def _reference_returns(about, returns):
 
 
 class Batch(NamedTuple):
-    """Windows, padded to the widest task. The first six are what the model takes."""
+    """Windows, padded to the widest task. The first seven are what the model takes."""
 
     task: Tensor  # (B,)
     states: Tensor  # (B, K, O)
@@ -415,6 +433,7 @@ class Batch(NamedTuple):
     rtg: Tensor  # (B, K)
     timesteps: Tensor  # (B, K)
     mask: Tensor  # (B, K)
+    pixels: Tensor  # (B, K, P) uint8; P is 0 where no task has images
     rows: Tensor  # (B, K) of Windows.table
     targets: Tensor  # (2, B, K, A) a teacher's mean and log_std; (2, B, K, 0) where the table has none
 
@@ -428,7 +447,8 @@ class Windows:
     outputs (distill.cache_targets). top: half of a task's windows come from this share of its rows, the last
     ones, or from more (best_rows): the episodes that returned most. The other half comes from all rows; 1:
     all windows do. The simplest trajectory weighting of Hong et al. 2023, arXiv 2306.13085. copies: a task's
-    rows are followed by so many copies of them, which `ask` changes.
+    rows are followed by so many copies of them, which `ask` changes. pixels: of each task (S_i, P_i) uint8,
+    or None; copies of rows share them.
     """
 
     def __init__(
@@ -441,6 +461,7 @@ class Windows:
         targets: bool = False,
         top: float = 1.0,
         copies: int = 0,
+        pixels: Sequence[np.ndarray | None] = (),
     ):
         self.K = context
         self.O = max(t.obs_dim for t in tasks)
@@ -459,10 +480,15 @@ class Windows:
         self.steps_back = torch.arange(context - 1, -1, -1, device=device)  # (K,) from a window's last row
         n_columns = self.O + self.A + 2 + 2 * self.A * targets
         shape = ((1 + copies) * int(self.size.sum()), n_columns)
+        pixels = {i: x for i, x in enumerate(pixels) if x is not None}
+        pixels_shape = (sum(map(len, pixels.values())), max((x.shape[1] for x in pixels.values()), default=0))
+        n_bytes = 4 * math.prod(shape) + math.prod(pixels_shape)
         # all processes of a job act on rank 0's answer
-        too_large = processes.broadcast_int(4 * math.prod(shape) > free_bytes(device) / 2)
+        too_large = processes.broadcast_int(n_bytes > free_bytes(device) / 2)
+        on_host = where == "host" or (where == "auto" and too_large)
+        self._take_pixels(pixels, pixels_shape, on_host)
         self.host = None
-        if where == "host" or (where == "auto" and too_large):
+        if on_host:
             self.host = HostTable(shape, self.size.device)
             self.table = self.host.table
         elif len(tables) == 1 and not targets and not copies:
@@ -473,6 +499,35 @@ class Windows:
         for table, task, offset in zip(tables, tasks, self.offset.tolist(), strict=True):
             for start in range(offset, offset + (1 + copies) * len(table), len(table)):
                 self._fill(self.table[start : start + len(table)], torch.from_numpy(table), task)
+
+    def _take_pixels(self, pixels, shape, on_host):
+        """`pixels` of those tasks that have any, one after the other, padded to the largest image."""
+        device = self.size.device
+        self.pixels = self.pixels_host = None
+        self.pixels_offset = torch.full_like(self.size, -1)  # (N,) of each task's first row; -1: it has none
+        if not pixels:
+            return
+        if on_host:
+            self.pixels_host = HostTable(shape, device, torch.uint8)
+            self.pixels = self.pixels_host.table
+        elif len(pixels) > 1:
+            self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        start = 0
+        for i, x in pixels.items():
+            x = torch.from_numpy(x)
+            if self.pixels is None:
+                self.pixels = x.to(device)  # as it lies
+            else:
+                self.pixels[start : start + len(x), : x.shape[1]] = x
+            self.pixels_offset[i] = start
+            start += len(x)
+
+    def pixel_rows(self, task: Tensor, rows: Tensor) -> Tensor:
+        """(B, K): where the pixels of the rows (B, K) of tasks (B,) lie; 0 where a task has none."""
+        task = task[:, None]
+        row = (rows - self.offset[task]).clamp_min(0) % self.size[task]  # of the task, no copy's
+        offset = self.pixels_offset[task]
+        return torch.where(offset < 0, 0, offset + row)
 
     def prefer(self, top: float) -> None:
         """Draw half of the windows from this share of the data, as `top` above says."""
@@ -555,7 +610,13 @@ class Windows:
         mask = self.steps_back <= timesteps[:, -1:]
         targets = x[..., O + A + 2 :]
         targets = torch.stack(targets.chunk(2, -1)) if self.has_targets else x.new_empty(2, *x.shape[:2], 0)
-        return Batch(task, x[..., :O], x[..., O : O + A], x[..., O + A], timesteps, mask, rows, targets)
+        pixels = x.new_empty(*x.shape[:2], 0, dtype=torch.uint8)
+        if self.pixels is not None:
+            of = self.pixel_rows(task, rows)
+            pixels = self.pixels_host.fetch(of) if self.pixels_host else self.pixels[of]
+        return Batch(
+            task, x[..., :O], x[..., O : O + A], x[..., O + A], timesteps, mask, pixels, rows, targets
+        )
 
     def draw(self, B: int, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Task and last row, (B,) each, of B windows; of a job's processes each takes its part of one common
@@ -598,7 +659,10 @@ class Windows:
             batch = batch._replace(rtg=rtg, states=states)
         if self.host:  # the next windows are probably those that these shares would give
             state = generator.get_state()
-            self.host.read_ahead(self.rows(self.draw(B, shares, generator)[1]))
+            task, end = self.draw(B, shares, generator)
+            self.host.read_ahead(self.rows(end))
+            if self.pixels_host:
+                self.pixels_host.read_ahead(self.pixel_rows(task, self.rows(end)))
             generator.set_state(state)
         return batch
 
@@ -638,7 +702,8 @@ def main(cfg: Config) -> None:
     returns = ", ".join(f"{name} {value:.0f}" for name, value in zip(names, quantiles, strict=True))
     lengths = d.lengths
     print(f"{d.task.dataset}: {d.task.env_id} {d.task.env_kwargs or ''}")
-    print(f"  observations {d.task.obs_dim}, actions {d.task.act_dim}, {actions}")
+    images = f" and images {d.task.image}" if d.task.image else ""
+    print(f"  observations {d.task.obs_dim}{images}, actions {d.task.act_dim}, {actions}")
     print(f"  episodes {len(lengths)}, steps {lengths.sum()}, held out {len(d.held_out)} steps")
     print(f"  length   min {lengths.min()}, median {np.median(lengths):.0f}, max {lengths.max()}")
     print(f"  return   {returns}")

@@ -368,6 +368,7 @@ class Learner:
         self.plain_update = self.update
         self.probing_update = self.update_after_probe
         reads_device = self.cfg.targets == "live" or self.cfg.surgery in surgery.EACH or self.windows.host
+        reads_device = reads_device or len(set(self.student.cfg.images)) > 1  # which windows have which image
         if not kernels.compiled(self.theta.device) or reads_device or processes.world() > 1:
             return
         tensors = list(self.state.values())
@@ -408,12 +409,12 @@ class Distance:
         cfg = self.cfg
         student = self.student
         if theta is None:
-            h = student(*batch[:6], hidden=True)
+            h = student(*batch[:7], hidden=True)
             weight = student.head.weight
             bias = student.head.bias
         else:
             parameters = dt.unflatten(student, theta)
-            h = torch.func.functional_call(student, parameters, batch[:6], {"hidden": True})
+            h = torch.func.functional_call(student, parameters, batch[:7], {"hidden": True})
             weight = parameters["head.weight"]
             bias = parameters["head.bias"]
         kl = 0.0
@@ -463,7 +464,10 @@ def live_targets(teachers: list[teacher.Model], batch: data.Batch) -> Tensor:
         A = model.cfg.act_dims[0]
         states = batch.states[own, :, :O]
         actions = batch.actions[own, :, :A]
-        policy = model(0, states, actions, batch.rtg[own], batch.timesteps[own], batch.mask[own])
+        inputs = [states, actions, batch.rtg[own], batch.timesteps[own], batch.mask[own]]
+        if model.cfg.images[0]:
+            inputs.append(batch.pixels[own, :, : math.prod(model.cfg.images[0])])
+        policy = model(0, *inputs)
         targets[:, own, :, :A] = torch.stack(policy)
     return targets
 
@@ -582,7 +586,7 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
     if ask and cached:
         rows = sum(map(len, train_tables)) / len(tasks)
         copies = cfg.ask_copies or math.ceil(min(MOST_COPIES, ASKED_ROWS / rows))
-    options = {"targets": cached, "top": cfg.top, "copies": copies}
+    options = {"targets": cached, "top": cfg.top, "copies": copies, "pixels": [s.train_pixels for s in sets]}
     windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, **options)
     if ask:
         lowest = torch.tensor([min(t.targets.values()) / t.rtg_scale for t in tasks])
@@ -591,7 +595,10 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
         high = lowest + cfg.ask_high * span
         generator = torch.Generator(device).manual_seed(cfg.seed)
         windows.ask(ask, low, high, cfg.state_noise, generator)
-    held_out = data.Windows([s.held_out for s in sets], tasks, context, device, cfg.data_device)
+    pixels = [s.held_out_pixels for s in sets]
+    held_out = data.Windows(
+        [s.held_out for s in sets], tasks, context, device, cfg.data_device, pixels=pixels
+    )
     return windows, held_out.spread()
 
 

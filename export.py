@@ -9,6 +9,8 @@ A file is a function of B rows, any number or --batch; an episode's memory is an
 
     observation (B, O) and return_to_go (B,), in the environment's units; of other spaces than a Box, the
         vectors of support/spaces.py
+    pixels (B, c, H, W) uint8, where observations have images; then observation holds what else there is, and
+        is left out where there is nothing else
     last_action (B, A), or (B,) int64 discrete ones, (B, F) of F factors; at timestep 0 any
     timestep (B,) int64, from 0; each row may be at its own
     memory (B, M), at timestep 0 zeros
@@ -49,10 +51,10 @@ import evaluate
 import model as dt
 from kernels.kl import NEVER
 from policy import Actor, Policy
-from support import UserError, cli, environments, files, hub, log
+from support import UserError, cli, environments, files, hub, log, spaces
 
 OPSET = 23  # of ONNX 1.18; onnxruntime reads it from 1.23 on
-INPUTS = ("observation", "return_to_go", "last_action", "timestep", "memory")
+INPUTS = ("observation", "pixels", "return_to_go", "last_action", "timestep", "memory")
 OUTPUTS = ("action", "next_memory")
 ALL_TASKS = "all-tasks"  # name of the file of all tasks
 
@@ -74,8 +76,6 @@ class Config:
 class Step(torch.nn.Module):
     """One step of policy.Actor in the environment's units, as a function: INPUTS -> OUTPUTS."""
 
-    names = INPUTS
-
     def __init__(self, model: dt.DecisionTransformer, task: data.Task, index: int):
         super().__init__()
         self.model = model
@@ -87,11 +87,12 @@ class Step(torch.nn.Module):
         self.shape = (len(self.actor.caches), *self.actor.caches[0].shape[1:])
         self._take_units()
 
-    def forward(
-        self, observation: Tensor, return_to_go: Tensor, last_action: Tensor, timestep: Tensor, memory: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Shapes: see this file's head."""
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: see this file's head; those of `names`, in their order."""
         task = self.task
+        *observation, return_to_go, last_action, timestep, memory = inputs
+        pixels = observation.pop().flatten(1) if task.image else None
+        states = observation[0] if observation else return_to_go[:, None][:, :0]
         actor = self.actor
         actor.t = timestep
         actor.caches = list(memory.view(-1, *self.shape).unbind(1))  # each (B, 2, nh, rows, hs)
@@ -100,7 +101,7 @@ class Step(torch.nn.Module):
             choices = last_action.view(-1, len(task.choices)) - torch.tensor(task.first_action)
             choices = torch.minimum(choices.clamp_min(0), torch.tensor(task.choices) - 1)
             last_action = dt.one_hot(choices, task.choices).float()
-        action = actor.step(actor.time_embeddings(timestep), observation, return_to_go, last_action)
+        action = actor.step(actor.time_embeddings(timestep), states, return_to_go, last_action, pixels)
         next_memory = torch.cat([cache.flatten(1) for cache in actor.caches], 1)
         if task.discrete:
             action = dt.likeliest(action, task.choices) + torch.tensor(task.first_action)
@@ -118,7 +119,8 @@ class Step(torch.nn.Module):
         """
         task = self.task
         actor = self.actor
-        action, rtg, state = actor.embed.double().split((task.act_dim, 1, task.obs_dim))
+        n_features = len(actor.embed) - (task.act_dim + 1 + task.obs_dim)
+        action, rtg, features, state = actor.embed.double().split((task.act_dim, 1, n_features, task.obs_dim))
         mean, std = torch.tensor((task.obs_mean, task.obs_std), dtype=torch.float64)
         of_mean = (mean / std @ state).float()
         actor.embed_bias = actor.embed_bias - of_mean.view(actor.embed_bias.shape)
@@ -128,21 +130,38 @@ class Step(torch.nn.Module):
             place, begins, *others = actor.phase_tables
             actor.phase_tables = (place + (1 - begins) * at_zero, begins, *others)
             action = action * (2 / (high - low))[:, None]
-        actor.embed = torch.cat((action, rtg / task.rtg_scale, state / std[:, None])).float()
+        actor.embed = torch.cat((action, rtg / task.rtg_scale, features, state / std[:, None])).float()
 
-    def inputs(self, batch: int) -> tuple[Tensor, ...]:
-        """The inputs of an episode's first timestep, all zeros, in the order of INPUTS."""
+    @property
+    def names(self) -> list[str]:
+        """Those of INPUTS that the task has."""
+        absent = {"observation": self.task.obs_dim == 0, "pixels": not self.task.image}
+        return [name for name in INPUTS if not absent.get(name)]
+
+    def inputs(self, batch: int) -> dict[str, Tensor]:
+        """The inputs of an episode's first timestep, all zeros, in the order of `names`."""
         task = self.task
         timestep = torch.zeros(batch, dtype=torch.long)
         observation = torch.zeros(batch, task.obs_dim)
         action_type = torch.long if task.discrete else torch.float32
         action = torch.zeros(batch, *task.action_shape, dtype=action_type)
         memory = torch.zeros(batch, int(np.prod(self.shape)))
-        return observation, torch.zeros(batch), action, timestep, memory
+        pixels = torch.zeros(batch, *task.image, dtype=torch.uint8)
+        inputs = (observation, pixels, torch.zeros(batch), action, timestep, memory)
+        return {name: x for name, x in zip(INPUTS, inputs, strict=True) if name in self.names}
 
     def feed(self, batch: int) -> dict[str, np.ndarray]:
-        """`inputs` as onnxruntime takes them, by name."""
-        return {name: x.numpy() for name, x in zip(INPUTS, self.inputs(batch), strict=True)}
+        """`inputs` as onnxruntime takes them."""
+        return {name: x.numpy() for name, x in self.inputs(batch).items()}
+
+    def observed(self, vectors: np.ndarray) -> dict[str, np.ndarray]:
+        """The inputs of what was observed, from vectors (E, O + P)."""
+        task = self.task
+        numbers, pixels = np.split(vectors, [task.obs_dim], 1)
+        inputs = {"observation": numbers.astype(np.float32), "pixels": pixels.astype(np.uint8)}
+        if task.image:
+            inputs["pixels"] = inputs["pixels"].reshape(-1, *task.image)
+        return {name: x for name, x in inputs.items() if name in self.names}
 
 
 class AllSteps(torch.nn.Module):
@@ -151,7 +170,7 @@ class AllSteps(torch.nn.Module):
     Weights and statistics are looked up by each row's task or group, padded with zeros to the largest.
     """
 
-    names = (*INPUTS, "task")
+    names = (*(name for name in INPUTS if name != "pixels"), "task")
 
     @torch.no_grad()
     def __init__(self, model: dt.DecisionTransformer, tasks: list[data.Task]):
@@ -256,12 +275,14 @@ class AllSteps(torch.nn.Module):
             action = torch.where(self.discrete[task, None], numbers, action)
         return action[:, : self.W]
 
-    def inputs(self, batch: int) -> tuple[Tensor, ...]:
+    def inputs(self, batch: int) -> dict[str, Tensor]:
         """The inputs of an episode's first timestep in the first task, all zeros."""
         index = torch.zeros(batch, dtype=torch.long)
         memory = torch.zeros(batch, int(np.prod(self.shape)))
         observation = torch.zeros(batch, self.O)
-        return observation, torch.zeros(batch), torch.zeros(batch, self.W), index, memory, index.clone()
+        action = torch.zeros(batch, self.W)
+        inputs = (observation, torch.zeros(batch), action, index, memory, index.clone())
+        return dict(zip(self.names, inputs, strict=True))
 
 
 def _padded(x, size, dim=0):
@@ -277,15 +298,15 @@ def _padded(x, size, dim=0):
 @torch.no_grad()
 def to_onnx(step: Step | AllSteps, batch: int) -> bytes:
     """The file of a step, for batches of this size; 0: of any size."""
-    any_size = tuple({0: torch.export.Dim("batch")} for _ in step.names)
+    any_size = ({0: torch.export.Dim("batch")},) * len(step.names)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             step,
-            step.inputs(batch or 2),
+            (*step.inputs(batch or 2).values(),),
             dynamo=True,
-            dynamic_shapes=None if batch else any_size,
+            dynamic_shapes=None if batch else (any_size,),
             opset_version=OPSET,
             verbose=False,
             input_names=step.names,
@@ -376,9 +397,9 @@ class Exported:
         self.feed["return_to_go"] += target_return
 
     def act(self, observation: np.ndarray, reward: np.ndarray | float) -> np.ndarray:
-        """observation (E, O), reward (E,) -> action (E, A), or discrete ones (E,) or (E, F)."""
+        """observation (E, O + P), reward (E,) -> action (E, A), or discrete ones (E,) or (E, F)."""
         feed = self.feed
-        feed["observation"] = observation.astype(np.float32)
+        feed |= self.step.observed(observation)
         feed["return_to_go"] = (feed["return_to_go"] - reward).astype(np.float32)
         feed["last_action"], feed["memory"] = self.runtime.run(None, feed)
         feed["timestep"] = feed["timestep"] + 1
@@ -402,14 +423,16 @@ def compared(runtime: Any, step: Step, batch: int, n_steps: int = 50) -> float:
     feed = step.feed(batch)
     difference = 0.0
     for t in range(n_steps):
-        observation = rng.normal(size=(batch, task.obs_dim)) * task.obs_std + task.obs_mean
+        numbers = rng.normal(size=(batch, task.obs_dim)) * task.obs_std + task.obs_mean
+        pixels = rng.integers(0, 256, (batch, spaces.n_pixels(task.observed)))
+        observation = np.concatenate((numbers, pixels), 1).astype(np.float32)
         return_to_go = rng.uniform(0, 1, batch) * task.rtg_scale
-        feed["observation"] = observation.astype(np.float32)
+        feed |= step.observed(observation)
         feed["return_to_go"] = return_to_go.astype(np.float32)
         feed["timestep"] = np.full(batch, t)
         action, feed["memory"] = runtime.run(None, feed)
         reward = policy.return_to_go - feed["return_to_go"]  # so that the policy is asked for the same
-        expected = policy.act(feed["observation"], reward)
+        expected = policy.act(observation, reward)
         if task.discrete:
             difference += (action != expected).mean() / n_steps
         else:
@@ -425,7 +448,7 @@ def microseconds(runtime: Any, step: Step, batch: int, n_steps: int = 400) -> fl
     """
     policy = Exported(runtime, step)
     policy.reset(0.0, batch)
-    observation = np.zeros((batch, step.task.obs_dim), np.float32)
+    observation = np.zeros((batch, step.task.obs_dim + spaces.n_pixels(step.task.observed)), np.float32)
     seconds = []
     for _ in range(n_steps):
         start = time.perf_counter()
@@ -453,6 +476,11 @@ def main(cfg: Config) -> None:
     tasks = data.tasks(meta, run)
     steps = [Step(model, task, index).eval() for index, task in enumerate(tasks)]
     several = len(tasks) > 1
+    images = [task.name for task in tasks if task.image]
+    if several and images and cfg.one_file == "only":
+        raise UserError(
+            f"--one-file only: {images[0]} has images, which no file of all tasks takes; use --one-file no"
+        )
     rows = []
     if not several or cfg.one_file != "only":
         for step in steps:
@@ -460,7 +488,7 @@ def main(cfg: Config) -> None:
             card = _card(cfg, step, measured.get(step.task.name))
             rows += _export(cfg, name, step, [step], [card], meta)
             files.write_json(run / f"{name}.json", card)
-    if several and cfg.one_file != "no":
+    if several and cfg.one_file != "no" and not images:
         whole = AllSteps(model, tasks).eval()
         cards = [{"index": s.index, **_card(cfg, s, measured.get(s.task.name))} for s in steps]
         rows += _export(cfg, ALL_TASKS, whole, steps, cards, meta)
@@ -516,6 +544,7 @@ def _card(cfg, step, measured):
         "targets": task.targets,
         "observation": task.obs_dim,
         "observation_space": task.obs_space,
+        "pixels": task.image,
         "action_shape": list(task.action_shape),
         "action_type": "int64" if task.discrete else "float32",
         "action_low": task.act_low,

@@ -11,6 +11,7 @@ Notation, the same in every file:
     states   normalised with the task's obs_mean and obs_std
     actions  scaled to [-1, 1]; discrete ones one-hot: A is the number of choices, of all factors
     mask     (B, K) bool, True where there is a timestep, False where a window begins before its episode
+    pixels   (B, K, P) uint8, of tasks whose observations have images (support/spaces.py)
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from torch import Tensor
 from kernels.attention import attention, dropout_factors
 from kernels.kl import bounded, own_map, policies
 from support import UserError, files, reason
+from support.spaces import MIN_SIDE
 
 MAX_CONTEXT = 1024  # timesteps; what acting keeps grows with the square
 N_FREQUENCIES = 16  # that timesteps are embedded by
@@ -51,6 +53,8 @@ class ModelConfig:
     factors: tuple[tuple[int, ...], ...] = ()
     # of each task, 0 to G - 1: one has one embedding and one head; none given: N
     groups: tuple[int, ...] = ()
+    # of each task: (channels, height, width), or (): its observations have none; none given: no task's have
+    images: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         discrete = self.discrete or (False,) * len(self.act_dims)
@@ -58,11 +62,17 @@ class ModelConfig:
         object.__setattr__(self, "discrete", discrete)
         object.__setattr__(self, "factors", self.factors or one_factor)
         object.__setattr__(self, "groups", self.groups or tuple(range(len(self.act_dims))))
+        object.__setattr__(self, "images", self.images or ((),) * len(self.act_dims))
 
     @property
     def shares(self) -> bool:
         """Whether some group has more than one task."""
         return len(set(self.groups)) < len(self.groups)
+
+    @property
+    def distinct_images(self) -> list[tuple[int, ...]]:
+        """Those of all tasks, each once: there is an encoder for each."""
+        return sorted({*self.images} - {()})
 
     @classmethod
     def of(cls, tasks: list, **sizes: Any) -> "ModelConfig":
@@ -71,7 +81,8 @@ class ModelConfig:
         act_dims = tuple(t.act_dim for t in tasks)
         discrete = tuple(t.discrete for t in tasks)
         factors = tuple(tuple(t.choices) for t in tasks)
-        return cls(obs_dims, act_dims, discrete=discrete, factors=factors, **sizes)
+        images = tuple(t.image for t in tasks)
+        return cls(obs_dims, act_dims, discrete=discrete, factors=factors, images=images, **sizes)
 
     def categorical(self, device: torch.device | str | None = None) -> Tensor | None:
         """`factors` as kernels/kl.py takes them, (F, N, A) bool; None where no task has any."""
@@ -148,6 +159,37 @@ class Heads(nn.Module):
         return own_map(x, self.weight, self.bias, group)
 
 
+class Encoder(nn.Module):
+    """Images to C features each: Mnih et al. 2015's convolutions (doi.org/10.1038/nature14236), a linear map.
+
+    Theirs have 32, 64 and 64 channels, here C / 4, C / 2 and C / 2.
+    """
+
+    def __init__(self, image: tuple[int, int, int], C: int):
+        super().__init__()
+        self.image = image
+        sizes = self.sizes(image, C)
+        self.weights = nn.ParameterList(torch.randn(s) * (2 / math.prod(s[1:])) ** 0.5 for s in sizes)
+        self.biases = nn.ParameterList(torch.zeros(s[0]) for s in sizes)
+
+    @staticmethod
+    def sizes(image: tuple[int, int, int], C: int) -> list[tuple[int, ...]]:
+        """Of the four weights."""
+        c, H, W = image
+        a = max(1, C // 4)
+        b = max(1, C // 2)
+        h, w = ((side // 4 - 1) // 2 - 3 for side in (H, W))  # of what the convolutions leave
+        return [(a, c, 8, 8), (b, a, 4, 4), (b, b, 3, 3), (C, b * h * w)]
+
+    def forward(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """pixels (B, K, P), padded to the largest image -> (B, K, C), computed in dtype."""
+        x = pixels[..., : math.prod(self.image)].reshape(-1, *self.image).to(dtype) / 255
+        weights = [(w.to(dtype), b.to(dtype)) for w, b in zip(self.weights, self.biases, strict=True)]
+        for (weight, bias), stride in zip(weights[:3], (4, 2, 1), strict=True):
+            x = F.conv2d(x, weight, bias, stride).relu()
+        return F.linear(x.flatten(1), *weights[3]).relu().unflatten(0, pixels.shape[:2])
+
+
 def waves(timesteps: Tensor) -> Tensor:
     """(B, K) -> (B, K, 2 N_FREQUENCIES): sines and cosines of 1/20 to 1/20,000 radian per timestep.
 
@@ -174,7 +216,9 @@ class DecisionTransformer(nn.Module):
         O = max(cfg.obs_dims)
         A = max(cfg.act_dims)
         self.register_buffer("groups", torch.tensor(cfg.groups), persistent=False)  # (N,)
-        self.embed_state = Heads(G, O, C, O**-0.5)
+        self.encoders = nn.ModuleList(Encoder(image, C) for image in cfg.distinct_images)
+        self.n_features = C if self.encoders else 0  # of an image, which stand before a state's numbers
+        self.embed_state = Heads(G, self.n_features + O, C, (self.n_features + O) ** -0.5)
         self.embed_action = Heads(G, A, C, A**-0.5)
         self.embed_rtg = Heads(G, 1, C, 1.0)
         if cfg.shares:
@@ -206,6 +250,7 @@ class DecisionTransformer(nn.Module):
         rtg: Tensor,
         timesteps: Tensor,
         mask: Tensor,
+        pixels: Tensor | None = None,
         hidden: bool = False,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """The policy at every timestep, from what came before its action: mean and log_std, each (B, K, A).
@@ -215,7 +260,7 @@ class DecisionTransformer(nn.Module):
         states and actions padded to the widest task's sizes, as then are the outputs. rtg (B, K), timesteps
         (B, K) integers, mask (B, K) bool.
         """
-        x, token_mask = self._embed(task, states, actions, rtg, timesteps, mask)
+        x, token_mask = self._embed(task, states, actions, rtg, timesteps, mask, pixels)
         # they have seen R_t and s_t, not a_t
         state_tokens = slice(1, None, 3) if self.cfg.tokens == 3 else slice(None)
         if self.bfloat16 and self.training:
@@ -226,7 +271,7 @@ class DecisionTransformer(nn.Module):
         x = self.ln_out(x.to(rtg.dtype))
         return x if hidden else self.policy(x, task)
 
-    def _embed(self, task, states, actions, rtg, timesteps, mask):
+    def _embed(self, task, states, actions, rtg, timesteps, mask, pixels):
         """Tokens (B, T, C) and which of them are valid, (B, T)."""
         B, K = mask.shape
         # what is masked must not matter, not even as NaN times zero in a gradient: cleared before anything is
@@ -241,7 +286,7 @@ class DecisionTransformer(nn.Module):
             t = t + self.embed_task.weight[task].view(-1, 1, self.cfg.n_embd)
         group = self._group(task)
         r = self.embed_rtg(rtg[..., None], group)
-        s = self.embed_state(states, group)
+        s = self.embed_state(self._with_features(states, pixels, task), group)
         if self.cfg.tokens == 3:
             a = self.embed_action(actions, group)
             x = torch.stack((r + t, s + t, a + t), dim=2).view(B, 3 * K, -1)  # (B, K, 3, C) -> (B, 3K, C)
@@ -254,6 +299,25 @@ class DecisionTransformer(nn.Module):
     def _group(self, task):
         """Of a task, or of each window's."""
         return self.cfg.groups[task] if isinstance(task, int) else self.groups[task]
+
+    def _with_features(self, states, pixels, task):
+        """states (B, K, O) behind the features of their images, zeros where a task has none: (B, K, C + O).
+
+        Of a model without images: states.
+        """
+        if not self.encoders:
+            return states
+        dtype = torch.bfloat16 if self.bfloat16 and self.training else states.dtype
+        images = self.cfg.images if isinstance(task, Tensor) else self.cfg.images[task : task + 1]
+        features = states.new_zeros(*states.shape[:2], self.n_features)
+        for encoder in self.encoders:
+            has = [image == encoder.image for image in images]
+            if all(has):
+                features = encoder(pixels, dtype).to(states.dtype)
+            elif any(has):
+                own = torch.tensor(has, device=task.device)[task].nonzero().flatten()  # windows
+                features = features.index_copy(0, own, encoder(pixels[own], dtype).to(states.dtype))
+        return torch.cat((features, states), -1)
 
     def policy(self, x: Tensor, task: int | Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` returns, of hidden states x (B, K, C)."""
@@ -276,10 +340,15 @@ MATRICES = {"qkv": 1, "proj": 1, "fc": 2, "out": 3}
 
 
 def flat_order(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name, in the order of the flat vectors: the blocks' matrices last, group by group."""
+    """The parameters by name, in the order of the flat vectors: the blocks' matrices last, group by group.
+
+    Behind them those of images' encoders, in their order.
+    """
 
     def group(name: str) -> int:
         layer, kind = name.split(".")[-2:] if "." in name else ("", name)
+        if layer == "weights":
+            return 4
         return MATRICES.get(layer, 0) if kind == "weight" else 0
 
     return dict(sorted(model.named_parameters(), key=lambda item: group(item[0])))
@@ -425,8 +494,12 @@ def _check_sizes(cfg, given, weights):
         whole = all(type(n) is int and n > 0 for n in sizes)
         if not whole or sum(sizes) != (A if discrete else 0):
             raise ValueError(f"{A} columns of discrete actions, in factors of {sizes}")
-    sizes = (*cfg.obs_dims, *cfg.act_dims, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context)
+    sizes = (*cfg.act_dims, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.context, *sum(cfg.images, ()))
     possible = all(type(n) is int and n > 0 for n in sizes) and cfg.n_embd % cfg.n_head == 0
+    possible = possible and all(type(O) is int and O >= 0 for O in cfg.obs_dims)
+    possible = possible and len(cfg.images) == len(cfg.obs_dims) == len(cfg.act_dims)
+    for O, image in zip(cfg.obs_dims, cfg.images, strict=True):
+        possible = possible and (O > 0 if image == () else len(image) == 3 and min(image[1:]) >= MIN_SIDE)
     possible = (
         possible and cfg.n_layer <= len(weights) and cfg.context <= MAX_CONTEXT and 0 <= cfg.dropout < 1
     )
@@ -435,14 +508,18 @@ def _check_sizes(cfg, given, weights):
     _check_groups(cfg)
     G = len(set(cfg.groups))
     C = cfg.n_embd
+    n_features = C if any(cfg.images) else 0
     shapes = {
-        "embed_state.weight": (G, max(cfg.obs_dims), C),
+        "embed_state.weight": (G, n_features + max(cfg.obs_dims), C),
         "embed_action.weight": (G, max(cfg.act_dims), C),
         "embed_place.weight": (cfg.context, C),
     }
     if cfg.shares:
         shapes["embed_task.weight"] = (len(cfg.groups), C)
     shapes |= {f"blocks.{i}.fc.weight": (4 * C, C) for i in range(cfg.n_layer)}
+    for i, image in enumerate(cfg.distinct_images):
+        sizes = Encoder.sizes(image, C)
+        shapes |= {f"encoders.{i}.weights.{j}": shape for j, shape in enumerate(sizes)}
     if any(weights[name].shape != shape for name, shape in shapes.items()):
         raise ValueError("the weights are not those of a model of the sizes that model.json gives")
     if not all(w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):

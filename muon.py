@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal, for the blocks' weights; AdamW for everything else.
+"""Muon: momentum whose matrices, of blocks and encoders, are made orthogonal; AdamW for everything else.
 
     m <- mu m + (1 - mu) g'                          g': the gradient after surgery and clipping
     o  = NS(mu m + (1 - mu) g')                      Nesterov's look ahead; o: near U V^T of the SVD U S V^T
@@ -27,10 +27,11 @@ Shapes = Sequence[tuple[int, int, int]]  # (n, r, c) of each batch of matrices; 
 
 
 def shapes(model: DecisionTransformer) -> Shapes:
-    """Of the batches at the end of the model's flat parameters: q, k, v and proj; fc; out."""
+    """Of the batches at the end of the model's flat parameters: q, k, v and proj; fc; out; encoders'."""
     L = model.cfg.n_layer
     C = model.cfg.n_embd
-    return [(4 * L, C, C), (L, 4 * C, C), (L, C, 4 * C)]
+    encoders = [(1, len(w), w[0].numel()) for encoder in model.encoders for w in encoder.weights]
+    return [(4 * L, C, C), (L, 4 * C, C), (L, C, 4 * C), *encoders]
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     action = policy.act(observation)          # then, until the episode ends, policy.act(observation, reward)
 
 Observations of other spaces than a Box are vectors (support/spaces.py), which
-evaluate.make_env(task) gives.
+evaluate.make_env(task) gives: of images, behind an observation's numbers, the pixels.
 
 A batch of episodes, here in environments that reset themselves in the step that ends an episode:
 
@@ -160,10 +160,13 @@ class Actor:
         self.factors = cfg.factors[task]
         self.t: int | Tensor = 0  # timestep of all episodes; (E,) of each, once one of them began anew
 
+        self.encoder = next((e for e in model.encoders if e.image == cfg.images[task]), None)
         embeddings = (model.embed_action, model.embed_rtg, model.embed_state)
-        sizes = (A, 1, O)
+        # a state's numbers stand behind the features of its image: O is then C + O
+        first = 0 if self.encoder else model.n_features
+        sizes = (slice(A), slice(1), slice(first, model.n_features + O))
         group = cfg.groups[task]
-        weights = [e.weight[group, :size] for e, size in zip(embeddings, sizes, strict=True)]
+        weights = [e.weight[group, size] for e, size in zip(embeddings, sizes, strict=True)]
         biases = torch.stack([e.bias[group] for e in embeddings])  # (3, C)
         if cfg.tokens == 3:
             self.embed = torch.block_diag(*weights)  # (A + 1 + O, 3C): the three tokens in one product
@@ -197,15 +200,21 @@ class Actor:
         return (timesteps[:, None] - torch.tensor(back, device=timesteps.device)).clamp_min(0)
 
     @torch.inference_mode()
-    def act(self, states: Tensor, rtg: Tensor, actions: Tensor) -> Tensor:
+    def act(self, states: Tensor, rtg: Tensor, actions: Tensor, pixels: Tensor | None = None) -> Tensor:
         """The actions (E, A) of this timestep: the policy's means, or one-hot the most likely discrete ones.
 
-        states (E, O), rtg (E,), actions (E, A) of the timestep before; at an episode's first, any.
+        states (E, O), rtg (E,), actions (E, A) of the timestep before; at an episode's first, any. pixels
+        (E, P) uint8, where the task has images.
         """
-        return self.step(self.time[self.t], states, rtg, actions)
+        return self.step(self.time[self.t], states, rtg, actions, pixels)
 
-    def step(self, time: Tensor, states: Tensor, rtg: Tensor, actions: Tensor) -> Tensor:
+    def step(
+        self, time: Tensor, states: Tensor, rtg: Tensor, actions: Tensor, pixels: Tensor | None = None
+    ) -> Tensor:
         """`act` as export.py traces it: with the time embeddings given, (nC,) or (E, nC)."""
+        if self.encoder:
+            features = self.encoder(pixels[:, None], states.dtype).squeeze(1)
+            states = torch.cat((features, states), 1)
         phase = self.phase()
         x = torch.addmm(time, torch.cat((actions, rtg[:, None], states), 1), self.embed)  # (E, nC)
         place = phase.place
@@ -342,12 +351,17 @@ class Policy:
     ) -> np.ndarray | np.int64:
         """observation (O,) and the last action's reward -> action (A,); batched: (E, O) and (E,) -> (E, A).
 
+        Of a task with images: (O + P,) or (E, O + P), the pixels last, from 0 to 255.
         Actions are float32 in the environment's units; discrete ones an int64, or (E,) of them; of F factors
         (F,) int64, or (E, F).
         began (E,) bool: which observations are the first of an episode; their rewards are ignored.
         Raises UserError past the task's last step.
         """
         observation = np.reshape(observation, (len(self.return_to_go), -1))
+        pixels = None
+        if self.task.image:
+            observation, pixels = np.split(observation, [self.task.obs_dim], 1)
+            pixels = torch.from_numpy(pixels.astype(np.uint8)).to(self.device)
         self.return_to_go -= np.reshape(np.asarray(reward, float), -1)
         if began is not None and np.any(began):
             self.return_to_go = np.where(began, self.target, self.return_to_go)
@@ -361,7 +375,7 @@ class Policy:
             )
         states = self._float32((observation - self.obs_mean) / self.obs_std)
         rtg = self._float32(self.return_to_go / self.task.rtg_scale)
-        self.action = self.actor.act(states, rtg, self.action)
+        self.action = self.actor.act(states, rtg, self.action, pixels)
         action = self._in_units(self.action)
         return action if self.batched else action[0]
 

@@ -141,7 +141,7 @@ class Learner:
 
     def nll(self, batch: data.Batch) -> Tensor:
         """() in nats, mean over valid timesteps and action dimensions."""
-        return dt.mean_nll(*self.model(0, *batch[1:6]), batch.actions, batch.mask, self.factors)
+        return dt.mean_nll(*self.model(0, *batch[1:7]), batch.actions, batch.mask, self.factors)
 
     @torch.no_grad()
     def held_out_nll(self, batch: data.Batch) -> float:
@@ -154,7 +154,7 @@ class Learner:
     @torch.no_grad()
     def held_out_log_std(self, batch: data.Batch) -> float | None:
         """Mean over valid timesteps and action dimensions, of a model in evaluation mode; None: discrete."""
-        return None if self.factors else self.model(0, *batch[1:6])[1][batch.mask].mean().item()
+        return None if self.factors else self.model(0, *batch[1:7])[1][batch.mask].mean().item()
 
     def update(self) -> None:
         """One update, in which nothing waits for the device."""
@@ -199,8 +199,10 @@ def main(cfg: Config) -> Path:
         if cfg.eval_episodes:
             evaluate.check([task])
         device = machine.device(cfg)
-        windows = data.Windows([dataset.train], [task], cfg.context, device, cfg.data_device, top=cfg.top)
-        held_out = data.Windows([dataset.held_out], [task], cfg.context, device, cfg.data_device).spread()
+        of_task = ([task], cfg.context, device, cfg.data_device)
+        pixels = [dataset.train_pixels]
+        windows = data.Windows([dataset.train], *of_task, top=cfg.top, pixels=pixels)
+        held_out = data.Windows([dataset.held_out], *of_task, pixels=[dataset.held_out_pixels]).spread()
     learner = make_learner(cfg, dataset, windows)
     model = learner.model
     held_out_nll = functools.partial(learner.held_out_nll, held_out)

@@ -29,10 +29,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def vector(observation, parts: list[dict] | None) -> np.ndarray:
-    """(1, O) of an observation; parts: the card's observation_space, None: a Box. See support/spaces.py."""
+    """(1, O + P) of an observation, its pixels last; parts: the card's observation_space, None: a Box.
+
+    See support/spaces.py.
+    """
     if parts is None:
         return np.float32(observation).reshape(1, -1)
     numbers = []
+    pixels = []
     for part in parts:
         x = observation
         for key in part["path"]:
@@ -46,9 +50,34 @@ def vector(observation, parts: list[dict] | None) -> np.ndarray:
                 [1 + position / 10 for position, w in enumerate(words) if w == word] for word in part["words"]
             ]
             numbers.append([sum(positions) for positions in at])
+        elif part["kind"] == "symbols":
+            for plane, values in zip(channels(x), part["values"], strict=True):
+                numbers.append(np.ravel(plane[..., None] == np.array(values, int)))
+        elif part["kind"] == "image":
+            pixels.append(np.ravel(resized(x, *part["pixels"])))
         else:
             numbers.append(np.ravel(x))
-    return np.concatenate(numbers, dtype=np.float32)[None]
+    return np.concatenate([*numbers, *pixels], dtype=np.float32)[None]
+
+
+def channels(image: np.ndarray) -> np.ndarray:
+    """(c, H, W): of three axes the shorter of the first and the last one holds channels."""
+    if image.ndim == 2:
+        return image[None]
+    return image if image.shape[0] < image.shape[2] else np.moveaxis(image, 2, 0)
+
+
+def resized(image: np.ndarray, c: int, height: int, width: int) -> np.ndarray:
+    """(c, height, width) of an image, averaged over areas; of one in colour, grey."""
+    planes = np.float32(channels(image))
+    if len(planes) == 3 and c == 1:
+        planes = (0.299 * planes[0] + 0.587 * planes[1] + 0.114 * planes[2])[None]
+    means = []
+    for n, m in zip(planes.shape[1:], (height, width), strict=True):
+        ends = np.arange(m + 1)[:, None] * (n / m)
+        overlap = np.minimum(ends[1:], np.arange(n) + 1) - np.maximum(ends[:-1], np.arange(n))
+        means.append(np.float32(overlap.clip(0) * (m / n)))
+    return np.rint(means[0] @ planes @ means[1].T)
 
 
 def card_of(path: Path, task: str | None) -> dict:
@@ -85,13 +114,17 @@ def play(session: onnxruntime.InferenceSession, env: gym.Env, card: dict, target
     episode_return = 0.0
     return_to_go = target
     for t in range(card["max_steps"]):
+        x = vector(observation, card.get("observation_space"))
         inputs = {
-            "observation": vector(observation, card.get("observation_space")),
             "return_to_go": np.float32([return_to_go]),
             "last_action": action,
             "timestep": np.array([t]),
             "memory": memory,
         }
+        if card["observation"]:
+            inputs["observation"] = x[:, : card["observation"]]
+        if card.get("pixels"):
+            inputs["pixels"] = x[:, card["observation"] :].reshape(1, *card["pixels"]).astype(np.uint8)
         if several:
             padding = card["observation_width"] - card["observation"]
             inputs["observation"] = np.pad(inputs["observation"], ((0, 0), (0, padding)))

@@ -24,10 +24,10 @@ def free_bytes(device: torch.device | str) -> float:
 
 
 class HostTable:
-    """table (S, columns) float32 on the host; `fetch` copies rows of it to the device from pinned memory."""
+    """table (S, columns) on the host; `fetch` copies rows of it to the device from pinned memory."""
 
-    def __init__(self, shape: tuple[int, int], device: torch.device):
-        self.table = mapped(shape)
+    def __init__(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32):
+        self.table = mapped(shape, dtype)
         self.device = device
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.pending = None  # the thread's read of the rows that are probably fetched next
@@ -56,12 +56,13 @@ class HostTable:
         return x.to(self.device, non_blocking=True)
 
 
-def mapped(shape: tuple[int, int]) -> Tensor:
-    """Zeros (float32) in a file that has no name and disappears with the process.
+def mapped(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros in a file that has no name and disappears with the process.
 
     Raises UserError where the disk has no room for it.
     """
-    n_bytes = 4 * math.prod(shape)
+    n_bytes = dtype.itemsize * math.prod(shape)
+    numpy_type = torch.empty(0, dtype=dtype).numpy().dtype
     reservable = hasattr(os, "posix_fallocate")
     folder = minari_files.CACHE
     try:
@@ -69,7 +70,7 @@ def mapped(shape: tuple[int, int]) -> Tensor:
         with tempfile.TemporaryFile(dir=folder) as f:
             if reservable:  # a full disk is found now; later it would be a SIGBUS
                 os.posix_fallocate(f.fileno(), 0, n_bytes)
-            return torch.from_numpy(np.memmap(f, np.float32, "r+" if reservable else "w+", shape=shape))
+            return torch.from_numpy(np.memmap(f, numpy_type, "r+" if reservable else "w+", shape=shape))
     except OSError as e:
         raise UserError(
             f"no room for {n_bytes / 1e9:.1f} GB in {folder} ({e.strerror}); "

@@ -5,6 +5,7 @@ Used by data.py and support/host_table.py.
 The arrays of a dataset with S timesteps, E episodes, O observation and A action dimensions:
     table                (S, O + A + 2) float32, a row for each timestep: observation; action, scaled to
                          [-1, 1] or one-hot; return-to-go; timestep
+    pixels               (S, P) uint8, of observations with images (support/spaces.py); else there are none
     lengths              (E,) int64
     returns              (E,) float64
     obs_sum, obs_square  (E, O) float64, sums over an episode's timesteps
@@ -32,7 +33,7 @@ from support import UserError, environments, files, first_line, isolation, space
 
 MAX_STEPS = 100_000  # of an episode at evaluation
 CACHE = Path(os.environ.get("MANYTEACHERS_CACHE", Path.home() / ".cache" / "manyteachers"))
-FORMAT = b"manyteachers cache 6"
+FORMAT = f"manyteachers cache 7, images of at most {spaces.MAX_SIDE} pixels".encode()
 DESCRIPTION = {"env_id", "env_kwargs", "act_low", "act_high", "first_action", "max_steps", "obs_space"}
 DESCRIPTION |= {"saturation", "factors", "env_wrappers"}
 
@@ -148,6 +149,8 @@ def load_arrays(file: Path) -> tuple[Arrays, Description] | None:
         A = len(about["act_low"])
         O = arrays["obs_sum"].shape[1]
         valid = _valid_arrays(arrays, A) and _valid_description(about, O)
+        P = spaces.n_pixels(about["obs_space"] or [])
+        valid = valid and O + P > 0 and _valid_pixels(arrays.get("pixels"), len(arrays["table"]), P)
     except Exception:  # noqa: BLE001 - a damaged file fails in any of these steps, each in its own way
         return None
     return (arrays, about) if valid else None
@@ -162,12 +165,18 @@ def _valid_arrays(arrays, A):
     O = table.shape[1] - A - 2
     types = table.dtype == np.float32 and lengths.dtype == np.int64
     types = types and all(x.dtype == np.float64 for x in (returns, *sums))
-    shapes = min(O, A, E) > 0 and table.ndim == 2 and lengths.shape == returns.shape == (E,)
+    shapes = min(A, E) > 0 and O >= 0 and table.ndim == 2 and lengths.shape == returns.shape == (E,)
     shapes = shapes and all(x.shape == (E, O) for x in sums)
     if not (types and shapes):
         return False
     finite = all(np.isfinite(x).all() for x in (table, returns, *sums))
     return bool((lengths > 0).all() and lengths.sum() == len(table) and finite)
+
+
+def _valid_pixels(pixels, S, P):
+    if pixels is None:
+        return P == 0
+    return pixels.dtype == np.uint8 and pixels.shape == (S, P)
 
 
 def _valid_description(about, O):
@@ -188,8 +197,9 @@ def _valid_description(about, O):
 # ---- from Minari's files to arrays -------------------------------------------------------------------------
 
 
-def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, Description]:
-    """The dataset, unscaled: table (S, O + A + 2) with rewards for returns-to-go; lengths (E,); description.
+def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, Description, np.ndarray | None]:
+    """The dataset, unscaled: table (S, O + A + 2) with rewards for returns-to-go; lengths (E,); description;
+    pixels (S, P), or None.
 
     Raises UserError where it can't be read, or its spaces, numbers or sizes can't be learnt from.
     """
@@ -212,11 +222,16 @@ def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, De
     try:
         obs_space = spaces.with_words(obs_space, (e.observations for e in dataset.iterate_episodes()), owner)
         O = spaces.size(obs_space)
+        P = spaces.n_pixels(obs_space)
         table = np.empty((n_steps, O + A + 2), np.float32)
+        pixels = np.empty((n_steps, P), np.uint8) if P else None
         lengths = np.zeros(n_episodes, np.int64)
         for i, episode in enumerate(dataset.iterate_episodes()):
             lengths[i] = len(episode.rewards)
-            _fill_rows(table[filled : filled + lengths[i]], episode, obs_space, act_space)
+            rows = slice(filled, filled + lengths[i])
+            _fill_rows(table[rows], episode, obs_space, act_space)
+            if P:
+                pixels[rows] = spaces.pixels(obs_space, episode.observations)[: lengths[i]]
             filled += lengths[i]
     except UserError:
         raise
@@ -231,7 +246,7 @@ def read_minari(dataset_id: str, path: Path) -> tuple[np.ndarray, np.ndarray, De
             f"in {(lengths > 0).sum()} of {n_episodes} episodes; {remedy}"
         )
     _check_finite(dataset_id, table, lengths, O, A)
-    return table, lengths, _description(dataset, obs_space, table, lengths)
+    return table, lengths, _description(dataset, obs_space, table, lengths), pixels
 
 
 def _fill_rows(rows, episode, obs_space, act_space):
@@ -314,7 +329,9 @@ def _action_bounds(act_space, actions):
     return low, np.where(high > low, high, low + 1)
 
 
-def tabulate(table: np.ndarray, lengths: np.ndarray, about: Description) -> tuple[Arrays, Description]:
+def tabulate(
+    table: np.ndarray, lengths: np.ndarray, about: Description, pixels: np.ndarray | None = None
+) -> tuple[Arrays, Description]:
     """What `read` returns, from what `read_minari` does; `table` is changed in place.
 
     Continuous actions are scaled to [-1, 1], rewards become returns-to-go, and observations are summed.
@@ -345,6 +362,8 @@ def tabulate(table: np.ndarray, lengths: np.ndarray, about: Description) -> tupl
         "obs_sum": np.stack(sums),
         "obs_square": np.stack(squares),
     }
+    if pixels is not None:
+        arrays["pixels"] = pixels
     return arrays, {**about, "saturation": saturation}
 
 

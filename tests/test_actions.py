@@ -298,7 +298,7 @@ def test_step__acts_as_the_model_does(student):
         feed = step.feed(2)
         feed["last_action"] = feed["last_action"] + 99  # at the first timestep any
         with torch.no_grad():
-            action, _ = step(*(torch.from_numpy(feed[name]) for name in export.INPUTS))
+            action, _ = step(*(torch.from_numpy(feed[name]) for name in step.names))
         p = Policy.of(model, task, index)
         p.reset(task.name, target_return=0.0, episodes=2)
         expected = p.act(np.zeros((2, task.obs_dim)))

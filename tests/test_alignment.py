@@ -15,12 +15,12 @@ few = settings(max_examples=20)
 seeds = st.integers(0, 1000)
 
 
-def problem(seed=0, B=12):
+def problem(seed=0, B=12, images=()):
     """A student's theta (P,) in float64, and losses(theta) -> L (3,) on windows of all three tasks."""
     torch.manual_seed(seed)
     dtype = torch.float64
     act_dims = (2, 3, 1)
-    cfg = dt.ModelConfig((3, 5, 2), act_dims, n_layer=2, n_head=2, n_embd=8, context=4)
+    cfg = dt.ModelConfig((3, 5, 2), act_dims, n_layer=2, n_head=2, n_embd=8, context=4, images=images)
     student = dt.DecisionTransformer(cfg).to(dtype)
     theta = dt.flatten(student)
     task = torch.arange(B) % 3
@@ -30,6 +30,8 @@ def problem(seed=0, B=12):
     rtg = torch.randn(B, 4, dtype=dtype)
     inputs = (task, states, actions, rtg, torch.randint(0, 20, (B, 4)), mask)
     targets = torch.randn(2, B, 4, 3, dtype=dtype).tanh()
+    if images:
+        inputs += (torch.randint(0, 256, (B, 4, 36 * 36), dtype=torch.uint8),)
 
     def losses(vector):
         mean, log_std = torch.func.functional_call(student, dt.unflatten(student, vector), inputs)
@@ -47,9 +49,9 @@ def reverse_mode(losses, theta):
 
 
 @few
-@given(seeds)
-def test_exact__equals_reverse_mode_in_float64(seed):
-    theta, losses = problem(seed)
+@given(seeds, st.sampled_from([(), ((), (1, 36, 36), (1, 36, 36))]))
+def test_exact__equals_reverse_mode_in_float64(seed, images):
+    theta, losses = problem(seed, images=images)
     u = torch.randn_like(theta.data)
     wanted = reverse_mode(losses, theta) @ u
     assert torch.allclose(alignment.exact(losses, theta, u), wanted, rtol=1e-10, atol=1e-12)

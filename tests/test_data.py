@@ -154,6 +154,8 @@ def test_load__takes_a_fifth_of_a_second_for_a_cached_million_steps(monkeypatch)
         "act_high": [1.0] * 6,
         "first_action": None,
         "obs_space": None,
+        "factors": None,
+        "env_wrappers": [],
     }
     monkeypatch.setattr(minari_files, "read_minari", lambda *_: (table, np.full(250, 1000), about))
     data.load("tests/big-v0")
@@ -183,6 +185,52 @@ def test_sample__gives_stretches_of_one_episode_padded_on_the_left(seed):
         assert torch.equal(batch.states[i, K - n :], w.table[rows, : w.O])
         assert torch.equal(batch.actions[i, K - n :], w.table[rows, w.O : w.O + w.A])
         assert torch.equal(batch.rtg[i, K - n :], w.table[rows, -2])
+
+
+@pytest.mark.parametrize("options", [{"where": "host"}, {}, {"copies": 3}, {"copies": 1, "targets": True}])
+def test_sample__gives_every_timestep_the_pixels_of_its_row(options):
+    dataset = small_dataset()
+    S = len(dataset.train)
+    pixels = [None, np.empty((S, 3), np.uint8), np.empty((S, 2), np.uint8)]
+    for i in (1, 2):
+        pixels[i][:] = 100 * i + np.arange(S)[:, None]
+    w = data.Windows([dataset.train] * 3, [dataset.task] * 3, K, pixels=pixels, **options)
+    if w.copies:
+        w.ask(0.7, torch.zeros(3), torch.ones(3), 0.5, generator())
+    for _ in range(3):
+        batch = w.sample(60, torch.full((3,), 1 / 3), generator())
+        assert batch.pixels.shape == (60, K, 3)
+        for task, size in ((1, 3), (2, 2)):
+            valid = batch.mask & (batch.task == task)[:, None]
+            row = (batch.rows[valid] - w.offset[task]) % S
+            wanted = (100 * task + row).to(torch.uint8)[:, None].expand(-1, size)
+            assert torch.equal(batch.pixels[valid][:, :size], wanted)
+
+
+def test_sample__of_one_task_copies_no_pixels():
+    dataset = small_dataset()
+    pixels = np.zeros((len(dataset.train), 2), np.uint8)
+    w = data.Windows([dataset.train], [dataset.task], K, pixels=[pixels])
+    pixels[:] = 7
+    assert (w.sample(5, one_task, generator()).pixels == 7).all()
+
+
+def test_windows__count_pixels_in_what_the_device_must_hold(monkeypatch):
+    dataset = small_dataset()
+    pixels = np.zeros((len(dataset.train), 10_000), np.uint8)
+    for free, on_host in ((2.1 * pixels.size, False), (1.9 * pixels.size, True)):
+        monkeypatch.setattr(data, "free_bytes", lambda device, free=free: free)
+        w = data.Windows([dataset.train], [dataset.task], K, pixels=[pixels])
+        assert (w.host is not None) == (w.pixels_host is not None) == on_host
+
+
+def test_share_of__takes_the_pixels_of_its_episodes():
+    dataset = small_dataset()
+    pixels = np.arange(len(dataset.train), dtype=np.uint8)[:, None]
+    dataset = dataclasses.replace(dataset, train_pixels=pixels)
+    some = data.share_of(dataset, 0.5, seed=1)
+    assert len(some.train) < len(dataset.train)
+    assert np.array_equal(dataset.train[some.train_pixels[:, 0]], some.train)
 
 
 def test_sample__works_where_every_episode_has_one_step():

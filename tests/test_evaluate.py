@@ -239,7 +239,8 @@ def test_target_gap__is_the_mean_distance_over_the_range_of_returns():
 def run(tmp_path) -> Path:
     """A student of two tasks, of which the second names no environment."""
     tasks = [WALK, dataclasses.replace(WALK, name="data only", env_id=None)]
-    cfg = dataclasses.replace(CFG, obs_dims=(2, 2), act_dims=(1, 1), discrete=(), factors=(), groups=())
+    sizes = {"obs_dims": (2, 2), "act_dims": (1, 1)}
+    cfg = dataclasses.replace(CFG, **sizes, discrete=(), factors=(), groups=(), images=())
     meta = {
         "tasks": [dataclasses.asdict(task) for task in tasks],
         "teachers": {"walk": {"normalized_score": 50.0}},

@@ -209,7 +209,7 @@ def test_all_steps__lets_rows_be_in_tasks_of_their_own(tmp_path):
     """A batch of rows in all tasks gives what batches of one task do."""
     tasks = SEVERAL["mixed"]
     steps = export.AllSteps(saved_run(tmp_path, tasks).model, tasks)
-    inputs = list(steps.inputs(6))
+    inputs = list(steps.inputs(6).values())
     for i in (0, 1, 2):
         inputs[i] = torch.randn_like(inputs[i])
     inputs[3] = torch.arange(6)
@@ -383,6 +383,7 @@ def test_main__writes_a_card_with_all_that_acting_needs(hopper):
         "targets": {"p95": 300.0},
         "observation": 11,
         "observation_space": None,
+        "pixels": [],
         "action_shape": [3],
         "action_type": "float32",
         "action_low": [-1.0] * 3,

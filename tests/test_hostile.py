@@ -135,10 +135,19 @@ TASK = data.Task(
     reference_source="-",
     split_seed=0,
 )
-SPACE = gym.spaces.Dict({"a": gym.spaces.Discrete(1), "b": gym.spaces.Tuple((gym.spaces.Text(9),))})
+SPACE = gym.spaces.Dict(
+    {
+        "a": gym.spaces.Discrete(1),
+        "b": gym.spaces.Tuple((gym.spaces.Text(9),)),
+        "c": gym.spaces.Box(0, 255, (1, 1), np.uint8),
+        "d": gym.spaces.Box(0, 255, (36, 40, 3), np.uint8),
+    }
+)
 PARTS = [
     {"path": ["a"], "kind": "one-hot", "sizes": [1], "first": [0]},
     {"path": ["b", 0], "kind": "text", "words": ["x"]},
+    {"path": ["c"], "kind": "symbols", "shape": [1, 1], "values": [[3]]},
+    {"path": ["d"], "kind": "image", "shape": [36, 40, 3], "pixels": [1, 36, 40]},
 ]
 
 
@@ -146,8 +155,11 @@ PARTS = [
 def saved(tmp_path_factory):
     """A saved model of two tasks that share all: its folder, and {file name: content}."""
     path = tmp_path_factory.mktemp("model")
-    model = dt.DecisionTransformer(dt.ModelConfig((2, 2), (1, 1), 1, 1, 8, 4, groups=(0, 0)))
-    task = dataclasses.asdict(dataclasses.replace(TASK, obs_space=PARTS))
+    model = dt.DecisionTransformer(
+        dt.ModelConfig((3, 3), (1, 1), 1, 1, 8, 4, groups=(0, 0), images=((1, 36, 40),) * 2)
+    )
+    of_parts = {"obs_dim": 3, "obs_mean": [0.5, -0.5, 0.0], "obs_std": [2.0, 3.0, 1.0], "obs_space": PARTS}
+    task = dataclasses.asdict(dataclasses.replace(TASK, **of_parts))
     dt.save(path, model, {"tasks": [task, task | {"name": "run"}]})
     return path, {f.name: f.read_bytes() for f in path.iterdir()}
 
@@ -166,9 +178,11 @@ def load_and_act(path):
     task = data.tasks(meta, path)[0]
     description = task.observed
     if spaces.without_words(description) == spaces.describe(SPACE, "it"):
-        assert spaces.vector(description, {"a": 0, "b": ("x",)}).shape == (2,)
+        observation = {"a": 0, "b": ("x",), "c": np.zeros((1, 1)), "d": np.zeros((36, 40, 3))}
+        assert spaces.vector(description, observation).shape == (3 + 36 * 40,)
     actor = policy.Actor(model, 0, 1, task.max_steps)
-    action = actor.act(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 1))
+    pixels = torch.zeros(1, 36 * 40, dtype=torch.uint8)
+    action = actor.act(torch.zeros(1, 3), torch.zeros(1), torch.zeros(1, 1), pixels)
     assert action.shape == (1, 1)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import model as dt
+import muon
 from kernels import kl
 from support import UserError
 
@@ -42,6 +44,27 @@ def windows(B: int, task: int | None = None, seed: int = 0, cfg: dt.ModelConfig 
     rtg = torch.rand(B, K, generator=generator)
     timesteps = torch.randint(0, 80, (B, K), generator=generator)
     return [tasks, states, actions, rtg, timesteps, torch.arange(K) >= start]
+
+
+PIXELS = 6
+IMAGES = dt.ModelConfig(
+    obs_dims=(3, 0, 4, 0),
+    act_dims=(2, 1, 4, 3),
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    context=6,
+    tokens=1,
+    images=((), (1, 36, 40), (2, 36, 44), (1, 36, 40)),
+)
+
+
+def windows_of_images(B: int, seed: int = 0) -> list[Tensor]:
+    """The same, with pixels padded to the largest image."""
+    generator = torch.Generator().manual_seed(seed)
+    P = max(math.prod(image) for image in IMAGES.images)
+    pixels = torch.randint(0, 256, (B, IMAGES.context, P), dtype=torch.uint8, generator=generator)
+    return [*windows(B, None, seed, IMAGES), pixels]
 
 
 def all_equal(xs, ys) -> bool:
@@ -230,6 +253,91 @@ def test_flatten__makes_buffer_and_parameters_the_same_memory():
     theta.data.zero_()
     assert not any(p.any() for p in m.parameters())
     assert all_equal(dt.unflatten(m, theta.data).values(), dt.flat_order(m).values())
+
+
+# ---- images ------------------------------------------------------------------------------------------------
+
+
+@given(seeds, st.sampled_from([1, 3]))
+def test_forward__takes_images_through_the_encoder_of_their_size(seed, tokens):
+    m = make(dataclasses.replace(IMAGES, tokens=tokens))
+    assert [encoder.image for encoder in m.encoders] == [(1, 36, 40), (2, 36, 44)]
+    x = windows_of_images(8, seed)
+    sizes = [(IMAGES.obs_dims[task], IMAGES.act_dims[task]) for task in x[TASK]]
+    for b, (O, A) in enumerate(sizes):
+        x[STATES][b, :, O:] = 0
+        x[ACTIONS][b, :, A:] = 0
+    together = m(*x)
+    for b, (O, A) in enumerate(sizes):
+        _, states, actions, *rest = (v[b : b + 1] for v in x)
+        own = m(int(x[TASK][b]), states[..., :O], actions[..., :A], *rest)
+        valid = x[MASK][b]
+        assert all_close([y[0, valid] for y in own], [y[b, valid, :A] for y in together])
+
+
+def test_forward__sees_the_pixels_of_valid_timesteps_and_of_its_own_image_alone():
+    m = make(IMAGES)
+    x = windows_of_images(40)
+    sizes = torch.tensor([math.prod(image) if image else 0 for image in IMAGES.images])[x[TASK]]  # (B,)
+    before = m(*x)[0]
+    y = [v.clone() for v in x]
+    y[PIXELS] ^= 255
+    changed = (before != m(*y)[0]).any(-1)  # (B, K)
+    assert torch.equal(changed[x[MASK]], (sizes > 0)[:, None].expand_as(changed)[x[MASK]])
+    y = [v.clone() for v in x]
+    y[PIXELS][~x[MASK]] ^= 255
+    for b, size in enumerate(sizes):
+        y[PIXELS][b, :, size:] ^= 255
+    assert torch.equal(m(*y)[0][x[MASK]], before[x[MASK]])
+
+
+def test_forward__gives_gradients_to_the_encoders_of_its_batch_alone():
+    m = make(IMAGES)
+    x = windows_of_images(4)
+    x[TASK] = torch.tensor([1, 3, 0, 0])
+    m(*x)[1][x[MASK]].sum().backward()
+    assert all(p.grad.any() for p in m.encoders[0].weights)
+    assert all(p.grad is None or not p.grad.any() for p in m.encoders[1].parameters())
+
+
+def test_encoder__has_mnih_et_als_sizes_at_128_channels():
+    shapes = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (128, 64 * 7 * 7)]
+    assert [w.shape for w in dt.Encoder((4, 84, 84), 128).weights] == shapes
+
+
+def test_bfloat16__of_images_is_near_float32():
+    m = make(IMAGES).train()
+    x = windows_of_images(9)
+    wanted = m(*x)[0]
+    m.bfloat16 = True
+    assert 0 < (m(*x)[0] - wanted)[x[MASK]].abs().max() < 0.05
+
+
+def test_flatten__ends_with_the_encoders_matrices_for_muon():
+    m = make(IMAGES)
+    theta = dt.flatten(m)
+    end = len(theta)
+    weights = [w for encoder in m.encoders for w in encoder.weights]
+    for (n, r, c), weight in zip(muon.shapes(m)[:-9:-1], weights[::-1], strict=True):
+        assert (n, r, c) == (1, len(weight), weight[0].numel())
+        assert torch.equal(theta[end - r * c : end], weight.reshape(-1))
+        end -= r * c
+
+
+OTHER_IMAGES = [(1, 36, 44), (3, 36, 40), (1, 20, 40), (1, 36), (1, 10**6, 10**6), (0, 36, 40), ("1", 36, 40)]
+
+
+@pytest.mark.parametrize("image", OTHER_IMAGES, ids=str)
+def test_load__gives_back_a_model_of_images_and_refuses_other_images(tmp_path, image):
+    m = make(IMAGES)
+    dt.save(tmp_path, m, {})
+    x = windows_of_images(5)
+    assert all_equal(dt.load(tmp_path)[0](*x), m(*x))
+    meta = json.loads((tmp_path / "model.json").read_text())
+    meta["config"]["images"] = [[], image, [2, 36, 44], image]
+    (tmp_path / "model.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="is damaged"):
+        dt.load(tmp_path)
 
 
 # ---- files -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """support/spaces.py: a sample becomes the same numbers in an environment and in a recorded episode."""
 
 import dataclasses
+import re
 import runpy
 from collections import OrderedDict
 
@@ -39,6 +40,9 @@ def boxes(draw):
     return gs.Box(0, 255, shape, np.uint8)
 
 
+IMAGES = [(36, 90), (40, 37), (100, 36, 3), (2, 40, 37), (85, 84, 1)]
+
+
 def multi_discrete(sizes):
     return gs.MultiDiscrete([n for n, _ in sizes], start=[start for _, start in sizes])
 
@@ -51,6 +55,7 @@ def in_any_order(inner):
 sizes = st.tuples(st.integers(1, 4), st.integers(-3, 3))
 leaves = st.one_of(
     boxes(),
+    st.sampled_from(IMAGES).map(lambda shape: gs.Box(0, 255, shape, np.uint8)),
     sizes.map(lambda n: gs.Discrete(n[0], start=n[1])),
     st.lists(sizes, min_size=1, max_size=3).map(multi_discrete),
     st.integers(1, 4).map(gs.MultiBinary),
@@ -134,19 +139,23 @@ def test_vectors__are_the_same_of_an_environment_and_of_its_recorded_episodes(sp
         minari.delete_dataset(name)
     write(name, space, episodes, data_format)
     try:
-        table, lengths, about = minari_files.read_minari(name, minari_files.local(name))
-    except UserError as e:  # texts of spaces alone
-        assert "without a word" in str(e)
+        table, lengths, about, pixels = minari_files.read_minari(name, minari_files.local(name))
+    except UserError as e:
+        # texts of spaces alone; what fits in no encoder, and with 36 numbers of any value is no symbols
+        assert re.search("without a word|images of several sizes|too small for the encoder", str(e))
         return
     O = table.shape[1] - 4
+    if pixels is None:
+        pixels = np.zeros((len(table), 0))
     description = about["obs_space"] or spaces.box(O)
     assert spaces.is_valid(description, O)
     assert spaces.without_words(description) == spaces.describe(space, "it")
-    for samples, rows in zip(episodes, np.split(table, np.cumsum(lengths)[:-1]), strict=True):
+    observed = np.concatenate((table[:, :O], pixels), 1)
+    for samples, rows in zip(episodes, np.split(observed, np.cumsum(lengths)[:-1]), strict=True):
         env = spaces.VectorObservation(Replay(space, samples), description)
         shown = [env.reset()[0]] + [env.step(0)[0] for _ in rows[1:]]
         assert all(x.dtype == np.float32 and x in env.observation_space for x in shown)
-        assert np.array_equal(np.stack(shown), rows[:, :O])
+        assert np.array_equal(np.stack(shown), rows)
 
 
 def test_vectors__are_what_the_table_says():
@@ -222,7 +231,9 @@ WHOLE = {
     "bits": {"path": [], "kind": "bits", "size": 3},
     "one-hot": {"path": [], "kind": "one-hot", "sizes": [1, 2], "first": [-1, 0]},
     "text": {"path": [], "kind": "text", "words": ["a", "b", "c"]},
+    "symbols": {"path": [], "kind": "symbols", "shape": [1, 1, 1], "values": [[4, 0, 255]]},
 }
+IMAGE = {"path": [], "kind": "image", "shape": [100, 40, 3], "pixels": [1, 84, 40]}
 DAMAGE = [
     ("numbers", {"size": 2}),
     ("numbers", {"size": 3.0}),
@@ -244,6 +255,29 @@ DAMAGE = [
     ("text", {"words": ["a", "b", 3]}),
     ("text", {"words": [[], "b", "c"]}),
     ("text", {"words": "abc"}),
+    ("symbols", {"shape": [1]}),
+    ("symbols", {"shape": [1, 1, 1, 1]}),
+    ("symbols", {"shape": [0, 1, 1]}),
+    ("symbols", {"shape": [2, 1]}),
+    ("symbols", {"shape": None}),
+    ("symbols", {"values": [[4, 0], [255]]}),
+    ("symbols", {"values": [[4, 4, 0]]}),
+    ("symbols", {"values": [[4, "0", 1]]}),
+    ("symbols", {"values": [[4, -1, 0]]}),
+    ("symbols", {"values": 3}),
+]
+DAMAGED_IMAGES = [
+    {"shape": [100, 40, 2]},
+    {"shape": [2**40, 40, 2]},
+    {"shape": [83, 40, 3]},
+    {"shape": "abc"},
+    {"pixels": [1, 84]},
+    {"pixels": [1, 101, 40]},
+    {"pixels": [1, 35, 40]},
+    {"pixels": [1, 84.0, 40]},
+    {"pixels": [3, 84, 40]},
+    {"pixels": None},
+    {"values": []},
 ]
 
 
@@ -252,6 +286,94 @@ def test_is_valid__refuses_what_no_space_is_described_by(kind, change):
     assert spaces.is_valid([WHOLE[kind]], 3)
     assert not spaces.is_valid([WHOLE[kind] | change], 3)
     assert not spaces.is_valid([WHOLE[kind], change], 3)
+
+
+@pytest.mark.parametrize("change", DAMAGED_IMAGES, ids=str)
+def test_is_valid__refuses_what_no_image_is_described_by(change):
+    assert spaces.is_valid([IMAGE], 0)
+    assert not spaces.is_valid([IMAGE | change], 0)
+
+
+# ---- images ------------------------------------------------------------------------------------------------
+
+
+def averaged(plane, height, width):
+    """By its definition: each element repeated, then means of equal blocks."""
+    H, W = plane.shape
+    fine = plane.repeat(height, 0).repeat(width, 1).astype(np.float64)
+    return fine.reshape(height, H, width, W).mean((1, 3))
+
+
+@pytest.mark.parametrize(
+    "shape", [(210, 160, 3), (210, 160), (3, 100, 36), (85, 84, 1), (84, 84), (4, 84, 84)]
+)
+def test_pixels__are_grey_and_averaged_over_areas(shape):
+    space = gs.Box(0, 255, shape, np.uint8)
+    space.seed(0)
+    x = space.sample()
+    description = spaces.describe(gs.Dict({"a": space, "b": gs.Box(-1, 1, (2,))}), "it")
+    c, H, W = spaces.image(description)
+    planes = {2: lambda: x[None], 3: lambda: x if shape[0] < 5 else np.moveaxis(x, 2, 0)}[len(shape)]()
+    if shape[-1] == 3:
+        planes = np.tensordot([[0.299, 0.587, 0.114]], planes, 1)
+    assert [min(84, n) for n in planes.shape[1:]] == [H, W]
+    wanted = [averaged(plane, H, W) for plane in planes]
+    observation = {"a": x, "b": np.float32([0.25, 4])}
+    vector = spaces.vector(description, observation)
+    assert vector[:2].tolist() == [0.25, 4]
+    assert np.abs(vector[2:] - np.ravel(wanted)).max() <= 0.501
+    if planes.dtype == np.uint8 and planes.shape[1:] == (H, W):
+        assert np.array_equal(vector[2:], np.ravel(planes))
+    pixels = spaces.pixels(description, {"a": np.stack([x] * 3), "b": np.zeros((3, 2))})
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (3, c * H * W)
+    assert np.array_equal(pixels, [vector[2:]] * 3)
+
+
+def test_pixels__of_several_images_are_one_image():
+    eye = gs.Box(0, 255, (40, 50, 3), np.uint8)
+    hand = gs.Box(0, 255, (2, 40, 50), np.uint8)
+    space = gs.Dict({"eye": eye, "hand": hand})
+    description = spaces.describe(space, "it")
+    assert spaces.image(description) == (3, 40, 50)
+    space.seed(0)
+    x = space.sample()
+    assert np.array_equal(spaces.vector(description, x)[40 * 50 :], np.ravel(x["hand"]))
+    assert not spaces.is_valid(description[::-1] + description[:1], 1)
+
+
+SYMBOLS = gs.Dict({"image": gs.Box(0, 255, (3, 2, 3), np.uint8)})
+
+
+def test_symbols__are_one_hot_of_each_channels_values(capsys):
+    first = np.uint8([[[1, 0, 0], [2, 5, 0]], [[1, 5, 0], [8, 0, 0]], [[1, 0, 0], [1, 0, 0]]])
+    last = np.ones_like(first)
+    last[..., 1:] = 0
+    description = spaces.with_words(
+        spaces.describe(SYMBOLS, "it"), [{"image": first[None]}, {"image": last[None]}], "it"
+    )
+    assert description[0]["values"] == [[1, 2, 8], [0, 5], [0]]
+    objects = [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 0]]
+    colours = [[1, 0], [0, 1], [0, 1], [1, 0], [1, 0], [1, 0]]
+    wanted = [*np.ravel(objects), *np.ravel(colours), *[1] * 6]
+    assert spaces.vector(description, {"image": first}).tolist() == wanted
+    assert not spaces.measured(description).any()
+    last[0, 0, 0] = 3
+    for _ in range(2):
+        assert not spaces.vector(description, {"image": last})[:3].any()
+    message = "3 at 'image' is not among the symbols of the training data: it is ignored\n"
+    assert capsys.readouterr().err == message
+
+
+def test_with_words__refuses_small_images_that_are_no_symbols(monkeypatch):
+    space = gs.Box(0, 255, (20, 35, 3), np.uint8)
+    space.seed(0)
+    message = "it has images of 20x35x3, too small for the encoder.* 36.* more than 32 values.*; enlarge them"
+    with pytest.raises(UserError, match=message):
+        spaces.with_words(spaces.describe(space, "it"), [space.sample()[None]], "it")
+    monkeypatch.setattr(spaces, "MAX_CATEGORIES", 20 * 35 * 3 - 1)
+    with pytest.raises(UserError, match="it has symbols of 20x35x3, 2100 categories; at most 2099"):
+        spaces.with_words(spaces.describe(space, "it"), [np.zeros((1, 20, 35, 3), np.uint8)], "it")
 
 
 # ---- datasets ----------------------------------------------------------------------------------------------
@@ -307,6 +429,10 @@ UNSUPPORTED = {
     ),
     "many": (gs.Dict({"a": gs.Discrete(10**9)}), "at 'a' of 1000000000 categories; at most 10000"),
     "none": (gs.Box(-1, 1, (0,)), "has observations without a number"),
+    "sizes": (
+        gs.Tuple((gs.Box(0, 255, (40, 50), np.uint8), gs.Box(0, 255, (120, 90, 3), np.uint8))),
+        "has images of several sizes, 40x50, 84x84 pixels; give them one, or keep one of them",
+    ),
     "empty": (gs.Dict({"a": gs.Tuple(())}), "has observations without a number"),
 }
 
@@ -477,10 +603,9 @@ def test_student__acts_by_onnxruntime_as_it_does_here(student):
 def test_act_onnx__makes_the_same_vectors(space, seed):
     space.seed(seed)
     samples = [space.sample() for _ in range(3)]
-    description = spaces.describe(space, "it")
     try:
-        description = spaces.with_words(description, [recorded(space, samples)], "it")
-    except UserError:  # of texts alone, none of which has a word
+        description = spaces.with_words(spaces.describe(space, "it"), [recorded(space, samples)], "it")
+    except UserError:  # of texts alone, none of which has a word; or of images of several sizes
         hypothesis.assume(False)
     vector = runpy.run_path(str(ROOT / "examples/act_onnx.py"))["vector"]
     for sample in samples:
