@@ -126,11 +126,13 @@ def first_action(space: gym.Space) -> int | list[int] | None:
 
 def is_valid_action(first_action: Any, factors: Any, A: int) -> bool:
     """Whether these can be data.Task's, of A columns. They may be anything that JSON can be."""
+
+    def are_integers(x):
+        return isinstance(x, list) and all(type(n) is int and abs(n) < 2**62 for n in x)
+
     if factors is None:
-        return first_action is None or type(first_action) is int
-    if not (isinstance(first_action, list) and isinstance(factors, list)):
-        return False
-    if not all(type(n) is int and abs(n) < 2**63 for n in (*first_action, *factors)):
+        return first_action is None or are_integers([first_action])
+    if not (are_integers(first_action) and are_integers(factors)):
         return False
     return len(first_action) == len(factors) > 0 and min(factors) > 0 and sum(factors) == A
 

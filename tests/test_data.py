@@ -153,9 +153,9 @@ def test_load__takes_a_fifth_of_a_second_for_a_cached_million_steps(monkeypatch)
         "act_low": [0.0] * 6,
         "act_high": [1.0] * 6,
         "first_action": None,
-        "obs_space": None,
         "factors": None,
         "env_wrappers": [],
+        "obs_space": None,
     }
     monkeypatch.setattr(minari_files, "read_minari", lambda *_: (table, np.full(250, 1000), about))
     data.load("tests/big-v0")

@@ -28,7 +28,7 @@ import data
 import model as dt
 import policy
 from conftest import ROOT, make_dataset
-from support import UserError, files, isolation, log, minari_files, spaces
+from support import UserError, environments, files, isolation, log, minari_files, spaces
 from support.onnx_teacher import OnnxTeacher
 
 CASES = int(os.environ.get("FUZZ_CASES", "10000"))  # of all fuzz tests together, with -m slow
@@ -150,17 +150,21 @@ PARTS = [
     {"path": ["d"], "kind": "image", "shape": [36, 40, 3], "pixels": [1, 36, 40]},
 ]
 
+LEVERS = {"name": "levers", "act_dim": 3, "act_low": [0] * 3, "act_high": [1] * 3, "env_id": "Pendulum-v1"}
+LEVERS |= {"first_action": [-1, 2], "factors": [1, 2]}
+LEVERS |= {"env_wrappers": [{"entry_point": "gymnasium.wrappers:ClipReward", "kwargs": {"max_reward": 1.0}}]}
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved model of two tasks that share all: its folder, and {file name: content}."""
+    """A saved model of three tasks, two of which share all: its folder, and {file name: content}."""
     path = tmp_path_factory.mktemp("model")
-    model = dt.DecisionTransformer(
-        dt.ModelConfig((3, 3), (1, 1), 1, 1, 8, 4, groups=(0, 0), images=((1, 36, 40),) * 2)
-    )
+    kinds = {"discrete": (False, False, True), "factors": ((), (), (1, 2)), "groups": (0, 0, 1)}
+    kinds["images"] = ((1, 36, 40), (1, 36, 40), ())
+    model = dt.DecisionTransformer(dt.ModelConfig((3, 3, 2), (1, 1, 3), 1, 1, 8, 4, **kinds))
     of_parts = {"obs_dim": 3, "obs_mean": [0.5, -0.5, 0.0], "obs_std": [2.0, 3.0, 1.0], "obs_space": PARTS}
     task = dataclasses.asdict(dataclasses.replace(TASK, **of_parts))
-    dt.save(path, model, {"tasks": [task, task | {"name": "run"}]})
+    dt.save(path, model, {"tasks": [task, task | {"name": "run"}, dataclasses.asdict(TASK) | LEVERS]})
     return path, {f.name: f.read_bytes() for f in path.iterdir()}
 
 
@@ -175,7 +179,7 @@ def model_folder(saved):
 
 def load_and_act(path):
     model, meta = dt.load(path)
-    task = data.tasks(meta, path)[0]
+    task, *_, levers = data.tasks(meta, path)
     description = task.observed
     if spaces.without_words(description) == spaces.describe(SPACE, "it"):
         observation = {"a": 0, "b": ("x",), "c": np.zeros((1, 1)), "d": np.zeros((36, 40, 3))}
@@ -184,6 +188,11 @@ def load_and_act(path):
     pixels = torch.zeros(1, 36 * 40, dtype=torch.uint8)
     action = actor.act(torch.zeros(1, 3), torch.zeros(1), torch.zeros(1, 1), pixels)
     assert action.shape == (1, 1)
+    acting = policy.Policy.of(model, levers, 2)
+    acting.reset(target_return=1.0)
+    assert acting.act(np.zeros(2)).shape == (2,)
+    if levers.env_id:
+        environments.make_env(levers.env_id, levers.env_kwargs, levers.env_wrappers).close()
 
 
 def damaged_weights(draw, contents):
@@ -196,8 +205,9 @@ def damaged_weights(draw, contents):
 def junk_in_fields(draw, contents, also_sizes):
     """The contents with any field of model.json anything; also_sizes: one of the model's sizes too."""
     meta = json.loads(contents["model.json"])
-    task = meta["tasks"][0]
-    where = draw(st.sampled_from([meta, meta["config"], task, task["targets"], *task["obs_space"]]))
+    task, *_, levers = meta["tasks"]
+    parts = [task["targets"], *task["obs_space"], levers, *levers["env_wrappers"]]
+    where = draw(st.sampled_from([meta, meta["config"], task, *parts]))
     where[draw(st.sampled_from([*sorted(where), "../x"]))] = draw(JUNK)
     if also_sizes and isinstance(meta["config"], dict):
         size = draw(st.sampled_from(["n_layer", "n_embd", "context", "dropout"]))
