@@ -527,9 +527,9 @@ def _check_sizes(cfg, given, weights):
 
 
 def _check_groups(cfg):
-    """Raise ValueError where groups are not 0 to G - 1, or hold tasks of different sizes or kinds."""
-    tasks = [*zip(cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.factors, strict=True)]
+    """Raise ValueError where groups are not 0 to G - 1, or hold tasks of different spaces."""
+    spaces = (cfg.obs_dims, cfg.act_dims, cfg.factors, cfg.images)
+    distinct = set(zip(cfg.groups, *spaces, strict=True))
     G = len(set(cfg.groups))
-    if {type(g) for g in cfg.groups} != {int} or set(cfg.groups) != set(range(G)) or len(set(tasks)) > G:
-        given = (cfg.groups, cfg.obs_dims, cfg.act_dims, cfg.factors)
-        raise ValueError("groups {} of tasks of sizes {} and {}, factors {}".format(*given))
+    if {type(g) for g in cfg.groups} != {int} or set(cfg.groups) != set(range(G)) or len(distinct) > G:
+        raise ValueError(f"groups {cfg.groups} of tasks of sizes {spaces}")

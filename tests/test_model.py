@@ -409,6 +409,18 @@ def test_load__takes_no_groups_that_can_not_be(tmp_path, groups):
         dt.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "other", [{"obs_dims": (3, 5, 4)}, {"act_dims": (2, 4, 3)}, {"images": ((), (), (1, 84, 84))}], ids=str
+)
+def test_load__takes_no_group_of_different_spaces(tmp_path, other):
+    dt.save(tmp_path, make(SHARED), {"tasks": []})
+    meta = json.loads((tmp_path / "model.json").read_text())
+    meta["config"] |= other
+    (tmp_path / "model.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"groups \(0, 1, 1\) of tasks of sizes"):
+        dt.load(tmp_path)
+
+
 def test_load__takes_a_model_from_before_tasks_could_share(tmp_path):
     dt.save(tmp_path, make(), {"tasks": []})
     meta = json.loads((tmp_path / "model.json").read_text())
