@@ -217,16 +217,9 @@ class AllSteps(torch.nn.Module):
         """(N, width) float32."""
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
-    def forward(
-        self,
-        observation: Tensor,
-        return_to_go: Tensor,
-        last_action: Tensor,
-        timestep: Tensor,
-        memory: Tensor,
-        task: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Shapes: see this file's head."""
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: see this file's head; those of `names`, in their order."""
+        observation, return_to_go, last_action, timestep, memory, task = inputs
         actor = self.actor
         actor.t = timestep
         actor.caches = list(memory.view(-1, *self.shape).unbind(1))
