@@ -7,6 +7,8 @@ units, of B rows, any number:
              or, beside or in place of these, a history of K timesteps, K fixed in the file: observations
              (B, K, O), with or without returns_to_go (B, K) or (B, K, 1), timesteps (B, K) int64, mask (B, K)
              bool, and actions (B, K, A), discrete ones one-hot
+             or, of images, pixels (B, K c, H, W), uint8 or floats from 0 to 255, beside or in place of these:
+             the images of the last K timesteps, c channels each, as support/spaces.py makes them
     outputs  mean or action (B, A), with or without log_std (B, A) or (A,); or logits (B, n) of n discrete
              actions, of several factors (MultiDiscrete) one after the other; others are ignored
 
@@ -32,22 +34,27 @@ import evaluate
 import export
 import model as dt
 from kernels.kl import LOG_STD, NEVER
-from support import UserError, isolation, processes, reason, verdict
+from support import UserError, isolation, processes, reason, spaces, verdict
 
 MAX_BYTES = 2**30  # as of a model's weights
 # Of a policy that has no log_std, in half action ranges: twice distill.py's --sigma-floor, so that the floor
 # does not decide; the KL is then a squared error of the means, and a student's sigma does not collapse.
 SIGMA = 0.1
 FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64}
-TYPES = {"timesteps": {"tensor(int64)": np.int64}, "mask": {"tensor(bool)": np.bool_}}  # of others: FLOATS
+TYPES = {
+    "timesteps": {"tensor(int64)": np.int64},
+    "mask": {"tensor(bool)": np.bool_},
+    "pixels": {"tensor(uint8)": np.uint8, **FLOATS},
+}  # of others: FLOATS
 HISTORY = {"observations": (3,), "actions": (3,), "returns_to_go": (2, 3), "timesteps": (2,), "mask": (2,)}
-RANKS = {"observation": (2,), "return_to_go": (1, 2), **HISTORY}
+RANKS = {"observation": (2,), "return_to_go": (1, 2), "pixels": (4,), **HISTORY}
 UNDERSTOOD = (
-    "understood are inputs observation (B, O) and, optionally, return_to_go (B,), floats, or a history (see "
-    "docs/extending.md); outputs mean or action (B, A) with or without log_std, or logits (B, n) of discrete "
-    "actions"
+    "understood are inputs observation (B, O) or pixels (B, K c, H, W) and, optionally, return_to_go (B,), "
+    "floats, or a history (see docs/extending.md); outputs mean or action (B, A) with or without log_std, or "
+    "logits (B, n) of discrete actions"
 )
 AT_ONCE = 4096  # timesteps, of all histories of a batch
+IMAGES_AT_ONCE = 256
 
 History = dict[str, np.ndarray]  # of N rows, in the environment's units, by the names of HISTORY
 
@@ -76,13 +83,13 @@ class OnnxTeacher:
         self._take_names(inputs, outputs)
         self._check_sizes(inputs)
         self.cfg = dt.ModelConfig.of([self.task], context=self.K)
-        self.rows = max(3, AT_ONCE // self.K)
+        self.rows = max(3, (IMAGES_AT_ONCE if self.task.image else AT_ONCE) // self.K)
         for rows in (3, self.rows):
             self._try(rows)
 
     def _take_names(self, inputs, outputs):
         """Which of them there are; see _session. Raises UserError where they are not those of a policy."""
-        understood = "observation" in inputs or "observations" in inputs
+        understood = not inputs.keys().isdisjoint({"observation", "observations", "pixels"})
         self.types = {}
         for name, (type_, shape) in inputs.items():
             types = TYPES.get(name, FLOATS)
@@ -112,6 +119,10 @@ class OnnxTeacher:
     def _check_sizes(self, inputs):
         """Take K. Raises UserError where it is not fixed, or sizes are not those of the dataset."""
         lengths = {name: shape[1] for name, (_, shape) in inputs.items() if name in HISTORY}
+        if "pixels" in inputs:
+            self.n_frames = self._frames(inputs["pixels"][1])
+            if self.n_frames > 1:
+                lengths["pixels"] = self.n_frames
         self.takes_history = bool(lengths)
         self.K, *others = {*lengths.values()} or {1}
         if others or not isinstance(self.K, int) or not 0 < self.K <= dt.MAX_CONTEXT:
@@ -131,11 +142,25 @@ class OnnxTeacher:
                     f"--teachers in the order of the tasks"
                 )
 
+    def _frames(self, shape):
+        """How many timesteps' images the input `pixels` holds. Raises UserError where it can't hold them."""
+        c, *sides = self.task.image or (0, 0, 0)
+        _, channels, *given = shape
+        if not c or given != sides or not isinstance(channels, int) or channels % c or not channels:
+            wanted = f"pixels (B, K {c}, {', '.join(map(str, sides))})" if c else "no images"
+            raise UserError(
+                f"{self.path} takes pixels {shape}, dataset {self.task.dataset} has {wanted}; put "
+                f"--teachers in the order of the tasks"
+            )
+        return channels // c
+
     def _try(self, rows):
         """Run it on mean observations. Raises UserError where sizes are not those of the dataset."""
         task = self.task
         history = self._empty(rows)
-        self._append(history, np.tile(task.obs_mean, (rows, 1)), np.full(rows, task.target))
+        observation = np.zeros((rows, task.obs_dim + spaces.n_pixels(task.observed)))
+        observation[:, : task.obs_dim] = task.obs_mean
+        self._append(history, observation, np.full(rows, task.target))
         outputs = self._run(history)
         name, action = self.names[0], outputs[0]
         A = task.act_dim
@@ -156,6 +181,8 @@ class OnnxTeacher:
         feed = {}
         for name, type_ in self.types.items():
             x = history[last[name]][:, -1] if name in last else history[name]
+            if name == "pixels":
+                x = x[:, -self.n_frames :].reshape(len(x), -1, *self.task.image[1:])
             if x.ndim < self.ranks[name]:  # returns of (B, 1) or (B, K, 1)
                 x = x[..., None]
             feed[name] = x.astype(type_)
@@ -192,7 +219,14 @@ class OnnxTeacher:
         return mean, np.broadcast_to(np.clip(log_std, *LOG_STD), mean.shape)
 
     def __call__(
-        self, task: int, states: Tensor, actions: Tensor, rtg: Tensor, timesteps: Tensor, mask: Tensor
+        self,
+        task: int,
+        states: Tensor,
+        actions: Tensor,
+        rtg: Tensor,
+        timesteps: Tensor,
+        mask: Tensor,
+        pixels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Shapes and units: dt.DecisionTransformer.forward. Zeros where mask is False."""
         task = self.task
@@ -203,6 +237,8 @@ class OnnxTeacher:
             "timesteps": timesteps.cpu().numpy(),
             "mask": mask.cpu().numpy(),
         }
+        if pixels is not None:
+            arrays["pixels"] = pixels.cpu().numpy()
         out = np.zeros((2, *mask.shape, task.act_dim), np.float32)
         windows, places = arrays["mask"].nonzero()
         for i in range(0, len(windows), self.rows):
@@ -232,13 +268,15 @@ class OnnxTeacher:
             "returns_to_go": np.zeros((rows, self.K)),
             "timesteps": np.zeros((rows, self.K), np.int64),
             "mask": np.zeros((rows, self.K), bool),
+            "pixels": np.zeros((rows, self.K, spaces.n_pixels(self.task.observed)), np.uint8),
         }
 
     def _append(self, history: History, observation: np.ndarray, return_to_go: np.ndarray) -> None:
-        """Add a timestep, observation (N, O) and return_to_go (N,), whose action is not chosen yet."""
+        """Add a timestep, observation (N, O + P) and return_to_go (N,), whose action is not chosen yet."""
         timestep = np.where(history["mask"][:, -1], history["timesteps"][:, -1] + 1, 0)
         present = {
-            "observations": observation,
+            "observations": observation[:, : self.task.obs_dim],
+            "pixels": observation[:, self.task.obs_dim :],
             "actions": 0,
             "returns_to_go": return_to_go,
             "timesteps": timestep,
@@ -255,8 +293,8 @@ class OnnxTeacher:
         self.history = self._empty(episodes)
 
     def act(self, observation: np.ndarray, reward: np.ndarray) -> np.ndarray:
-        """observation (E, O), reward (E,) -> the mean (E, A), or the likeliest of discrete actions (E,) or
-        (E, F).
+        """observation (E, O + P), reward (E,) -> the mean (E, A), or the likeliest of discrete actions (E,)
+        or (E, F).
         """
         task = self.task
         self.return_to_go = self.return_to_go - reward

@@ -9,7 +9,7 @@ import importlib.metadata
 import io
 import runpy
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import export
 import model as dt
 import teacher
 from conftest import ROOT
-from support import files, spaces
+from support import UserError, files, spaces
 
 pytestmark = pytest.mark.slow
 EPISODES = 4
@@ -104,22 +104,25 @@ GROUPS = {
     "babyai": Group(
         "minigrid",
         "BabyAI-GoToRedBallGrey-v0",
-        "4 one-hot at 'direction', 147 numbers at 'image', text at 'mission'",
+        "4 one-hot at 'direction', 7x7x3 symbols at 'image', text at 'mission'",
         policy=baby_ai_bot,
     ),
     "babyai-fullobs": Group(
         "minigrid",
         "BabyAI-GoToRedBallGrey-v0",
-        "4 one-hot at 'direction', 192 numbers at 'image', text at 'mission'",
+        "4 one-hot at 'direction', 8x8x3 symbols at 'image', text at 'mission'",
         policy=baby_ai_bot,
         wrapper="FullyObsWrapper",
     ),
     "minigrid": Group(
         "minigrid",
         "MiniGrid-FourRooms-v0",
-        "4 one-hot at 'direction', 147 numbers at 'image', text at 'mission'",
+        "4 one-hot at 'direction', 7x7x3 symbols at 'image', text at 'mission'",
     ),
+    "pong": Group("ale_py", "ALE/Pong-v5", "210x160 image", {"obs_type": "grayscale"}),
+    "breakout": Group("ale_py", "ALE/Breakout-v5", "210x160x3 image"),
 }
+OF_IMAGES = ("pong", "breakout")
 
 
 def made(group: Group) -> gym.Env:
@@ -205,27 +208,47 @@ def test_teacher__learns_and_acts(name, home):
     assert task.max_steps == STEPS
 
 
-def test_student__of_all_groups_acts_by_onnxruntime_as_it_does_here(home):
-    names = []
-    for name in GROUPS:
+def student_of(names: Sequence[str], home: Path, one_file: str) -> Path:
+    """Its run directory, evaluated and exported. Skips the test where no package of these is installed."""
+    there = []
+    for name in names:
         with contextlib.suppress(pytest.skip.Exception):
             teacher_of(name, home)
-            names.append(name)
-    if not names:
+            there.append(name)
+    if not there:
         pytest.skip("needs any of the packages: pip install -r requirements-envs.txt")
-    out = home / "student"
-    imports = tuple({GROUPS[name].package for name in names})
+    out = home / f"student-{one_file}"
+    imports = tuple({GROUPS[name].package for name in there})
     with contextlib.redirect_stdout(io.StringIO()):
-        teachers = tuple(str(home / name) for name in names)
+        teachers = tuple(str(home / name) for name in there)
         distill.main(distill.Config(teachers=teachers, out_dir=str(out), imports=imports, ask=0.2, **TINY))
         evaluate.main(evaluate.Config(str(out), eval_episodes=2, imports=imports, device="cpu"))
-        export.main(export.Config(str(out), imports=imports, one_file="only"))
+        export.main(export.Config(str(out), imports=imports, one_file=one_file))
+    return out
+
+
+def assert_files_act_as_the_student_does(out: Path, one_file: str) -> None:
     evaluated = files.read_json(out / "evaluation.json")["tasks"]
     example = runpy.run_path(str(ROOT / "examples/act_onnx.py"))
-    session = export.session(str(out / "all-tasks.onnx"))
-    for name in names:
-        card = example["card_of"](out / "all-tasks.json", f"tests/{name}-v0")
+    for name in evaluated:
+        file = out / ("all-tasks" if one_file == "only" else name.replace("/", "-"))
+        session = export.session(str(file.with_suffix(".onnx")))
+        card = example["card_of"](file.with_suffix(".json"), name)
         env = example["make_env"](card)
         returns = [example["play"](session, env, card, card["target"], evaluate.SEED + i) for i in range(2)]
-        mean = evaluated[f"tests/{name}-v0"]["return_mean"]
+        mean = evaluated[name]["return_mean"]
         assert np.mean(returns) == pytest.approx(mean, abs=1e-3 * (1 + abs(mean))), name
+
+
+def test_student__of_all_groups_acts_by_onnxruntime_as_it_does_here(home):
+    out = student_of([name for name in GROUPS if name not in OF_IMAGES], home, "only")
+    assert_files_act_as_the_student_does(out, "only")
+
+
+def test_student__of_images_and_of_others_acts_by_onnxruntime_as_it_does_here(home):
+    out = student_of(["babyai", *OF_IMAGES], home, "no")
+    assert_files_act_as_the_student_does(out, "no")
+    pong = files.read_json(out / "tests-pong-v0.json")
+    assert pong["pixels"] == [1, 84, 84]
+    with pytest.raises(UserError, match="--one-file only: tests/pong-v0 has images"):
+        export.main(export.Config(str(out), one_file="only"))

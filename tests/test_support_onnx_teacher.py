@@ -29,7 +29,7 @@ from conftest import make_dataset, seeds
 from examples import collect_cartpole
 from examples import onnx_teacher as example
 from kernels.kl import LOG_STD
-from support import UserError, files, onnx_teacher
+from support import UserError, files, onnx_teacher, spaces
 from support.onnx_teacher import SIGMA, OnnxTeacher
 
 
@@ -421,6 +421,60 @@ def test_onnx_teacher__remembers_discrete_actions_as_one_hot(tmp_path):
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def write_of_images(path: Path, shape: list, dtype: int = TensorProto.UINT8) -> Path:
+    """logits = the channels' mean pixels M, of images of this shape."""
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["x"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["means", "M"], ["logits"]),
+    ]
+    M = np.random.default_rng(0).normal(size=(shape[1], 3)) / 30
+    return write(path, nodes, {"pixels": shape}, {"logits": ["B", 3]}, {"M": M}, {"pixels": dtype})
+
+
+def task_of_images(shape=(2, 40, 36), n: int = 3) -> data.Task:
+    """Of images of two channels and of n numbers."""
+    space = spaces.describe(gym.spaces.Dict({"a": Box(-1, 1, (n,)), "b": Box(0, 255, shape, np.uint8)}), "it")
+    bounds = {"act_low": [0.0] * 3, "act_high": [1.0] * 3}
+    return a_task(O=n, A=3, first_action=0, obs_space=space, **bounds)
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.UINT8, TensorProto.FLOAT])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_onnx_teacher__sees_the_last_frames(tmp_path, frames, dtype):
+    task = task_of_images()
+    policy = OnnxTeacher(write_of_images(tmp_path / "x.onnx", ["B", 2 * frames, 40, 36], dtype), task)
+    assert policy.cfg.context == frames
+    assert policy.takes_history == (frames > 1)
+    M = numpy_helper.to_array(onnx.load(tmp_path / "x.onnx").graph.initializer[0]).astype(float)
+    rng = np.random.default_rng(1)
+    B, K = 5, 4
+    pixels = rng.integers(0, 256, (B, K, 2 * 40 * 36), dtype=np.uint8)
+    mask = torch.arange(K) >= torch.arange(B)[:, None] % K
+    states, actions, rtg, timesteps, _ = a_batch(task, B, K, 0)
+    logp, zeros = policy(0, states, actions, rtg, timesteps, mask, torch.from_numpy(pixels))
+    assert not zeros.any()
+    policy.reset(0.0, B)
+    means = pixels.reshape(B, K, 2, -1).mean(-1) * mask.numpy()[..., None]  # before an episode: zeros
+    for k in range(K):
+        stack = np.zeros((B, frames, 2))
+        for back in range(min(frames, k + 1)):
+            stack[:, -1 - back] = means[:, k - back]
+        wanted = torch.from_numpy(stack.reshape(B, -1) @ M).log_softmax(-1)
+        valid = mask[:, k]
+        assert torch.allclose(logp[valid, k].double(), wanted[valid], atol=1e-4)
+        vectors = np.concatenate((np.zeros((B, 3)), pixels[:, k] * mask.numpy()[:, k, None]), 1)
+        assert np.array_equal(policy.act(vectors, np.zeros(B))[valid], wanted.argmax(-1)[valid])
+
+
+def test_onnx_teacher__refuses_images_of_other_sizes(tmp_path):
+    message = r"takes pixels \['B', 3, 40, 36\], dataset .* has pixels \(B, K 2, 40, 36\); put --teachers"
+    with pytest.raises(UserError, match=message):
+        OnnxTeacher(write_of_images(tmp_path / "x.onnx", ["B", 3, 40, 36]), task_of_images())
+    with pytest.raises(UserError, match="takes pixels .*, dataset tests/walk-v0 has no images"):
+        OnnxTeacher(write_of_images(tmp_path / "x.onnx", ["B", 2, 40, 36]), a_task(A=3, first_action=0))
 
 
 def wrong(path: Path, kind: str) -> None:
