@@ -312,7 +312,8 @@ def quantised(blob: bytes) -> bytes:
     """The file with weights in 8 bits, activations scaled as they come (onnxruntime's dynamic quantisation).
 
     Of Gemm and MatMul alone: the Attention that onnxruntime quantises is not ONNX's. Those before the first
-    LayerNormalization stay: they read numbers in the environment's units, of any scale.
+    LayerNormalization stay: they read numbers in the environment's units, of any scale. The map behind an
+    image's convolutions does not: it has most of an encoder's weights.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -320,7 +321,13 @@ def quantised(blob: bytes) -> bytes:
     model = onnx.load_from_string(blob)
     nodes = model.graph.node
     before = nodes[: [node.op_type for node in nodes].index("LayerNormalization")]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    of_pixels = {"pixels"}  # and what is made of them alone
+    for node in before:
+        if {*node.input} <= of_pixels | weights:
+            of_pixels.update(node.output)
     # a Gemm becomes a MatMul and an Add first
+    before = [node for node in before if node.output[0] not in of_pixels]
     kept = [name for node in before for name in (node.name, f"{node.name}_MatMul")]
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp) / "int8.onnx"

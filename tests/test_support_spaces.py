@@ -10,6 +10,7 @@ import hypothesis
 import minari
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces as gs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ import distill
 import evaluate
 import export
 import model as dt
+import policy
 import report
 import teacher
 from conftest import ROOT, make_dataset
@@ -596,6 +598,98 @@ def test_student__acts_by_onnxruntime_as_it_does_here(student):
     env = gym.make("tests/Reach-v0")
     alone = [example["play"](session, env, card, task.target, evaluate.SEED + i) for i in range(2)]
     assert np.allclose(alone, returns, atol=1e-4)
+
+
+class Sides(gym.Env):
+    """An image whose left or right half is bright, at random; an action names the bright one."""
+
+    observation_space = gs.Box(0, 255, (40, 90, 3), np.uint8)
+    action_space = gs.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._observation(), {}
+
+    def step(self, action):
+        reward = float(action == self.side)
+        return self._observation(), reward, False, False, {}
+
+    def _observation(self):
+        self.side = int(self.np_random.integers(2))
+        image = self.np_random.integers(0, 60, self.observation_space.shape, np.uint8)
+        image[:, 45 * self.side :][:, :45] += 150
+        return image
+
+
+gym.register("tests/Sides-v0", "test_support_spaces:Sides", max_episode_steps=8)
+
+
+@pytest.fixture(scope="module")
+def student_of_images(tmp_path_factory):
+    """Of a task of images and of one of vectors; its directory."""
+    rng = np.random.default_rng(0)
+
+    def bright_half(observation):
+        return np.int64(rng.integers(2) if rng.random() < 0.3 else observation[:, 45:].mean() > 100)
+
+    collect("tests/sides-v0", "tests/Sides-v0", 40, bright_half)
+    make_dataset("tests/swing-v0", [20] * 40, obs_dim=3, act_dim=1, spec="Pendulum-v1")
+    home = tmp_path_factory.mktemp("images")
+    options = {"n_layer": 1, "n_embd": 16, "batch_size": 32, "eval_episodes": 4, "device": "cpu"}
+    options |= {"steps": 60, "warmup": 10}
+    teachers = []
+    for name in ("sides", "swing"):
+        out = str(home / name)
+        config = teacher.Config(dataset=f"tests/{name}-v0", out_dir=out, context=2, **options)
+        teachers.append(str(teacher.main(config)))
+    out = home / "student"
+    distill.main(distill.Config(teachers=tuple(teachers), out_dir=str(out), ask=0.3, **options))
+    return out
+
+
+def test_student__of_images_sees_them(student_of_images):
+    metrics = files.read_json(student_of_images / "metrics.json")["tasks"]["tests/sides-v0"]
+    of_teacher = files.read_json(student_of_images.parent / "sides/metrics.json")["tasks"]["tests/sides-v0"]
+    assert min(metrics["return_mean"], of_teacher["return_mean"]) > 7.5  # of 8; at random 4
+    model, meta = dt.load(student_of_images)
+    assert model.cfg.images == ((1, 40, 84), ())
+    assert data.tasks(meta, student_of_images)[0].obs_dim == 0
+
+
+def test_policy__of_images_acts_as_the_model_on_the_whole_window(student_of_images):
+    model, meta = dt.load(student_of_images)
+    task = data.tasks(meta, student_of_images)[0]
+    p = policy.Policy.of(model, task, 0)
+    p.reset(target_return=6.0, episodes=30)
+    images = np.random.default_rng(0).integers(0, 100, (30, 40, 84))
+    images[:20, :, 42:] += 150
+    images[10:, :, :42] += 150
+    vectors = images.reshape(30, -1).astype(np.float32)
+    actions = p.act(vectors)
+    pixels = torch.from_numpy(vectors.astype(np.uint8))[:, None]
+    rtg = torch.full((30, 1), 6.0 / task.rtg_scale)
+    timesteps = torch.zeros(30, 1, dtype=torch.long)
+    inputs = (torch.zeros(30, 1, 0), torch.zeros(30, 1, 2), rtg, timesteps, timesteps == 0, pixels)
+    logits = model(0, *inputs)[0][:, 0]
+    assert np.array_equal(actions, logits.argmax(1).numpy())
+    assert len(set(actions.tolist())) == 2
+
+
+@pytest.mark.slow
+def test_student__of_images_acts_by_onnxruntime_as_it_does_here(student_of_images):
+    export.main(export.Config(str(student_of_images), eval_episodes=4, int8=True))
+    card = files.read_json(student_of_images / "tests-sides-v0.json")
+    returns = files.read_json(student_of_images / "metrics.json")["tasks"]["tests/sides-v0"]["return_mean"]
+    whole, int8 = card["files"].values()
+    assert whole["return_mean"] == int8["return_mean"] == returns
+    assert whole["largest_difference"] < 1e-2  # the share of actions that differ
+    assert int8["bytes"] < 0.95 * whole["bytes"]
+    example = runpy.run_path(str(ROOT / "examples/act_onnx.py"))
+    session = export.session(str(student_of_images / "tests-sides-v0.onnx"))
+    env = gym.make("tests/Sides-v0")
+    alone = [example["play"](session, env, card, card["target"], evaluate.SEED + i) for i in range(4)]
+    assert np.mean(alone) == returns
+    assert not (student_of_images / "all-tasks.onnx").exists()
 
 
 @settings(max_examples=40)
