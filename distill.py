@@ -679,7 +679,7 @@ def make_student(
     student.bfloat16 = machine.bfloat16(cfg)
     training.seed_dropout(cfg)
     parameters = sum(t.n_params for t in teachers)
-    heads = f"{len(set(student.cfg.groups))} heads, " if cfg.share else ""
+    heads = f"heads: {len(set(student.cfg.groups))}, " if cfg.share else ""
     print(
         f"{len(tasks)} teachers of {parameters:,} parameters -> student of {student.n_params:,}, "
         f"{parameters / student.n_params:.1f} times fewer, {heads}on {device}, "
