@@ -5,6 +5,7 @@ Processes: test_distributed.py. Stopping and resuming: test_resume.py. The comma
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import huggingface_hub
@@ -137,6 +138,25 @@ def test_distance__kl_and_nll_together_are_their_sum():
         return distill.Distance(cfg, learner.student)(batch, batch.targets)
 
     torch.testing.assert_close(distance("kl+nll"), distance("kl") + distance("nll"))
+
+
+def test_live_targets__show_every_teacher_the_images_of_its_own_windows():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 8, "context": 3, "tokens": 1}
+    images = [(1, 36, 36), (), (2, 36, 36)]
+    models = [dt.DecisionTransformer(dt.ModelConfig((2,), (1,), images=(x,), **sizes)).eval() for x in images]
+    B, K = 9, 3
+    task = torch.arange(B) % 3
+    actions = torch.zeros(B, K, 1)
+    pixels = torch.randint(0, 256, (B, K, 2 * 36 * 36), dtype=torch.uint8)
+    rows = torch.zeros(B, K, dtype=torch.long)
+    inputs = (torch.randn(B, K, 2), actions, torch.rand(B, K), rows, rows == 0, pixels)
+    targets = distill.live_targets(models, data.Batch(task, *inputs, rows, torch.empty(2, B, K, 0)))
+    for i, (model, image) in enumerate(zip(models, images, strict=True)):
+        own = [x[i::3] for x in inputs]
+        own[-1] = own[-1][..., : math.prod(image)]
+        with torch.no_grad():
+            assert torch.allclose(targets[:, i::3], torch.stack(model(0, *own)), atol=1e-6)
 
 
 def gradients_by_teacher(learner: distill.Learner, batch: data.Batch) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 import model as dt
 import muon
 from kernels import kl
-from support import UserError
+from support import UserError, training
 
 CFG = dt.ModelConfig(obs_dims=(3, 5, 4), act_dims=(2, 1, 4), n_layer=2, n_head=2, n_embd=16, context=6)
 ONE_TOKEN = dataclasses.replace(CFG, tokens=1)
@@ -298,6 +298,39 @@ def test_forward__gives_gradients_to_the_encoders_of_its_batch_alone():
     m(*x)[1][x[MASK]].sum().backward()
     assert all(p.grad.any() for p in m.encoders[0].weights)
     assert all(p.grad is None or not p.grad.any() for p in m.encoders[1].parameters())
+
+
+@pytest.mark.slow
+def test_encoder__learns_at_a_students_learning_rate():
+    """Which quarter of an image is bright, in 200 updates."""
+    torch.manual_seed(0)
+    m = dt.DecisionTransformer(
+        dt.ModelConfig((0,), (4,), 1, 1, 16, 1, 1, discrete=(True,), images=((1, 36, 40),))
+    )
+    theta = dt.flatten(m)
+    state = [torch.zeros_like(theta.data) for _ in range(2)]
+    rows = training.schedule(200, 16e-3, 20)
+    for schedule in rows:
+        quarter = torch.randint(0, 4, (64,))
+        pixels = torch.randint(90, 110, (64, 36, 40), dtype=torch.uint8)
+        for window, q in zip(pixels, quarter.tolist(), strict=True):
+            window[18 * (q // 2) :][:18, 20 * (q % 2) :][:, :20] += 100
+        zeros = torch.zeros(64, 1)
+        inputs = (
+            torch.zeros(64, 1, 0),
+            torch.zeros(64, 1, 4),
+            zeros,
+            zeros.long(),
+            zeros == 0,
+            pixels.view(64, 1, -1),
+        )
+        nll = -m(0, *inputs)[0][:, 0].gather(1, quarter[:, None]).mean()
+        theta.grad.zero_()
+        nll.backward()
+        options = {"schedule": schedule, "alive": torch.tensor(True), "clip": 0.25, "shapes": muon.shapes(m)}
+        with torch.no_grad():
+            muon.step(theta, theta.grad, None, *state, **options)
+    assert nll < 0.05
 
 
 def test_encoder__has_mnih_et_als_sizes_at_128_channels():

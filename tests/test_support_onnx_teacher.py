@@ -469,6 +469,25 @@ def test_onnx_teacher__sees_the_last_frames(tmp_path, frames, dtype):
         assert np.array_equal(policy.act(vectors, np.zeros(B))[valid], wanted.argmax(-1)[valid])
 
 
+def test_onnx_teacher__sees_the_present_frame_beside_a_longer_history(tmp_path):
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["x"], ["most"], axes=[2, 3], keepdims=0),
+        helper.make_node("ReduceMax", ["observations"], ["unused"]),
+        helper.make_node("MatMul", ["most", "M"], ["logits"]),
+    ]
+    shapes = {"pixels": ["B", 2, 40, 36], "observations": ["B", 3, 3]}
+    file = write(tmp_path / "x.onnx", nodes, shapes, {"logits": ["B", 3]}, {"M": np.ones((2, 3)) * [0, 1, 2]})
+    policy = OnnxTeacher(file, task_of_images())
+    assert policy.cfg.context == 3
+    policy.reset(0.0, 1)
+    for brightness in (1, 0, 3):
+        vector = np.full((1, 3 + 2 * 40 * 36), brightness)
+        policy.act(vector, np.zeros(1))
+        wanted = torch.tensor([0.0, 2 * brightness, 4 * brightness]).log_softmax(0)
+        assert np.allclose(policy.policy(policy.history)[0], wanted)
+
+
 def test_onnx_teacher__refuses_images_of_other_sizes(tmp_path):
     message = r"takes pixels \['B', 3, 40, 36\], dataset .* has pixels \(B, K 2, 40, 36\); put --teachers"
     with pytest.raises(UserError, match=message):
