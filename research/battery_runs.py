@@ -2,7 +2,7 @@
 
     python -m research.battery_runs --datasets unseen --logs ../logs   # or: all, choosing, hopper-quiet ...
     python -m research.battery_runs --students 0 1 2                   # seeds; of GROUPS of those teachers
-    python -m research.battery_runs --students 0 1 2 --students-of "context 1"
+    python -m research.battery_runs --students 0 1 2 --students-of "context 1" --ask 0
 
 A row of research/results/battery.csv for each dataset, variant, seed and return asked for: 20 episodes, of
 the last checkpoint. A run whose rows are there is skipped. One thread: run several processes at a time, each
@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class Config:
     variants: tuple[str, ...] = tuple(VARIANTS)
     students: tuple[int, ...] = ()  # seeds of students of GROUPS
     students_of: str = "default"  # variant of their teachers
+    ask: float | Literal["auto"] = "auto"  # as distill.py's
     logs: str = "../logs"  # folder of the TRPO run's files, for datasets that are missing
     work_dir: str = "out/battery"  # of the teachers
 
@@ -153,16 +154,23 @@ def run(cfg: Config, name: str, variant: str, seed: int) -> None:
 
 def run_students(cfg: Config, seed: int) -> None:
     """A student of each group of teachers; adds a row for each of their datasets."""
-    of_default = cfg.students_of == "default"
+    kind = "student" if cfg.students_of == "default" else f"{cfg.students_of} student"
+    if cfg.ask != "auto":
+        kind = f"ask {cfg.ask:g} {kind}"
     for group, names in GROUPS.items():
-        variant = f"student {group}" if of_default else f"{cfg.students_of} student {group}"
+        variant = f"{kind} {group}"
         if (names[0], variant, seed) in measured():
             continue
         teachers = tuple(str(directory(cfg, name, cfg.students_of, seed)) for name in names)
         out = Path(cfg.work_dir) / f"{variant.replace(' ', '-')}-{seed}"
         distill.main(
             distill.Config(
-                teachers=teachers, seed=seed, out_dir=str(out), eval_episodes=EPISODES, resume=True
+                teachers=teachers,
+                seed=seed,
+                ask=cfg.ask,
+                out_dir=str(out),
+                eval_episodes=EPISODES,
+                resume=True,
             )
         )
         metrics = files.read_json(out / "metrics.json")

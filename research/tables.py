@@ -360,20 +360,22 @@ def battery(names: list[str]) -> str:
     text += f" Baseline / default, on average (at worst): {', '.join(each)}."
     if retention:
         text += f" Students' retention: {np.mean(retention):.2f} on average, {min(retention):.2f} at worst."
-    others = {}  # students of context 1's teachers against those of the default's
-    for name in names:
-        if (name, "context 1 student", "supported") in returns:
-            of_default, other = (
-                np.mean(returns[name, variant, "supported"]) - low[name]
-                for variant in ("student", "context 1 student")
-            )
-            others[name] = other / of_default
-    if others:
-        x = list(others.values())
-        text += (
-            f" Students of context 1's teachers / of the default's: {np.mean(x):.2f} on average, "
-            f"{min(x):.2f} at worst, {max(x):.2f} at best."
-        )
+
+    def of_students(a: str, b: str) -> str:
+        """Returns of one kind of students over another's, from the return of a random policy."""
+        ratios = []
+        for name in names:
+            if (name, a, "supported") in returns and (name, b, "supported") in returns:
+                mean, other = (np.mean(returns[name, kind, "supported"]) - low[name] for kind in (a, b))
+                ratios.append(mean / other)
+        return f"{np.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+
+    asked = of_students("student", "ask 0 student")
+    if asked:
+        text += f" With the default over --ask 0: {asked}."
+    uniform = of_students("ask 0 context 1 student", "ask 0 student")
+    if uniform:
+        text += f" With --ask 0, of context 1's teachers over of the default's: {uniform}."
     return f"{table([*head, 'flags of teachers', 'of students'], lines)}\n\n{text}"
 
 
