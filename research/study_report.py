@@ -473,17 +473,11 @@ def retention_table(evaluated: Sizes) -> str:
     return table(columns, lines)
 
 
-def score_table(case: str, by_variant: ByVariant, columns: dict[str, str], seeds: bool = True) -> str:
+def score_table(case: str, by_variant: ByVariant, columns: dict[str, str]) -> str:
     """A line for each task: its teachers' score and the students', of the variants `columns`, {name:
     variant}.
-
-    Students count whose teachers are those of DEFAULT's. seeds: with a line for how many there are.
     """
-    runs = {}
-    for column, variant in columns.items():
-        of_same_teachers = list(paired(lambda run, _: run, by_variant.get(variant, []), by_variant[DEFAULT]))
-        if of_same_teachers:
-            runs[column] = of_same_teachers
+    runs = of_columns(by_variant, columns)
     teachers = np.array([row["teacher_scores"] for row in by_variant[DEFAULT]])  # (seeds, tasks)
     lines = []
     for i, task in enumerate(CASES[case]):
@@ -492,15 +486,33 @@ def score_table(case: str, by_variant: ByVariant, columns: dict[str, str], seeds
             students = np.array([row["teacher_scores"][i] * row["retention"][i] for row in of_column])
             line.append(cell(pooled, [students], "{:.1f}"))
         lines.append(line)
-    if seeds:
-        lines.append(["seeds", "", *(str(len(of_column)) for of_column in runs.values())])
-    for name, retention in (("mean", mean_retention), ("worst task", worst_retention)):
-        cells = [cell(pooled, [retention(of_column)], "{:.2f}") for of_column in runs.values()]
+    lines.append(["seeds", "", *(str(len(of_column)) for of_column in runs.values())])
+    for name, *cells in retention_lines(runs):
         lines.append([f"retention, {name}", "", *cells])
     return table(["task", "teacher", *runs], lines)
 
 
+def of_columns(by_variant: ByVariant, columns: dict[str, str]) -> ByVariant:
+    """The runs of each column's variant whose teachers are those of DEFAULT's, where there are any."""
+    runs = {}
+    for column, variant in columns.items():
+        of_same_teachers = list(paired(lambda run, _: run, by_variant.get(variant, []), by_variant[DEFAULT]))
+        if of_same_teachers:
+            runs[column] = of_same_teachers
+    return runs
+
+
+def retention_lines(runs: ByVariant) -> list[list[str]]:
+    """Retention, a cell for each of the columns."""
+    lines = []
+    for name, retention in (("mean", mean_retention), ("worst task", worst_retention)):
+        cells = [cell(pooled, [retention(of_column)], "{:.2f}") for of_column in runs.values()]
+        lines.append([name, *cells])
+    return lines
+
+
 def readme_table(results: Results) -> str:
-    """The table of README's results: fewer columns, no seeds."""
+    """The table of README's results: retention alone, in fewer columns."""
     columns = {name: SCORE_COLUMNS[name] for name in README_COLUMNS}
-    return score_table(DEFAULTS, results.scored()[DEFAULTS], columns, seeds=False)
+    runs = of_columns(results.scored()[DEFAULTS], columns)
+    return table(["retention", *runs], retention_lines(runs))
