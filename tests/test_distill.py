@@ -529,14 +529,14 @@ def test_main__asks_by_itself_where_a_task_has_few_episodes(teachers, tmp_path, 
     """Of five training episodes; not where none is few, nor without teachers."""
     said = f"few training episodes (5 of {NAMES[0]}, "
     logs = {}
-    for name, few, ask in (("few", 30, "auto"), ("asked", 30, 0.5), ("many", 5, "auto"), ("labels", 5, 0.0)):
+    for name, few, ask in (("few", 10, "auto"), ("asked", 10, 0.5), ("many", 5, "auto"), ("labels", 5, 0.0)):
         monkeypatch.setattr(distill, "FEW_EPISODES", few)
         logs[name] = distilled(teachers, tmp_path / name, steps=10, ask=ask)["loss"]
         assert (said in capsys.readouterr().out) == (name == "few"), name
     assert np.array_equal(logs["few"], logs["asked"])
     assert np.array_equal(logs["many"], logs["labels"])
     assert not np.array_equal(logs["few"], logs["many"])
-    monkeypatch.setattr(distill, "FEW_EPISODES", 30)
+    monkeypatch.setattr(distill, "FEW_EPISODES", 10)
     distilled(teachers, tmp_path / "data", steps=2, loss="kl+nll", curriculum="all", ask="auto")
     assert said not in capsys.readouterr().out
 
