@@ -62,7 +62,7 @@ Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
-FEW_EPISODES = 10  # of a task: with fewer, --ask auto asks (docs/study.md, When teachers pay)
+FEW_EPISODES = 100  # of a task: with fewer, --ask auto asks (docs/study.md, When teachers pay)
 
 
 @dataclasses.dataclass
@@ -96,7 +96,7 @@ class Config:
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
     top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
     # share of the windows that ask teachers for other returns, in other states; auto: 0.5 where a task has
-    # fewer than 10 training episodes, else 0
+    # fewer than 100 training episodes, else 0
     ask: float | Literal["auto"] = "auto"
     ask_low: float = 0.5  # lowest of these: 0 is the data's 10th percentile, 1 the default target return
     ask_high: float = 1.05  # highest, likewise

@@ -5,6 +5,8 @@ share of the data and mode are the same. Intervals are 95 %, bootstrap over teac
 each. Used by research/tables.py and by what makes the runs.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +41,7 @@ ALL = "all"  # of the data; else: worst half
 STATISTICS = {"mean": mean_retention, "worst task": worst_task}
 MIN_RUNS = 5  # fewer have no interval and no p
 ALPHA = 0.05  # for all comparisons together
+EPISODES = (0, 10, 30, 100, math.inf)  # of a task in a student's data: the lines of `by_episodes`
 COLUMNS = ("retention", "episodes", "heldout_kl", "target_gap", "teacher_gap")
 
 
@@ -157,7 +160,43 @@ def tables(rows: list[dict[str, str]]) -> str:
             "difference above X (two one-sided tests at 5 %)"
         )
         blocks.append(comparison_table(found, compared))
+    lines = by_episodes(found)
+    if lines:
+        blocks.append(
+            "Asked minus labels by the training episodes of a task: mean and standard error over tasks and "
+            "students that have both"
+        )
+        blocks.append(table(["episodes", "results", "asked − labels", "standard error"], lines))
     return "\n\n".join(blocks)
+
+
+def by_episodes(found: Found) -> list[list[str]]:
+    """A line for each range of EPISODES that has two results."""
+    episodes = []
+    differences = []
+    for group, asked in found.items():
+        labels = found.get(group._replace(mode="labels"))
+        main = group.data == ALL and group.compression == main_compression(found, group.tasks)
+        if group.mode != "asked" or not main or labels is None:
+            continue
+        for i, seeds in enumerate(asked.seeds):
+            if seeds in labels.seeds:
+                episodes.append(asked.episodes[i])
+                differences.append(asked.retention[i] - labels.retention[labels.seeds.index(seeds)])
+    lines = []
+    for low, high in itertools.pairwise(EPISODES):
+        inside = (np.array(episodes) >= low) & (np.array(episodes) < high)
+        x = np.array(differences)[inside]
+        if len(x) > 1:
+            error = x.std(ddof=1) / len(x) ** 0.5
+            lines.append([_range(low, high), str(len(x)), f"{x.mean():.3f}", f"{error:.3f}"])
+    return lines
+
+
+def _range(low, high):
+    if low == 0:
+        return f"below {high}"
+    return f"{low} and more" if high == math.inf else f"{low} to {high - 1}"
 
 
 def interval_of(statistic: Callable[..., np.ndarray], runs: Students) -> np.ndarray:  # (2,)

@@ -345,14 +345,14 @@ def battery(names: list[str]) -> str:
         of_baselines.append(of_ours)
         shares.append(1 / max(of_ours))
         student = ""
-        if (name, "student", "supported") in returns:
-            mean = np.mean(returns[name, "student", "supported"])
+        if (name, "ask 0 student", "supported") in returns:
+            mean = np.mean(returns[name, "ask 0 student", "supported"])
             retention.append((mean - low[name]) / (ours - low[name]))
             student = number(mean)
         n_seeds = len(returns[name, "default", "supported"])
         cells = [number(target), number(ours), student, *map(number, others), f"{shares[-1]:.2f}", n_seeds]
-        lines.append([name, *cells, flags(of_dataset, "default"), flags(of_dataset, "student")])
-    head = ["dataset", "asked for", "default", "student", *BASELINES, "default / best", "seeds"]
+        lines.append([name, *cells, flags(of_dataset, "default"), flags(of_dataset, "ask 0 student")])
+    head = ["dataset", "asked for", "default", "student, --ask 0", *BASELINES, "default / best", "seeds"]
     text = f"Default / best baseline: {np.mean(shares):.2f} on average, {min(shares):.2f} at worst."
     each = []
     for baseline, of_ours in zip(BASELINES, np.transpose(of_baselines), strict=True):

@@ -204,6 +204,21 @@ def test_tables__hold_all_tables_each_below_a_line_about_it(small):
     assert blocks[4].startswith("Differences of retention on the same seeds: 4 of 6, in bold, survive")
 
 
+def test_by_episodes__has_the_mean_difference_of_each_range_of_episodes(tmp_path):
+    rows = [
+        *csv_rows("labels", {"hopper": 0.5, "ant": 0.5}),
+        *csv_rows("asked", {"hopper": 0.6, "ant": [0.7, 0.9]}, seeds=SEEDS[:2]),  # the seeds of both count
+        *csv_rows("labels", {"hopper": 1.0, "ant": 1.0}, share=1.0, episodes=100, seeds=SEEDS[:1]),
+        *csv_rows("asked", {"hopper": 0.9, "ant": 1.0}, share=1.0, episodes=100, seeds=SEEDS[:1]),
+        *csv_rows("asked", {"hopper": 9.0, "ant": 9.0}, compression=50),
+        *csv_rows("labels", {"hopper": 0.0, "ant": 0.0}, compression=50),
+    ]
+    error = np.std([0.1, 0.1, 0.2, 0.4], ddof=1) / 2
+    expected = [["below 10", "4", "0.200", f"{error:.3f}"], ["100 and more", "2", "-0.050", "0.050"]]
+    assert little.by_episodes(little.students(read(tmp_path, rows))) == expected
+    assert little.tables(read(tmp_path, rows)).endswith("| 100 and more | 2 | -0.050 | 0.050 |")
+
+
 def test_plot__shows_a_column_for_each_set_of_tasks(small, tmp_path):
     other = read(tmp_path, csv_rows("asked", {"swimmer": [0.7, 0.8, 0.9] * 2}, tasks="thirdparty"))
     assert little.plot(tmp_path / "one.png", small)
