@@ -1,16 +1,15 @@
-"""Meta-World's scripted experts in the goals of an evaluation, and the table of docs/metaworld.md.
+"""Meta-World's scripted experts in the goals of an evaluation, and the tables of docs/metaworld.md.
 
     python -m research.metaworld out/student                # plays the experts -> out/student/experts.json
-    python -m research.metaworld out/student --table        # experts, teachers and student by task
+    python -m research.metaworld out/student --table        # experts, teachers and student, by task
+    python -m research.metaworld out/a out/b --table        # two students of the same tasks, a line each
 
-Needs the package metaworld (support/metaworld.py). The goals are those of evaluate.py: by seed, of so many
-episodes as the student was evaluated in. Teachers' rates are of their evaluation.json (evaluate.py) in the
-folders --teachers, where there is one, else of the student's run.
+Playing needs the package metaworld (support/metaworld.py). The goals are those of evaluate.py: by seed, of so
+many episodes as the student was evaluated in. Tables take the experts of the first run.
 """
 
 import dataclasses
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,9 +24,8 @@ from support import cli, files
 
 @dataclasses.dataclass
 class Config:
-    run: Annotated[str, tyro.conf.Positional]  # a student's run directory
-    table: bool = False  # print the table, of experts that have been played
-    teachers: str = "out"  # folder of the teachers' run directories
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # students' run directories
+    table: bool = False  # print a table, of experts that have been played
 
 
 class Expert:
@@ -56,16 +54,14 @@ def played(task: data.Task, episodes: int) -> dict[str, float]:
         return evaluate.measured(Expert(task.name), task, task.target, episodes, evaluate.SEED)
 
 
-def rows(run: report.Run, experts: dict[str, Any], teachers: Path) -> list[list[str]]:
-    """The table's: success in any step / at the end, and returns, of expert, teacher and student."""
+def of_tasks(run: report.Run, experts: dict[str, Any]) -> list[list[str]]:
+    """By task: success in any step / at the end, and returns, of expert, teacher and student."""
     lines = []
     found = []
-    for task in data.tasks(run.meta, run.path):
-        of_run = files.read_json(teachers / f"teacher-{task.name.replace('/', '-')}" / "evaluation.json")
-        teacher = of_run["tasks"][task.name] if of_run else run.teachers[task.name]
-        models = (experts[task.name], teacher, run.tasks[task.name])
+    for name in run.tasks:
+        models = (experts[name], run.teachers[name], run.tasks[name])
         found.append([(m["success_rate"], m["success_at_end"], m["return_mean"]) for m in models])
-        lines.append([task.name, *_cells(found[-1])])
+        lines.append([name, *_cells(found[-1])])
     return [*lines, ["**mean**", *_cells(np.mean(found, 0))]]
 
 
@@ -74,20 +70,44 @@ def _cells(models):
     return [*success, *(f"{mean:.0f}" for _, _, mean in models)]
 
 
+def of_run(run: report.Run, experts: dict[str, Any]) -> list[str]:
+    """Of all tasks: the student's size, mean success of each kind, and what the student retains of it."""
+    models = (experts, run.teachers, run.tasks)
+    success = [f"{np.mean([m[name]['success_rate'] for name in run.tasks]):.3f}" for m in models]
+    retained = [*run.retention.values()]
+    kl = np.mean([m["heldout_kl"] for m in run.tasks.values()])
+    return [
+        run.path.name,
+        f"{run.metrics['compression']:.1f}",
+        f"{run.metrics['parameters']:,}",
+        *success,
+        f"{np.mean(retained):.3f}",
+        f"{min(retained):.2f}",
+        f"{kl:.3f}",
+        f"{run.metrics['seconds']['train']:.0f}",
+    ]
+
+
 def main(cfg: Config) -> None:
-    run = report.Run(cfg.run)
-    path = run.path / "experts.json"
+    runs = [report.Run(path) for path in cfg.runs]
     if cfg.table:
+        experts = files.read_json(runs[0].path / "experts.json")
+        if len(runs) > 1:
+            head = ["student", "times fewer", "parameters", "success expert", "teachers", "student"]
+            head += ["retained, mean", "worst", "held-out KL", "seconds of training"]
+            print(table(head, [of_run(run, experts) for run in runs]))
+            return
         columns = [
             f"{kind} {who}" for kind in ("success", "return") for who in ("expert", "teacher", "student")
         ]
-        print(table(["task", *columns], rows(run, files.read_json(path), Path(cfg.teachers))))
+        print(table(["task", *columns], of_tasks(runs[0], experts)))
         return
-    experts = {}
-    for task in data.tasks(run.meta, run.path):
-        experts[task.name] = played(task, run.tasks[task.name]["episodes"])
-        print(task.name, experts[task.name], flush=True)
-    files.write_json(path, experts)
+    for run in runs:
+        experts = {}
+        for task in data.tasks(run.meta, run.path):
+            experts[task.name] = played(task, run.tasks[task.name]["episodes"])
+            print(task.name, experts[task.name], flush=True)
+        files.write_json(run.path / "experts.json", experts)
 
 
 if __name__ == "__main__":

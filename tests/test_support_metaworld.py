@@ -18,7 +18,9 @@ import data
 import distill
 import evaluate
 import forked
+import report
 import research.metaworld
+from conftest import ROOT
 from support import UserError, environments, metaworld
 
 package_needed = pytest.mark.skipif(
@@ -197,17 +199,37 @@ def test_table__has_experts_teachers_and_a_student(stand_in, tmp_path, monkeypat
     collected("mw/reach", 5000)
     options = {"steps": 2, "n_embd": 8, "eval_episodes": 2, "device": "cpu"}
     distill.main(distill.Config(envs=("mw/reach",), teacher_steps=2, out_dir="out/student", **options))
-    research.metaworld.main(research.metaworld.Config("out/student"))
+    research.metaworld.main(research.metaworld.Config(("out/student",)))
     experts = json.loads((tmp_path / "out/student/experts.json").read_text())
     assert experts["mw/reach"]["success_rate"] == 1
     assert experts["mw/reach"]["return_mean"] == metaworld.EPISODE_STEPS
     assert experts["mw/reach"]["episodes"] == 2
     capsys.readouterr()
-    research.metaworld.main(research.metaworld.Config("out/student", table=True))
+    research.metaworld.main(research.metaworld.Config(("out/student",), table=True))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| mw/reach | 1.00 / 1.00 |")
     assert lines[3].startswith("| **mean** | 1.00 / 1.00 |")
     shutil.rmtree(get_dataset_path(data.dataset_id("mw/reach")))
+
+
+def test_docs__have_the_table_of_the_committed_run():
+    run = report.Run(ROOT / "research/results/mt10")
+    experts = json.loads((run.path / "experts.json").read_text())
+    lines = research.metaworld.of_tasks(run, experts)
+    assert len(lines) == 11
+    text = (ROOT / "docs/metaworld.md").read_text()
+    assert [line for line in lines if f"| {' | '.join(line)} |" not in text] == []
+
+
+def test_of_run__has_a_students_size_success_and_retention():
+    run = report.Run(ROOT / "research/results/mt10")
+    experts = json.loads((run.path / "experts.json").read_text())
+    name, times, parameters, *numbers = research.metaworld.of_run(run, experts)
+    assert (name, times, parameters) == ("mt10", "15.4", "394,248")
+    expert, teachers, student, mean, worst, *_ = map(float, numbers)
+    assert expert == pytest.approx(np.mean([m["success_rate"] for m in experts.values()]), abs=6e-4)
+    assert student / teachers == pytest.approx(mean, abs=0.002)
+    assert worst == pytest.approx(min(m["retention"] for m in run.tasks.values()), abs=0.006)
 
 
 # ---- the package itself ------------------------------------------------------------------------------------
