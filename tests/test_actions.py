@@ -181,13 +181,13 @@ def home(tmp_path_factory):
     for kind in SPACES:
         rng = np.random.default_rng(0)
         SPACES[kind].seed(0)
-        collect(f"tests/{kind}-v0", f"tests/Levers-{kind}-v0", 60, noisily_right(kind, rng))
-    make_dataset("tests/pendulum-v0", [20] * 5, obs_dim=3, act_dim=1, spec="Pendulum-v1")
+        collect(f"tests/levers/{kind}-v0", f"tests/Levers-{kind}-v0", 60, noisily_right(kind, rng))
+    make_dataset("tests/levers/pendulum-v0", [20] * 5, obs_dim=3, act_dim=1, spec="Pendulum-v1")
     for kind in (*KINDS, "pendulum"):
         size = {"n_layer": 1, "n_embd": 32, "context": 2, "steps": 100}
         with contextlib.redirect_stdout(io.StringIO()):
             teacher.main(
-                teacher.Config(dataset=f"tests/{kind}-v0", out_dir=str(home / kind), **size, **OPTIONS)
+                teacher.Config(dataset=f"tests/levers/{kind}-v0", out_dir=str(home / kind), **size, **OPTIONS)
             )
     return home
 
@@ -215,16 +215,16 @@ def tasks_of(run):
 
 def test_teacher__learns_each_factor(home):
     for kind in KINDS:
-        metrics = tasks_of(home / kind)[f"tests/{kind}-v0"]
+        metrics = tasks_of(home / kind)[f"tests/levers/{kind}-v0"]
         assert metrics["return_mean"] >= 0.9 * LIMIT[kind], kind
         assert metrics["heldout_log_std"] is None
-    assert tasks_of(home / "two")["tests/two-v0"]["heldout_nll"] < np.log(2 * 3) / 2  # uniform actions
+    assert tasks_of(home / "two")["tests/levers/two-v0"]["heldout_nll"] < np.log(2 * 3) / 2  # uniform actions
 
 
 def assert_close_to_its_teachers(run):
     log = files.read_csv(run / "log.csv")
     for kind in KINDS:
-        kl = log[f"heldout_kl_tests/{kind}-v0"]
+        kl = log[f"heldout_kl_tests/levers/{kind}-v0"]
         assert kl[np.isfinite(kl)][-1] < 0.5 * kl[0], kind
 
 
@@ -232,11 +232,11 @@ def test_student__of_all_kinds_of_actions_acts_as_its_teachers_do(student):
     assert_close_to_its_teachers(student)
     tasks = tasks_of(student)
     for kind in KINDS:
-        assert tasks[f"tests/{kind}-v0"]["return_mean"] >= 0.9 * LIMIT[kind], kind
+        assert tasks[f"tests/levers/{kind}-v0"]["return_mean"] >= 0.9 * LIMIT[kind], kind
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate.main(evaluate.Config(str(student), eval_episodes=2, device="cpu"))
     evaluated = files.read_json(student / "evaluation.json")["tasks"]
-    assert evaluated["tests/two-v0"]["return_mean"] == tasks["tests/two-v0"]["return_mean"]
+    assert evaluated["tests/levers/two-v0"]["return_mean"] == tasks["tests/levers/two-v0"]["return_mean"]
 
 
 @pytest.mark.parametrize("loss", slow("mse", "nll", "kl+nll"))
@@ -247,10 +247,10 @@ def test_student__learns_by_other_losses(home, loss):
 def test_policy__gives_actions_of_the_space(student):
     for kind in KINDS:
         p = Policy(student)
-        p.reset(f"tests/{kind}-v0")
+        p.reset(f"tests/levers/{kind}-v0")
         action = p.act(np.zeros(len(p.task.choices)))
         assert SPACES[kind].contains(action), kind
-        p.reset(f"tests/{kind}-v0", episodes=3)
+        p.reset(f"tests/levers/{kind}-v0", episodes=3)
         assert p.act(np.zeros((3, len(p.task.choices)))).shape == (3, *SPACES[kind].shape)
 
 
@@ -280,12 +280,14 @@ def test_tasks__refuse_factors_that_are_not_the_models(home):
 
 def test_check__refuses_an_environment_of_other_factors(student):
     task = data.tasks(dt.load(student)[1], student)[0]
-    with pytest.raises(UserError, match="and 5 actions, dataset tests/two-v0 2 and 5: no evaluation there"):
+    with pytest.raises(
+        UserError, match="and 5 actions, dataset tests/levers/two-v0 2 and 5: no evaluation there"
+    ):
         evaluate.check([dataclasses.replace(task, factors=[3, 2])])
 
 
 def test_load__reads_actions_that_are_a_table(home):
-    d = data.load("tests/table-v0")
+    d = data.load("tests/levers/table-v0")
     assert d.task.factors == [2, 3, 2, 2]
     assert d.task.act_dim == 9
     assert (d.train[:, d.task.obs_dim : -2].sum(1) == 4).all()

@@ -190,17 +190,17 @@ def teacher_of(name: str, home: Path) -> Path:
     """Its run directory; trained at the first call."""
     out = home / name
     if not out.exists():
-        collect(f"tests/{name}-v0", GROUPS[name])
+        collect(f"tests/packages/{name}-v0", GROUPS[name])
         with contextlib.redirect_stdout(io.StringIO()):
             options = {"imports": (GROUPS[name].package,), "context": 4, **TINY}
-            teacher.main(teacher.Config(dataset=f"tests/{name}-v0", out_dir=str(out), **options))
+            teacher.main(teacher.Config(dataset=f"tests/packages/{name}-v0", out_dir=str(out), **options))
     return out
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_teacher__learns_and_acts(name, home):
     out = teacher_of(name, home)
-    metrics = files.read_json(out / "metrics.json")["tasks"][f"tests/{name}-v0"]
+    metrics = files.read_json(out / "metrics.json")["tasks"][f"tests/packages/{name}-v0"]
     assert np.isfinite([metrics["return_mean"], metrics["heldout_nll"]]).all()
     assert ("success_rate" in metrics) == GROUPS[name].success
     (task,) = data.tasks(dt.load(out)[1], out)
@@ -248,7 +248,7 @@ def test_student__of_all_groups_acts_by_onnxruntime_as_it_does_here(home):
 def test_student__of_images_and_of_others_acts_by_onnxruntime_as_it_does_here(home):
     out = student_of(["babyai", *OF_IMAGES], home, "no")
     assert_files_act_as_the_student_does(out, "no")
-    pong = files.read_json(out / "tests-pong-v0.json")
+    pong = files.read_json(out / "tests-packages-pong-v0.json")
     assert pong["pixels"] == [1, 84, 84]
-    with pytest.raises(UserError, match="--one-file only: tests/pong-v0 has images"):
+    with pytest.raises(UserError, match="--one-file only: tests/packages/pong-v0 has images"):
         export.main(export.Config(str(out), one_file="only"))
