@@ -62,7 +62,6 @@ Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
-FEW_EPISODES = 100  # of a task: with fewer, --ask auto asks (docs/study.md, When teachers pay)
 
 
 @dataclasses.dataclass
@@ -95,8 +94,7 @@ class Config:
     sigma_floor: float = 0.05  # added in squares to every variance, in half action ranges
     temperature: float = 1.0  # multiplies the teacher's sigma, divides its logits
     top: float = 0.1  # half of the windows come from this share of the data, of highest return; 1: all
-    # share of the windows that ask teachers for other returns, in other states; auto: 0.5 where a task has
-    # fewer than 100 training episodes, else 0
+    # share of the windows that ask teachers for other returns, in other states; auto: 0.5, without nll
     ask: float | Literal["auto"] = "auto"
     ask_low: float = 0.5  # lowest of these: 0 is the data's 10th percentile, 1 the default target return
     ask_high: float = 1.05  # highest, likewise
@@ -578,7 +576,7 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
             dataset = data.load(source, task.split_seed, like)
             check_unchanged(task, dataset.task)
             sets.append(data.share_of(dataset, cfg.data_share, cfg.seed))
-    ask = asked_share(cfg, sets)
+    ask = asked_share(cfg)
     device = machine.device(cfg)
     train_tables = [s.train for s in sets]
     cached = cfg.targets == "cached" and cfg.loss != "nll"
@@ -602,23 +600,11 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
     return windows, held_out.spread()
 
 
-def asked_share(cfg: Config, sets: list[data.Dataset]) -> float:
-    """Of the windows: what --ask says. Says so where it decides by itself."""
-    if cfg.loss == "nll":
+def asked_share(cfg: Config) -> float:
+    """Of the windows: what --ask says; none where the loss learns from the data's actions."""
+    if "nll" in cfg.loss:
         return 0.0
-    if cfg.ask != "auto":
-        return cfg.ask
-    episodes = {s.task.name: len(data.first_rows(s.train)) for s in sets}
-    few = ", ".join(f"{n} of {name}" for name, n in episodes.items() if n < FEW_EPISODES)
-    if not few or cfg.loss == "kl+nll":
-        return 0.0
-    if not processes.rank():
-        print(
-            f"few training episodes ({few}): half of the windows ask for other returns, in other states "
-            f"(--ask 0: none)",
-            flush=True,
-        )
-    return 0.5
+    return 0.5 if cfg.ask == "auto" else cfg.ask
 
 
 def check_unchanged(task: data.Task, now: data.Task) -> None:

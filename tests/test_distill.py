@@ -525,20 +525,15 @@ def test_main__names_an_option_that_does_not_fit(teachers, tmp_path, option, mes
         distilled(teachers, tmp_path, **option)
 
 
-def test_main__asks_by_itself_where_a_task_has_few_episodes(teachers, tmp_path, capsys, monkeypatch):
-    """Of five training episodes; not where none is few, nor without teachers."""
-    said = f"few training episodes (5 of {NAMES[0]}, "
-    logs = {}
-    for name, few, ask in (("few", 10, "auto"), ("asked", 10, 0.5), ("many", 5, "auto"), ("labels", 5, 0.0)):
-        monkeypatch.setattr(distill, "FEW_EPISODES", few)
-        logs[name] = distilled(teachers, tmp_path / name, steps=10, ask=ask)["loss"]
-        assert (said in capsys.readouterr().out) == (name == "few"), name
-    assert np.array_equal(logs["few"], logs["asked"])
-    assert np.array_equal(logs["many"], logs["labels"])
-    assert not np.array_equal(logs["few"], logs["many"])
-    monkeypatch.setattr(distill, "FEW_EPISODES", 10)
-    distilled(teachers, tmp_path / "data", steps=2, loss="kl+nll", curriculum="all", ask="auto")
-    assert said not in capsys.readouterr().out
+def test_main__asks_by_itself_unless_the_loss_learns_from_the_datas_actions(teachers, tmp_path):
+    def losses(name, **options):
+        return distilled(teachers, tmp_path / name, steps=10, curriculum="all", **options)["loss"]
+
+    auto = losses("auto", ask="auto")
+    assert np.array_equal(auto, losses("asked", ask=0.5))
+    assert not np.array_equal(auto, losses("labels", ask=0.0))
+    for loss in ("nll", "kl+nll"):
+        assert np.array_equal(losses(f"{loss}-auto", loss=loss, ask="auto"), losses(loss, loss=loss, ask=0.0))
 
 
 def test_main__takes_the_students_data_from_elsewhere(teachers, tmp_path):
