@@ -98,22 +98,16 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 def lower_targets(run: str) -> str:
-    """Returns of students asked for the median of their data's: of the default, and of uniform windows.
-
-    Empty for a run that has no such evaluation.
-    """
-    students = {}
-    for name, file in {"student": "median.json", "student, --top 1": "median-top-1.json"}.items():
-        if (RESULTS / run / file).exists():
-            students[name] = read_json(RESULTS / run / file)["tasks"]
-    if not students:
+    """Returns of a student asked for the median of its data's; empty where it was not evaluated so."""
+    path = RESULTS / run / "median.json"
+    if not path.exists():
         return ""
     lines = []
     for task, of_teacher in read_json(RESULTS / run / "model.json")["teachers"].items():
         median = of_teacher["median"]
-        returns = [median, *(tasks[task] for tasks in students.values())]
+        returns = (median, read_json(path)["tasks"][task])
         lines.append([f"{task}, {median['target']:.0f}", *map(mean_and_std, returns)])
-    return table(["lower target", "teacher", *students], lines)
+    return table(["lower target", "teacher", "student"], lines)
 
 
 def exported(run: str) -> str:
