@@ -560,28 +560,32 @@ class Windows:
                 u = torch.rand(len(first), generator=generator, device=device)[episode]
                 table = self.table[offset[i] + (1 + copy) * size :][:size]
                 table[:, self.O + self.A] += self.shift(task, episode, (copy + u) / self.copies).to(table)
-                states = table[:, : self.O].to(device)
-                table[:, : self.O] = self.moved(states, task, generator).to(table)
+                if noise:
+                    states = table[:, : self.O].to(device)
+                    draws = self.draws(states.shape, generator)
+                    table[:, : self.O] = self.moved(states, task, draws).to(table)
 
     def shift(self, task: Tensor, episode: Tensor, u: Tensor) -> Tensor:
         """(B,): what to add to an episode's returns-to-go to ask for a return drawn by u (B,) in [0, 1)."""
         return self.low[task] + u * (self.high - self.low)[task] - self.returns[episode]
 
-    def moved(self, states: Tensor, task: Tensor, generator: torch.Generator) -> Tensor:
-        """States (B, ..., O) like those that other returns lead to, where `noise` is not zero.
+    def moved(self, states: Tensor, task: Tensor, draws: tuple[Tensor, Tensor]) -> Tensor:
+        """States (B, ..., O) like those that other returns lead to; draws: of `draws`, for them.
 
         Half of them are multiplied by a factor of up to exp(1.6 noise) or its inverse: what is faster or
         slower moves farther or less far from the mean state. All get Gaussian noise of at most `noise`
         standard deviations, mostly much less. One-hot categories, bits and words stay as they are.
         """
-        if not self.noise:
-            return states
-        shape = (3, *states.shape[:-1], 1)
-        scaled, factor, size = torch.rand(shape, generator=generator, device=states.device)
+        scaled, factor, size = draws[0]
         factor = torch.where(scaled < 0.5, (1.6 * self.noise * (2 * factor - 1)).exp(), 1.0)
-        noise = torch.empty_like(states).normal_(generator=generator)
         measured = self.measured[task].view(len(task), *[1] * (states.dim() - 2), self.O)
-        return torch.where(measured, states * factor + self.noise * size.square() * noise, states)
+        return torch.where(measured, states * factor + self.noise * size.square() * draws[1], states)
+
+    def draws(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What moves states of this shape (B, ..., O): (3, B, ..., 1) in [0, 1), and (B, ..., O) normal."""
+        device = self.size.device
+        uniform = torch.rand((3, *shape[:-1], 1), generator=generator, device=device)
+        return uniform, torch.empty(shape, device=device).normal_(generator=generator)
 
     def episode(self, row: Tensor) -> Tensor:
         """The episodes of rows (B,) that are no copies, counted over all tasks, where `ask` was called."""
@@ -655,7 +659,12 @@ class Windows:
         batch = self.gather(task, end)
         if self.asking and not self.copies:
             rtg = batch.rtg + torch.where(asks, self.shift(task, self.episode(end), u.float()), 0.0)[:, None]
-            states = torch.where(asks[:, None, None], self.moved(batch.states, task, generator), batch.states)
+            states = batch.states
+            if self.noise:  # drawn for the whole job, as `u` was
+                own = slice(B * processes.rank(), B * (processes.rank() + 1))
+                uniform, normal = self.draws((B * processes.world(), *states.shape[1:]), generator)
+                moved = self.moved(states, task, (uniform[:, own], normal[own]))
+                states = torch.where(asks[:, None, None], moved, states)
             batch = batch._replace(rtg=rtg, states=states)
         if self.host:  # the next windows are probably those that these shares would give
             state = generator.get_state()
