@@ -393,8 +393,7 @@ def onnx_policy(device: str, dtype: str, size: str, int8: bool = False) -> Step:
     exported = export.Step(*acting_model(size), 0).eval()
     blob = export.to_onnx(exported, 0)
     runtime = export.session(export.quantised(blob) if int8 else blob)
-    names = [x.name for x in runtime.get_inputs()]
-    start = {name: x.numpy() for name, x in zip(names, exported.inputs(1), strict=True)}
+    start = exported.feed(1)
     feed = dict(start)
     observations = episodes()[0].numpy()
     t = 0
