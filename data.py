@@ -139,8 +139,8 @@ def tasks(meta: dict[str, Any], path: Path | str) -> list[Task]:
         tasks = [Task(**fields) for fields in meta["tasks"]]
         config = meta["config"]
         discrete = config.get("discrete") or [False] * len(tasks)
-        sizes = zip(config["obs_dims"], config["act_dims"], discrete, strict=True)
-        factors = config.get("factors") or [[A] * D for _, A, D in sizes]
+        of_one = [[A] * D for A, D in zip(config["act_dims"], discrete, strict=True)]
+        factors = config.get("factors") or of_one
         images = config.get("images") or [()] * len(tasks)
         sizes = (config["obs_dims"], config["act_dims"], factors, images)
         for task, O, A, F, image in zip(tasks, *sizes, strict=True):
