@@ -11,6 +11,7 @@ D4RL's constants where there are any, else of the dataset's lowest and highest r
 Also used by teacher.py, distill.py, export.py, report.py and research/study.py.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 import model as dt
 from policy import Policy
-from support import UserError, cli, environments, files, first_line, log, machine, spaces, verdict
+from support import UserError, cli, environments, files, first_line, log, machine, spaces, training, verdict
 
 SEED = 1000  # of the first evaluation episode; episode i has SEED + i
 FRAME_INTERVAL = 4  # steps between the frames of a film
@@ -129,6 +130,11 @@ def played(
     policy: a policy.Policy, or anything with its reset, act and keep. target: the return it is asked for, one
     number, or (E,) one of each episode. film: keep every FRAME_INTERVAL-th frame; else there are none.
     """
+    with contextlib.nullcontext() if task.image else training.one_thread():  # a small model, a few rows
+        return _played(policy, task, target, episodes, seed, film)
+
+
+def _played(policy, task, target, episodes, seed, film):
     envs = _make_envs(task, episodes, film)
     action_shape = envs[0].action_space.shape
     policy.reset(target_return=target, episodes=episodes)

@@ -1,9 +1,10 @@
 """What teacher.py and distill.py share in their training loops: learning rates, seeds, CUDA graphs, CPU
 threads."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +72,17 @@ def captured(f: Callable[[], None], state: list[Tensor], generator: torch.Genera
         x.copy_(value)
     generator.set_state(seed)
     return replay
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch has one thread here: for products too small to share, whose threads wait for busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Threads:

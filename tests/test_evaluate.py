@@ -162,6 +162,29 @@ def test_rollout__acts_by_the_policy(monkeypatch):
     assert batch_sizes[0] == 3
 
 
+def test_played__acts_in_one_thread(monkeypatch):
+    """Two threads that wait for each other beside busy processes took ten times as long."""
+    counts = [2]
+    seen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+
+    class Still:
+        def reset(self, target_return, episodes):
+            pass
+
+        def keep(self, goes_on):
+            pass
+
+        def act(self, observations, rewards):
+            seen.append(counts[-1])
+            return np.zeros((len(observations), 1), np.float32)
+
+    evaluate.play(Still(), WALK, 1.0, 2, 0)
+    assert set(seen) == {1}
+    assert counts == [2, 1, 2]
+
+
 def test_scores__are_the_mean_the_deviation_and_the_normalised_score():
     scores = evaluate.scores(np.array([2.0, 4.0]), WALK)
     assert scores == {"return_mean": 3.0, "return_std": 1.0, "episodes": 2, "normalized_score": 50.0}
