@@ -4,6 +4,7 @@
     python distill.py --envs hopper ant        # other built-in tasks
     python distill.py --datasets mujoco/hopper/medium-v0 mujoco/ant/medium-v0
     python distill.py --teachers out/teacher-hopper out/teacher-ant
+    python distill.py --student out/student --envs ant --steps 1000 --out-dir out/of-four  # one task more
     torchrun --nproc_per_node=8 distill.py     # on several GPUs, or CPU cores
 
 `Learner.update` is the method: which teacher next (curriculum.py), how far from it (kernels/kl.py), what to
@@ -42,6 +43,7 @@ from support import (
     cli,
     environments,
     files,
+    growing,
     log,
     machine,
     processes,
@@ -70,6 +72,7 @@ class Config:
     envs: Envs = ()  # built-in tasks; mw/TASK, mt10, mt50: Meta-World's; default: the first three
     datasets: tuple[str, ...] = ()  # Minari ids, besides or in place of --envs
     teachers: tuple[str, ...] = ()  # runs, hf://org/name, ONNX files; default: out/teacher-<task>, trained
+    student: str = ""  # a finished student's run: begin with it, add these tasks to its own
     student_datasets: tuple[str, ...] = ()  # one for each teacher, in place of what it was trained on
     data_share: float = 1.0  # of each dataset's training episodes, for the student
     teacher_steps: int = teacher.Config.steps  # updates of a teacher trained first
@@ -510,6 +513,7 @@ def main(cfg: Config, teachers: list[teacher.Teacher] | None = None) -> None:
     """
     cfg.check()
     environments.import_packages(cfg.imports)
+    cfg = growing.with_its_tasks(cfg) if cfg.student else cfg
     out = Path(cfg.out_dir)
     if not run_directory.start(out, cfg):
         print(f"student is there: {out} (--overwrite to train it again)")
@@ -662,6 +666,8 @@ def make_student(
         "groups": groups_of(tasks) if cfg.share else (),
     }
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
+    if cfg.student:
+        growing.take_over(student, tasks, cfg.student)
     student.bfloat16 = machine.bfloat16(cfg)
     training.seed_dropout(cfg)
     parameters = sum(t.n_params for t in teachers)

@@ -331,6 +331,35 @@ def test_main__lowers_the_kl_at_least_five_times_by_every_method(teachers, tmp_p
         assert shares[0].tolist() == [1.0, 0.0] * 75
 
 
+def test_main__adds_a_task_to_a_finished_student(teachers, tmp_path):
+    """It begins where that student ended, learns the new task, and can be added to in turn."""
+    first = tmp_path / "first"
+    before = distilled(teachers[:1], first, steps=150, lr=1e-2)[f"heldout_kl_{NAMES[0]}"][-1]
+    log = distilled(teachers[1:], tmp_path / "both", steps=150, lr=1e-2, student=str(first), n_embd=24)
+    old, new = (log[f"heldout_kl_{name}"][[0, -1]] for name in NAMES)
+    assert old[0] < 5 * before  # after one update; 7 without its weights
+    assert old[1] < 2 * before
+    assert new[1] < new[0] / 5
+    config = files.read_json(tmp_path / "both" / "config.json")
+    assert config["teachers"] == list(teachers)
+    assert config["n_embd"] == 16  # the student's, not the option's
+    with pytest.raises(UserError, match="the same task twice"):
+        distilled(teachers[1:], tmp_path / "again", student=str(tmp_path / "both"))
+
+
+def test_main__says_what_student_it_can_not_add_to(teachers, tmp_path):
+    with pytest.raises(UserError, match=r"^--student .*none: no finished student is there"):
+        distilled(teachers, tmp_path / "a", student=str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"^--student .*: no finished student is there"):
+        distilled(teachers, tmp_path / "a", student=teachers[0])
+    first = tmp_path / "first"
+    distilled(teachers[:1], first, steps=5)
+    with pytest.raises(UserError, match="name the tasks to add"):
+        distilled((), tmp_path / "a", student=str(first))
+    with pytest.raises(UserError, match=r"first with --teachers, the new tasks without; use it for both"):
+        distilled((), tmp_path / "a", student=str(first), datasets=NAMES[1:])
+
+
 SHARED = [{}, BY_TEACHER, {"surgery": "pcgrad"}, {"alignment_weight": 0.5}, {"tokens": 3}, {"loss": "mse"}]
 
 
