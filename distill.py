@@ -64,6 +64,9 @@ Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
+PROBED = 0.1  # of the updates, after which a run says how much any shares could do for the worst teacher
+VALIDATION_TIMESTEPS = 512  # of each task, on which curriculum.VALIDATED measure the KLs,
+VALIDATION_COST = 0.05  # and what that may cost of an update, which takes three times a forward
 
 
 @dataclasses.dataclass
@@ -194,6 +197,7 @@ class Learner:
 
     cfg: see Config. student: its parameters are moved into one flat buffer, theta (P,). teachers: their
     models, read where targets are live. windows: the training data. generator: of the windows' device.
+    validation: windows that curriculum.VALIDATED measure the KLs on.
     `record` (log_interval, 5 + 3N) holds in row step % log_interval: loss, cosine, projected, gradient norm
     before and after surgery; and each teacher's share, KL and alignment.
     """
@@ -205,6 +209,7 @@ class Learner:
         teachers: list[teacher.Model],
         windows: data.Windows,
         generator: torch.Generator,
+        validation: data.Batch | None = None,
     ):
         self.cfg = cfg
         self.student = student
@@ -213,18 +218,23 @@ class Learner:
         self.generator = generator
         self.distance = Distance(cfg, student)
         self.choose, self.one_at_a_time = curriculum_of(cfg)
+        self.validated = cfg.curriculum in curriculum.VALIDATED
+        if self.validated:
+            update = 3 * cfg.batch_size * windows.K
+            self.validation_interval = math.ceil(validation.mask.numel() / (VALIDATION_COST * update))
         self.by_teacher = cfg.surgery_scope == "teacher"
         self.estimates = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or self.by_teacher)
         self.fused = kernels.compiled(windows.size.device) and cfg.surgery in surgery.FUSED
-        self._allocate_state()
+        self._allocate_state(validation)
         self._capture_updates()
 
     def step(self, step: int) -> None:
         """Update number `step`, from 0. Raises Diverged where a KL has become NaN (on a CPU)."""
         interval = self.cfg.probe_interval if self.cfg.curriculum == "novelty" else self.cfg.log_interval
+        interval = self.validation_interval if self.validated else interval
         try:
             # batches of mixed curricula show every teacher: they need no probe
-            if self.one_at_a_time and step % interval == 0:
+            if (self.one_at_a_time or self.validated) and step % interval == 0:
                 self.probing_update()
             else:
                 self.plain_update()
@@ -237,7 +247,8 @@ class Learner:
             # learn next from the teachers that the student matches least, weighed by their alignment a (N,)
             a = self.alignments.before_update()
             score = self.kl * (1 + self.cfg.alignment_weight * a).clamp_min(0)
-            self.shares.copy_(self.choose(score, self.done, self.shares, self.generator))
+            before = self.mean_shares(self.cfg.warmup) if self.validated else self.shares
+            self.shares.copy_(self.choose(score, self.done, before, self.generator))
             batch = self.windows.sample(self.cfg.batch_size, self.shares, self.generator)
             targets = self.targets(batch)
 
@@ -323,17 +334,23 @@ class Learner:
     def remember(self, losses: Losses, step: surgery.Step, a: Tensor) -> None:
         """Update the running mean of the KLs and write the update's row of `record`."""
         kl = self.kl
-        if not self.one_at_a_time:  # every teacher has windows: over about ten updates their KL costs nothing
+        if not (self.one_at_a_time or self.validated):
+            # every teacher has windows: over about ten updates their KL costs nothing
             kl = torch.where(losses.counts > 0, kl + 0.1 * (losses.kl - kl), kl)
         loss = losses.share @ losses.kl
         scalars = torch.stack((loss, step.cosine, step.projected, step.norm, step.norm_after))
         self.record[self.done % self.cfg.log_interval] = torch.cat((scalars, losses.share, kl, a))
         self.kl.copy_(torch.where(self.alive, kl, self.kl))
+        self.total_shares.add_(losses.share)
         self.done.add_(1)
+
+    def mean_shares(self, equal: int = 0) -> Tensor:
+        """(N,) of the updates so far, and of so many before them with equal shares."""
+        return (self.total_shares + equal / len(self.kl)) / (self.done + equal)
 
     # ---- what can be captured and resumed ----
 
-    def _allocate_state(self):
+    def _allocate_state(self, validation):
         """All that an update changes lies in tensors on the device, so it can be captured and replayed."""
         cfg = self.cfg
         device = self.windows.size.device
@@ -343,7 +360,7 @@ class Learner:
         self.u = torch.zeros_like(self.theta.data)  # (P,) the previous update's gradient, after surgery
         self.m = torch.zeros_like(self.theta.data)  # (P,) the optimiser's moments
         self.v = torch.zeros_like(self.theta.data)
-        batch = self.windows.spread(cfg.probe_windows)
+        batch = validation if self.validated else self.windows.spread(cfg.probe_windows)
         with torch.no_grad():
             self.probe = functools.partial(self.distance, batch, self.targets(batch))
             self.kl = self.probe(None).clone()  # (N,) running mean
@@ -351,6 +368,7 @@ class Learner:
         kind = alignment.Estimated if self.estimates else kind
         self.alignments = kind(self.probe, self.theta, self.u, self.kl)
         self.shares = torch.full_like(self.kl, 1 / N)
+        self.total_shares = torch.zeros_like(self.kl)
         self.done = torch.zeros(1, dtype=torch.long, device=device)  # updates
         self.alive = torch.ones((), dtype=torch.bool, device=device)  # no gradient was infinite or NaN yet
         self.record = torch.zeros(cfg.log_interval, 5 + 3 * N, device=device)
@@ -361,7 +379,7 @@ class Learner:
             "c": self.alignments.c,
             "last_probe_kl": self.alignments.last_kl,
         }
-        for name in ("u", "m", "v", "kl", "shares", "done", "alive", "record"):
+        for name in ("u", "m", "v", "kl", "shares", "total_shares", "done", "alive", "record"):
             self.state[name] = getattr(self, name)
 
     def _capture_updates(self):
@@ -373,7 +391,7 @@ class Learner:
         if not kernels.compiled(self.theta.device) or reads_device or processes.world() > 1:
             return
         tensors = list(self.state.values())
-        if self.one_at_a_time:
+        if self.one_at_a_time or self.validated:
             self.probing_update = training.captured(self.update_after_probe, tensors, self.generator)
         self.plain_update = training.captured(self.update, tensors, self.generator)
 
@@ -528,13 +546,15 @@ def main(cfg: Config, teachers: list[teacher.Teacher] | None = None) -> None:
     with clock("data"):
         if cfg.eval_episodes:
             evaluate.check(tasks)
-        windows, held_out = load_windows(cfg, tasks, models[0].cfg.context)
+        windows, held_out, validation = load_windows(cfg, tasks, models[0].cfg.context)
     student, generator = make_student(cfg, tasks, models)
     with clock("targets"):
         if windows.has_targets:
             cache_targets(models, windows)
         held_out_targets = live_targets(models, held_out)
-    learner = Learner(cfg, student, models, windows, generator)
+        if validation:
+            validation = validation._replace(targets=live_targets(models, validation))
+    learner = Learner(cfg, student, models, windows, generator, validation)
     kl = Distance(dataclasses.replace(cfg, loss="kl"), student)
     held_out_kl = functools.partial(kl.held_out, held_out, held_out_targets)
     meta = {"tasks": [dataclasses.asdict(t) for t in tasks]}
@@ -563,8 +583,10 @@ def main(cfg: Config, teachers: list[teacher.Teacher] | None = None) -> None:
     summary(out)
 
 
-def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[data.Windows, data.Batch]:
-    """Training windows, and held-out ones of data.HELD_OUT_TIMESTEPS of each task.
+def load_windows(
+    cfg: Config, tasks: list[data.Task], context: int
+) -> tuple[data.Windows, data.Batch, data.Batch | None]:
+    """Training windows; held-out ones of data.HELD_OUT_TIMESTEPS of each task; those of curriculum.VALIDATED.
 
     Raises UserError where a dataset is not what its teacher was trained on.
     """
@@ -580,6 +602,9 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
             dataset = data.load(source, task.split_seed, like)
             check_unchanged(task, dataset.task)
             sets.append(data.share_of(dataset, cfg.data_share, cfg.seed))
+    apart = []
+    if cfg.curriculum in curriculum.VALIDATED:
+        sets, apart = zip(*map(data.halves, sets), strict=True)
     ask = asked_share(cfg)
     device = machine.device(cfg)
     train_tables = [s.train for s in sets]
@@ -589,7 +614,8 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
         rows = sum(map(len, train_tables)) / len(tasks)
         copies = cfg.ask_copies or math.ceil(min(MOST_COPIES, ASKED_ROWS / rows))
     options = {"targets": cached, "top": cfg.top, "copies": copies, "pixels": [s.train_pixels for s in sets]}
-    windows = data.Windows(train_tables, tasks, context, device, cfg.data_device, **options)
+    like = (tasks, context, device, cfg.data_device)
+    windows = data.Windows(train_tables, *like, **options)
     if ask:
         lowest = torch.tensor([min(t.targets.values()) / t.rtg_scale for t in tasks])
         span = torch.tensor([t.target / t.rtg_scale for t in tasks]) - lowest
@@ -598,10 +624,13 @@ def load_windows(cfg: Config, tasks: list[data.Task], context: int) -> tuple[dat
         generator = torch.Generator(device).manual_seed(cfg.seed)
         windows.ask(ask, low, high, cfg.state_noise, generator)
     pixels = [s.held_out_pixels for s in sets]
-    held_out = data.Windows(
-        [s.held_out for s in sets], tasks, context, device, cfg.data_device, pixels=pixels
-    )
-    return windows, held_out.spread()
+    held_out = data.Windows([s.held_out for s in sets], *like, pixels=pixels).spread()
+    validation = None
+    if apart:
+        pixels = [s.held_out_pixels for s in apart]
+        of_them = data.Windows([s.held_out for s in apart], *like, pixels=pixels)
+        validation = of_them.spread(max(1, VALIDATION_TIMESTEPS // context))
+    return windows, held_out, validation
 
 
 def asked_share(cfg: Config) -> float:
@@ -699,6 +728,7 @@ def train(
     first, csv = checkpoint.restore()
     rows = UpdateLog(cfg, learner.record, [t.name for t in tasks], csv, first, checkpoint)
     silent = True if processes.rank() else None
+    probed = cfg.log_interval * max(1, round(PROBED / cfg.log_interval * cfg.steps))
     bar = tqdm(total=cfg.steps, initial=first, unit="step", desc="distil", disable=silent)
     with bar, checkpoint, training.Threads(learner.theta.device) as threads:
         for step in range(first, cfg.steps):
@@ -707,13 +737,25 @@ def train(
                 bar.update()
                 due = step == 0 or (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.steps
                 if due and not processes.rank():
-                    bar.write(rows.write(step, held_out_kl()))
+                    held = held_out_kl()
+                    bar.write(rows.write(step, held))
+                    if step + 1 in (probed, cfg.steps) and len(tasks) > 1 and not learner.one_at_a_time:
+                        bar.write(headroom(held, learner.mean_shares()))
             except Diverged as e:
                 if not processes.rank():
                     dt.save(out, learner.student, meta)
                 raise UserError(f"{e} kept in {out}; try a lower --lr than {cfg.lr:g}") from None
             checkpoint.after(step + 1)
     return checkpoint
+
+
+def headroom(held: list[float], shares: Tensor) -> str:
+    """What these held-out KLs (N,) and mean shares (N,) say of other shares; see curriculum.LAW."""
+    equal, best = curriculum.worst_by_law(torch.tensor(held), shares.cpu())
+    return (
+        f"worst KL {max(held):.3f}; by the share law {equal:.3f} with equal shares, "
+        f"{best:.3f} with the best ({best / equal:.2f} of that)"
+    )
 
 
 def evaluated(

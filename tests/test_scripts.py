@@ -410,6 +410,7 @@ ELSEWHERE = {  # commands that take long, or need another package: where they ar
     "-m research.battery_runs": "test_research_battery.py",
     "-m research.little_data": "test_research_little_data.py",
     "-m research.metaworld": "test_support_metaworld.py",
+    "-m research.shares": "test_research_shares.py",
 }
 
 

@@ -1,0 +1,319 @@
+"""Shares of the batch and the KLs they lead to -> research/results/shares.csv
+
+    python -m research.shares --case builtin --seeds 0 1 2
+    python -m research.shares --case mt10 --runs equal "novelty 2" integral --options n_embd=116 top=1
+
+A row for each student, which is not evaluated: only its KLs to held-out episodes are measured, at tenths of
+its training. A student whose row is there is skipped. Runs:
+
+    equal       equal shares
+    random      fixed shares, exp of normal numbers, drawn by the seed: what the law is fitted to
+    law         fixed shares ~ c^(1 / a), c being the KLs of tuning seed 100 with equal shares
+    novelty 2   --curriculum novelty --novelty-power 2, and so on
+    integral    --curriculum integral; it trains on nine tenths of the episodes, the others on all
+
+    python -m research.shares --table             # what docs/study.md shows of these rows
+
+Teachers are those of distill.py, seed 0, trained where they are missing. `--planted` adds noise of its own
+to the targets of one task in every window, which no student can learn. One thread; run several processes.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+import curriculum
+import data
+import distill
+import teacher
+from research import study_rows
+from research.little_data import TASKS
+from research.markdown import table
+from research.statistics import interval, with_interval
+from research.tables import RESULTS
+from support import cli, machine
+
+CASES: dict[str, dict[str, Any]] = {  # options of distill.py
+    "builtin": {"envs": TASKS["builtin"]},
+    "thirdparty": {"datasets": TASKS["thirdparty"]},
+    "nine": {"envs": (*TASKS["builtin"], "halfcheetah-back"), "datasets": TASKS["thirdparty"]},
+    "mt10": {"envs": ("mt10",), "teacher_top": 1.0, "top": 1.0, "n_embd": 116},
+    "mt50": {"envs": ("mt50",), "teacher_top": 1.0, "top": 1.0, "n_embd": 280, "share": True},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "equal": {"curriculum": "all"},
+    "random": {"curriculum": "weights"},
+    "law": {"curriculum": "weights"},
+    "novelty 1": {"curriculum": "novelty", "novelty_power": 1.0},
+    "novelty 2": {"curriculum": "novelty", "novelty_power": 2.0},
+    "novelty 4": {"curriculum": "novelty", "novelty_power": 4.0},
+    "dro": {"curriculum": "dro"},
+    "dro 0.003": {"curriculum": "dro 0.003"},
+    "dro 0.03": {"curriculum": "dro 0.03"},
+    "integral": {"curriculum": "integral"},
+}
+GROUP = ("case", "tasks", "steps", "n_embd", "planted")
+ROWS = RESULTS / "shares.csv"
+TUNING_SEED = 100
+SPREAD = 0.7  # of the logarithms of random shares
+
+
+@dataclasses.dataclass
+class Config:
+    case: Literal[tuple(CASES)] = "builtin"
+    runs: tuple[Literal[tuple(RUNS)], ...] = tuple(RUNS)
+    seeds: tuple[int, ...] = tuple(range(10))
+    tasks: tuple[int, ...] = ()  # of the case's, by number; default: all
+    steps: int = 1000
+    n_embd: int = 0  # 0: the case's
+    planted: int = -1  # number of the task whose targets nobody can learn
+    table: bool = False  # make no students
+
+
+def fixed(shares: list[float], d, step, before, generator) -> torch.Tensor:
+    """A curriculum of the same shares in every update."""
+    return torch.tensor(shares).to(d)
+
+
+class Case:
+    """Teachers, and windows with their targets: those of validated curricula are others."""
+
+    def __init__(self, cfg: Config, validated: bool):
+        options = dict(CASES[cfg.case])
+        names = {"envs": data.expanded(options.get("envs", ())), "datasets": options.get("datasets", ())}
+        every = [(kind, name) for kind, of_kind in names.items() for name in of_kind]
+        every = [every[i] for i in cfg.tasks] if cfg.tasks else every
+        options |= {kind: tuple(name for k, name in every if k == kind) for kind in names}
+        if cfg.n_embd:
+            options["n_embd"] = cfg.n_embd
+        options["curriculum"] = "integral" if validated else "all"
+        self.cfg = distill.Config(**options, steps=cfg.steps, device="cpu", log_interval=cfg.steps // 10)
+        self.found = teacher.find(self.cfg)
+        self.tasks = [t.task for t in self.found]
+        self.models = [t.model for t in self.found]
+        context = self.models[0].cfg.context
+        self.windows, self.held_out, validation = distill.load_windows(self.cfg, self.tasks, context)
+        distill.cache_targets(self.models, self.windows)
+        self.held_out_targets = distill.live_targets(self.models, self.held_out)
+        self.validation = validation
+        if validation:
+            self.validation = validation._replace(targets=distill.live_targets(self.models, validation))
+        if cfg.planted >= 0:
+            self._plant(cfg.planted)
+
+    def _plant(self, i):
+        """Move the means of a task's targets by noise of up to half of what they may be."""
+        w = self.windows
+        A = self.tasks[i].act_dim
+        start = int(w.offset[i])
+        of_training = w.table[start : start + (1 + w.copies) * int(w.size[i]), -2 * w.A :]
+        of_others = [(self.held_out_targets, self.held_out)]
+        if self.validation:
+            of_others.append((self.validation.targets, self.validation))
+        generator = torch.Generator().manual_seed(0)
+        of_training[:, :A] += torch.rand(len(of_training), A, generator=generator) - 0.5
+        for targets, batch in of_others:
+            noise = torch.rand(*targets[0, ..., :A].shape, generator=generator) - 0.5
+            targets[0, ..., :A] += torch.where((batch.task == i)[:, None, None], noise, 0.0)
+
+
+def student(case: Case, options: dict[str, Any], seed: int) -> tuple[list[list[float]], list[float], float]:
+    """Train one. Returns its held-out KLs at tenths of its updates, mean shares, seconds an update."""
+    cfg = dataclasses.replace(case.cfg, seed=seed, **options)
+    model, generator = distill.make_student(cfg, case.tasks, case.models)
+    learner = distill.Learner(cfg, model, case.models, case.windows, generator, case.validation)
+    kl = distill.Distance(distill.Config(), model)
+    kls = []
+    start = time.process_time()
+    for step in range(cfg.steps):
+        learner.step(step)
+        if (step + 1) % cfg.log_interval == 0:
+            kls.append(kl.held_out(case.held_out, case.held_out_targets))
+    seconds = time.process_time() - start
+    return kls, learner.mean_shares().tolist(), seconds / cfg.steps
+
+
+def weights(run: str, key: dict[str, Any], seed: int, n: int) -> list[float]:
+    """The fixed shares of a run. Raises UserError where `law` has no run with equal shares to follow."""
+    if run == "random":
+        x = np.exp(SPREAD * np.random.default_rng(seed).normal(size=n))
+        return (x / x.sum()).tolist()
+    row = find({**key, "run": "equal", "seed": TUNING_SEED})
+    x = np.array(json.loads(row["kl"])[-1]) ** (1 / curriculum.LAW)
+    return (x / x.sum()).tolist()
+
+
+def find(key: dict[str, Any]) -> dict[str, str] | None:
+    """The row of a student."""
+    rows = study_rows.plain(ROWS)
+    return next((row for row in rows if all(row[k] == str(v) for k, v in key.items())), None)
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+class Student(NamedTuple):
+    """A row's numbers: (N,) each, without a planted task."""
+
+    kl: np.ndarray  # in the end
+    shares: np.ndarray  # mean
+    early: np.ndarray  # the KLs after a tenth of the updates
+
+
+def groups(rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, dict[int, Student]]]:
+    """By case, tasks, updates, channels and planted task: {run: {seed: Student}}."""
+    found = {}
+    for row in rows:
+        kls = np.array(json.loads(row["kl"]))
+        shares = np.array(json.loads(row["shares"]))
+        planted = int(row["planted"])
+        if planted >= 0:
+            kls = np.delete(kls, planted, 1)
+            shares = np.delete(shares, planted)
+        runs = found.setdefault(tuple(row[k] for k in GROUP), {})
+        runs.setdefault(row["run"], {})[int(row["seed"])] = Student(kls[-1], shares, kls[0])
+    return found
+
+
+class Law(NamedTuple):
+    """log KL_i = log c_i - a log(N share_i), fitted to students of fixed shares."""
+
+    a: float  # of all tasks
+    of_tasks: np.ndarray  # (N,) of each alone
+    explained: float  # share of the variance within tasks
+
+
+def law(runs: dict[str, dict[int, Student]]) -> Law | None:
+    """Fitted to a group's students with equal and random shares; None where these are fewer than four."""
+    students = [s for run in ("equal", "random") for s in runs.get(run, {}).values()]
+    if len(students) < 4 or "random" not in runs:
+        return None
+    x = np.log([len(s.shares) * s.shares for s in students])
+    y = np.log([s.kl for s in students])
+    x = x - x.mean(0)
+    y = y - y.mean(0)
+    slopes = -(x * y).sum(0) / (x * x).sum(0)
+    a = float(-(x * y).sum() / (x * x).sum())
+    return Law(a, slopes, float(1 - np.square(y + a * x).sum() / np.square(y).sum()))
+
+
+def best_by(c: np.ndarray, a: np.ndarray | float) -> float:
+    """The KL at which all teachers are equal; c (N,): those of equal shares, a: one exponent, or (N,)."""
+    low, high = c.min() / 10, 10 * c.max()
+    for _ in range(60):  # shares (c / level)^(1 / a) / N sum to 1 at the right level
+        level = math.sqrt(low * high)
+        low, high = (level, high) if ((c / level) ** (1 / a)).mean() > 1 else (low, level)
+    return level
+
+
+def tables(rows: list[dict[str, str]]) -> str:
+    """The share law, and curricula by the worst KL, as Markdown."""
+    laws = []
+    curricula = []
+    for key, runs in groups(rows).items():
+        label = of_group(key)
+        equal = runs.get("equal", {})
+        if not equal:
+            continue
+        c = np.exp(np.mean([np.log(s.kl) for s in equal.values()], 0))
+        early = np.exp(np.mean([np.log(s.early) for s in equal.values()], 0))
+        fit = law(runs)
+        others = [run for run in runs if run not in ("equal", "random")]
+        if fit:
+            means = [np.mean([s.kl.max() for s in runs[run].values()]) for run in others]
+            worst = np.mean([s.kl.max() for s in equal.values()])
+            laws.append([
+                label, str(len(runs["random"])), f"{fit.a:.2f}",
+                f"{fit.of_tasks.min():.2f} to {fit.of_tasks.max():.2f}", f"{fit.explained:.2f}",
+                f"{best_by(c, curriculum.LAW) / c.max():.2f}",
+                f"{best_by(early, curriculum.LAW) / early.max():.2f}",
+                f"{best_by(c, fit.of_tasks.clip(0.1)) / c.max():.2f}",
+                f"{min(means) / worst:.2f}" if means else "",
+            ])  # fmt: skip
+        for run in others:
+            seeds = sorted(set(runs[run]) & set(equal))
+            if not seeds:
+                continue
+            worst = np.array([runs[run][s].kl.max() / equal[s].kl.max() for s in seeds])
+            mean = np.array([runs[run][s].kl.mean() / equal[s].kl.mean() for s in seeds])
+            cells = [
+                with_interval(geometric([x]), interval(geometric, [x]))
+                if len(x) > 2
+                else f"{geometric([x]):.3f}"
+                for x in (worst, mean)
+            ]
+            curricula.append([label, run, str(len(seeds)), *cells, f"{(worst < 1).mean():.2f}"])
+    head = ["students", "random shares", "a", "of single tasks", "explained"]
+    head += ["best by 0.55", "after a tenth", "best by each task's a", "measured"]
+    text = table(head, laws)
+    head = [
+        "students",
+        "shares",
+        "seeds",
+        "worst KL / equal shares'",
+        "mean KL / equal shares'",
+        "lower worst",
+    ]
+    return f"{text}\n\n{table(head, curricula)}"
+
+
+def geometric(strata: list[np.ndarray]) -> np.ndarray:
+    """Mean of ratios (..., n)."""
+    return np.exp(np.log(strata[0]).mean(-1))
+
+
+def of_group(key: tuple[str, ...]) -> str:
+    """Its name in tables."""
+    case, tasks, steps, n_embd, planted = key
+    some = f", {len(tasks.split())} of its tasks" if tasks else ""
+    noise = ", a task of noise planted" if planted != "-1" else ""
+    return f"{case}{some}, {steps} updates, {n_embd} channels{noise}"
+
+
+def main(cfg: Config) -> None:
+    torch.set_num_threads(1)
+    if cfg.table:
+        print(tables(study_rows.plain(ROWS)))
+        return
+    cli.at_least(cfg, steps=10)
+    for eta in (0.003, 0.03):
+        curriculum.METHODS[f"dro {eta}"] = functools.partial(curriculum.dro, eta=eta)
+    key = {
+        "case": cfg.case,
+        "tasks": " ".join(map(str, cfg.tasks)),
+        "steps": cfg.steps,
+        "n_embd": cfg.n_embd or CASES[cfg.case].get("n_embd", distill.Config.n_embd),
+        "planted": cfg.planted,
+    }
+    for validated in (False, True):
+        runs = [run for run in cfg.runs if (run == "integral") == validated]
+        wanted = [(run, seed) for seed in cfg.seeds for run in runs]
+        if "law" in runs:
+            wanted.insert(0, ("equal", TUNING_SEED))
+        wanted = [(run, seed) for run, seed in wanted if not find({**key, "run": run, "seed": seed})]
+        if not wanted:
+            continue
+        case = Case(cfg, validated)
+        for run, seed in wanted:
+            if RUNS[run].get("curriculum") == "weights":
+                shares = weights(run, key, seed, len(case.tasks))
+                curriculum.METHODS["weights"] = functools.partial(fixed, shares)
+            kls, shares, seconds = student(case, RUNS[run], seed)
+            row = {**key, "run": run, "seed": seed, "kl": json.dumps(np.round(kls, 5).tolist())}
+            row |= {"shares": json.dumps(np.round(shares, 4).tolist()), "ms": round(1000 * seconds, 2)}
+            study_rows.add(ROWS, {**row, "commit": machine.commit()})
+            worst = max(x for i, x in enumerate(kls[-1]) if i != cfg.planted)
+            print(
+                f"{cfg.case}, {run}, seed {seed}: worst KL {worst:.4f}, mean {np.mean(kls[-1]):.4f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)
