@@ -1,7 +1,7 @@
 """Meta-World's scripted experts in the goals of an evaluation, and the tables of docs/metaworld.md.
 
     python -m research.metaworld out/student                # plays the experts -> out/student/experts.json
-    python -m research.metaworld out/student --table        # experts, teachers and student, by task
+    python -m research.metaworld out/student --table        # experts, teachers and student; by task, too
     python -m research.metaworld out/a out/b --table        # two students of the same tasks, a line each
 
 Playing needs the package metaworld (support/metaworld.py). The goals are those of evaluate.py: by seed, of so
@@ -44,7 +44,7 @@ class Expert:
 
     def act(self, observations: np.ndarray, rewards: np.ndarray) -> np.ndarray:
         """observations (E, 39) -> actions (E, 4) within their bounds."""
-        return np.stack([np.clip(self.policy.get_action(obs), -1, 1) for obs in observations])
+        return np.stack([np.clip(self.policy.get_action(obs.copy()), -1, 1) for obs in observations])
 
 
 def played(task: data.Task, episodes: int) -> dict[str, float]:
@@ -92,15 +92,14 @@ def main(cfg: Config) -> None:
     runs = [report.Run(path) for path in cfg.runs]
     if cfg.table:
         experts = files.read_json(runs[0].path / "experts.json")
-        if len(runs) > 1:
-            head = ["student", "times fewer", "parameters", "success expert", "teachers", "student"]
-            head += ["retained, mean", "worst", "held-out KL", "seconds of training"]
-            print(table(head, [of_run(run, experts) for run in runs]))
-            return
-        columns = [
-            f"{kind} {who}" for kind in ("success", "return") for who in ("expert", "teacher", "student")
-        ]
-        print(table(["task", *columns], of_tasks(runs[0], experts)))
+        if len(runs) == 1:
+            columns = [
+                f"{kind} {who}" for kind in ("success", "return") for who in ("expert", "teacher", "student")
+            ]
+            print(table(["task", *columns], of_tasks(runs[0], experts)), end="\n\n")
+        head = ["student", "times fewer", "parameters", "success expert", "teachers", "student"]
+        head += ["retained, mean", "worst", "held-out KL", "seconds of training"]
+        print(table(head, [of_run(run, experts) for run in runs]))
         return
     for run in runs:
         experts = {}

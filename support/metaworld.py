@@ -105,7 +105,7 @@ def episodes(env: gym.Env, task: str, steps: int, seed: int = 0) -> Iterator[dic
     policy = ENV_POLICY_MAP[f"{task.removeprefix('mw/')}-v3"]()
 
     def expert(obs: np.ndarray) -> np.ndarray:
-        return np.clip(policy.get_action(obs), low, high)
+        return np.clip(policy.get_action(obs.copy()), low, high)  # some change what they are shown
 
     n_episodes = math.ceil(steps / EPISODE_STEPS)
     bar = tqdm(range(n_episodes), unit="episode", desc=f"collect {task}", disable=None)
