@@ -10,7 +10,7 @@ its training. A student whose row is there is skipped. Runs:
     random      fixed shares, exp of normal numbers, drawn by the seed: what the law is fitted to
     law         fixed shares ~ c^(1 / a), c being the KLs of tuning seed 100 with equal shares
     novelty 2   --curriculum novelty --novelty-power 2, and so on
-    integral    --curriculum integral; it trains on nine tenths of the episodes, the others on all
+    integral    --curriculum integral: half of the held-out episodes steer it, all are measured on the others
 
     python -m research.shares --table             # what docs/study.md shows of these rows
 
@@ -82,9 +82,9 @@ def fixed(shares: list[float], d, step, before, generator) -> torch.Tensor:
 
 
 class Case:
-    """Teachers, and windows with their targets: those of validated curricula are others."""
+    """Teachers, and windows with their targets. All students are measured on the same held-out episodes."""
 
-    def __init__(self, cfg: Config, validated: bool):
+    def __init__(self, cfg: Config):
         options = dict(CASES[cfg.case])
         names = {"envs": data.expanded(options.get("envs", ())), "datasets": options.get("datasets", ())}
         every = [(kind, name) for kind, of_kind in names.items() for name in of_kind]
@@ -92,7 +92,7 @@ class Case:
         options |= {kind: tuple(name for k, name in every if k == kind) for kind in names}
         if cfg.n_embd:
             options["n_embd"] = cfg.n_embd
-        options["curriculum"] = "integral" if validated else "all"
+        options["curriculum"] = "integral"  # its held-out episodes; students have curricula of their own
         self.cfg = distill.Config(**options, steps=cfg.steps, device="cpu", log_interval=cfg.steps // 10)
         self.found = teacher.find(self.cfg)
         self.tasks = [t.task for t in self.found]
@@ -101,9 +101,7 @@ class Case:
         self.windows, self.held_out, validation = distill.load_windows(self.cfg, self.tasks, context)
         distill.cache_targets(self.models, self.windows)
         self.held_out_targets = distill.live_targets(self.models, self.held_out)
-        self.validation = validation
-        if validation:
-            self.validation = validation._replace(targets=distill.live_targets(self.models, validation))
+        self.validation = validation._replace(targets=distill.live_targets(self.models, validation))
         if cfg.planted >= 0:
             self._plant(cfg.planted)
 
@@ -113,9 +111,7 @@ class Case:
         A = self.tasks[i].act_dim
         start = int(w.offset[i])
         of_training = w.table[start : start + (1 + w.copies) * int(w.size[i]), -2 * w.A :]
-        of_others = [(self.held_out_targets, self.held_out)]
-        if self.validation:
-            of_others.append((self.validation.targets, self.validation))
+        of_others = [(self.held_out_targets, self.held_out), (self.validation.targets, self.validation)]
         generator = torch.Generator().manual_seed(0)
         of_training[:, :A] += torch.rand(len(of_training), A, generator=generator) - 0.5
         for targets, batch in of_others:
@@ -291,28 +287,25 @@ def main(cfg: Config) -> None:
         "n_embd": cfg.n_embd or CASES[cfg.case].get("n_embd", distill.Config.n_embd),
         "planted": cfg.planted,
     }
-    for validated in (False, True):
-        runs = [run for run in cfg.runs if (run == "integral") == validated]
-        wanted = [(run, seed) for seed in cfg.seeds for run in runs]
-        if "law" in runs:
-            wanted.insert(0, ("equal", TUNING_SEED))
-        wanted = [(run, seed) for run, seed in wanted if not find({**key, "run": run, "seed": seed})]
-        if not wanted:
-            continue
-        case = Case(cfg, validated)
-        for run, seed in wanted:
-            if RUNS[run].get("curriculum") == "weights":
-                shares = weights(run, key, seed, len(case.tasks))
-                curriculum.METHODS["weights"] = functools.partial(fixed, shares)
-            kls, shares, seconds = student(case, RUNS[run], seed)
-            row = {**key, "run": run, "seed": seed, "kl": json.dumps(np.round(kls, 5).tolist())}
-            row |= {"shares": json.dumps(np.round(shares, 4).tolist()), "ms": round(1000 * seconds, 2)}
-            study_rows.add(ROWS, {**row, "commit": machine.commit()})
-            worst = max(x for i, x in enumerate(kls[-1]) if i != cfg.planted)
-            print(
-                f"{cfg.case}, {run}, seed {seed}: worst KL {worst:.4f}, mean {np.mean(kls[-1]):.4f}",
-                flush=True,
-            )
+    wanted = [(run, seed) for seed in cfg.seeds for run in cfg.runs]
+    if "law" in cfg.runs:
+        wanted.insert(0, ("equal", TUNING_SEED))
+    wanted = [(run, seed) for run, seed in wanted if not find({**key, "run": run, "seed": seed})]
+    if not wanted:
+        return
+    case = Case(cfg)
+    for run, seed in wanted:
+        if RUNS[run]["curriculum"] == "weights":
+            shares = weights(run, key, seed, len(case.tasks))
+            curriculum.METHODS["weights"] = functools.partial(fixed, shares)
+        kls, shares, seconds = student(case, RUNS[run], seed)
+        row = {**key, "run": run, "seed": seed, "kl": json.dumps(np.round(kls, 5).tolist())}
+        row |= {"shares": json.dumps(np.round(shares, 4).tolist()), "ms": round(1000 * seconds, 2)}
+        study_rows.add(ROWS, {**row, "commit": machine.commit()})
+        worst = max(x for i, x in enumerate(kls[-1]) if i != cfg.planted)
+        print(
+            f"{cfg.case}, {run}, seed {seed}: worst KL {worst:.4f}, mean {np.mean(kls[-1]):.4f}", flush=True
+        )
 
 
 if __name__ == "__main__":
