@@ -191,7 +191,7 @@ def followed(c: Tensor, steps: int = 3000) -> Tensor:
     return mean
 
 
-moderate = st.lists(st.floats(-0.4, 0.4), min_size=2, max_size=8).map(
+moderate = st.lists(st.floats(-0.25, 0.25), min_size=2, max_size=8).map(
     lambda x: 10 ** torch.tensor(x, dtype=torch.float64)
 )
 
