@@ -28,7 +28,7 @@ def with_its_tasks(cfg: Any) -> Any:
     given = {name: tuple(getattr(cfg, name)) for name in NAMES}
     if not any(given.values()):
         raise UserError(f"--student {path}: name the tasks to add, with --envs, --datasets or --teachers")
-    theirs = {name: tuple(old[name]) for name in NAMES}
+    theirs = {name: tuple(old.get(name, ())) for name in NAMES}
     if not any(theirs.values()):
         theirs["envs"] = data.DEFAULT_ENVS
     for name in ("teachers", "student_datasets"):
@@ -39,7 +39,7 @@ def with_its_tasks(cfg: Any) -> Any:
     return dataclasses.replace(
         cfg,
         **{name: theirs[name] + given[name] for name in NAMES},
-        **{name: old[name] for name in SIZES},
+        **{name: old[name] for name in SIZES if name in old},
     )
 
 
@@ -47,9 +47,14 @@ def with_its_tasks(cfg: Any) -> Any:
 def take_over(student: dt.DecisionTransformer, tasks: list[data.Task], path: Path | str) -> None:
     """Give a new student, of these tasks, the weights of the one in `path`; those of other tasks stay new.
 
-    Raises UserError where a task is not what it was then.
+    Raises UserError where a task, or its teacher's context, is not what it was then.
     """
     old, meta = dt.load(path, student.head.weight.device)
+    if old.cfg.context != student.cfg.context:
+        raise UserError(
+            f"--student {path} has a context of {old.cfg.context} timesteps, its teachers have one of "
+            f"{student.cfg.context} by now: distil all tasks anew"
+        )
     trunk = student.state_dict()
     for name, p in old.named_parameters():
         if not name.startswith(OF_TASKS):
@@ -59,8 +64,8 @@ def take_over(student: dt.DecisionTransformer, tasks: list[data.Task], path: Pat
         same.load_state_dict(encoder.state_dict())
     now = {task.name: (j, task) for j, task in enumerate(tasks)}
     for i, task in enumerate(data.tasks(meta, path)):
-        j, same = now[task.name]
-        if json.dumps(dataclasses.asdict(same)) != json.dumps(dataclasses.asdict(task)):
+        j, same = now.get(task.name, (0, None))
+        if same is None or json.dumps(dataclasses.asdict(same)) != json.dumps(dataclasses.asdict(task)):
             raise UserError(
                 f"--student {path}: the teacher of {task.name} has been trained anew since, on other data; "
                 f"distil all tasks anew"

@@ -67,5 +67,14 @@ def test_take_over__refuses_a_task_that_is_another_by_now(tmp_path):
     dt.save(tmp_path, student([task(0)], seed=1), {"tasks": [dataclasses.asdict(task(0))]})
     now = [task(0, first_action=None), task(1)]
     now[0].obs_mean = [0.5] * 3
-    with pytest.raises(UserError, match="teacher of task0 has been trained anew since, on other data"):
-        growing.take_over(student(now, seed=2), now, tmp_path)
+    for tasks in (now, now[1:]):
+        with pytest.raises(UserError, match="teacher of task0 has been trained anew since, on other data"):
+            growing.take_over(student(tasks, seed=2), tasks, tmp_path)
+
+
+def test_take_over__refuses_another_context(tmp_path):
+    dt.save(tmp_path, student([task(0)], seed=1), {"tasks": [dataclasses.asdict(task(0))]})
+    tasks = [task(0), task(1)]
+    longer = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **{**SIZES, "context": 8}))
+    with pytest.raises(UserError, match="has a context of 4 timesteps, its teachers have one of 8 by now"):
+        growing.take_over(longer, tasks, tmp_path)
