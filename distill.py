@@ -219,9 +219,14 @@ class Learner:
         self.distance = Distance(cfg, student)
         self.choose, self.one_at_a_time = curriculum_of(cfg)
         self.validated = cfg.curriculum in curriculum.VALIDATED
+        # updates between probes; None: batches of mixed curricula show every teacher, they need no probe
+        self.probe_interval = None
         if self.validated:
             update = 3 * cfg.batch_size * windows.K
-            self.validation_interval = math.ceil(validation.mask.numel() / (VALIDATION_COST * update))
+            self.probe_interval = math.ceil(validation.mask.numel() / (VALIDATION_COST * update))
+        elif self.one_at_a_time:
+            novelty = cfg.curriculum == "novelty"
+            self.probe_interval = cfg.probe_interval if novelty else cfg.log_interval
         self.by_teacher = cfg.surgery_scope == "teacher"
         self.estimates = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or self.by_teacher)
         self.fused = kernels.compiled(windows.size.device) and cfg.surgery in surgery.FUSED
@@ -230,11 +235,8 @@ class Learner:
 
     def step(self, step: int) -> None:
         """Update number `step`, from 0. Raises Diverged where a KL has become NaN (on a CPU)."""
-        interval = self.cfg.probe_interval if self.cfg.curriculum == "novelty" else self.cfg.log_interval
-        interval = self.validation_interval if self.validated else interval
         try:
-            # batches of mixed curricula show every teacher: they need no probe
-            if (self.one_at_a_time or self.validated) and step % interval == 0:
+            if self.probe_interval and step % self.probe_interval == 0:
                 self.probing_update()
             else:
                 self.plain_update()
@@ -334,8 +336,9 @@ class Learner:
     def remember(self, losses: Losses, step: surgery.Step, a: Tensor) -> None:
         """Update the running mean of the KLs and write the update's row of `record`."""
         kl = self.kl
-        if not (self.one_at_a_time or self.validated):
-            # every teacher has windows: over about ten updates their KL costs nothing
+        if (
+            not self.probe_interval
+        ):  # every teacher has windows: over about ten updates their KL costs nothing
             kl = torch.where(losses.counts > 0, kl + 0.1 * (losses.kl - kl), kl)
         loss = losses.share @ losses.kl
         scalars = torch.stack((loss, step.cosine, step.projected, step.norm, step.norm_after))
@@ -391,7 +394,7 @@ class Learner:
         if not kernels.compiled(self.theta.device) or reads_device or processes.world() > 1:
             return
         tensors = list(self.state.values())
-        if self.one_at_a_time or self.validated:
+        if self.probe_interval:
             self.probing_update = training.captured(self.update_after_probe, tensors, self.generator)
         self.plain_update = training.captured(self.update, tensors, self.generator)
 

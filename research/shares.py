@@ -1,7 +1,8 @@
 """Shares of the batch and the KLs they lead to -> research/results/shares.csv
 
     python -m research.shares --case builtin --seeds 0 1 2
-    python -m research.shares --case mt10 --runs equal "novelty 2" integral --options n_embd=116 top=1
+    python -m research.shares --case mt10 --runs equal "novelty 2" integral
+    python -m research.shares --table             # what docs/study.md shows of these rows
 
 A row for each student, which is not evaluated: only its KLs to held-out episodes are measured, at tenths of
 its training. A student whose row is there is skipped. Runs:
@@ -11,8 +12,6 @@ its training. A student whose row is there is skipped. Runs:
     law         fixed shares ~ c^(1 / a), c being the KLs of tuning seed 100 with equal shares
     novelty 2   --curriculum novelty --novelty-power 2, and so on
     integral    --curriculum integral: half of the held-out episodes steer it, all are measured on the others
-
-    python -m research.shares --table             # what docs/study.md shows of these rows
 
 Teachers are those of distill.py, seed 0, trained where they are missing. `--planted` adds noise of its own
 to the targets of one task in every window, which no student can learn. One thread; run several processes.
@@ -32,10 +31,10 @@ import curriculum
 import data
 import distill
 import teacher
-from research import study_rows
+from research import study_rows, variants
 from research.little_data import TASKS
 from research.markdown import table
-from research.statistics import interval, with_interval
+from research.statistics import cell
 from research.tables import RESULTS
 from support import cli, machine
 
@@ -76,11 +75,6 @@ class Config:
     table: bool = False  # make no students
 
 
-def fixed(shares: list[float], d, step, before, generator) -> torch.Tensor:
-    """A curriculum of the same shares in every update."""
-    return torch.tensor(shares).to(d)
-
-
 class Case:
     """Teachers, and windows with their targets. All students are measured on the same held-out episodes."""
 
@@ -94,9 +88,9 @@ class Case:
             options["n_embd"] = cfg.n_embd
         options["curriculum"] = "integral"  # its held-out episodes; students have curricula of their own
         self.cfg = distill.Config(**options, steps=cfg.steps, device="cpu", log_interval=cfg.steps // 10)
-        self.found = teacher.find(self.cfg)
-        self.tasks = [t.task for t in self.found]
-        self.models = [t.model for t in self.found]
+        found = teacher.find(self.cfg)
+        self.tasks = [t.task for t in found]
+        self.models = [t.model for t in found]
         context = self.models[0].cfg.context
         self.windows, self.held_out, validation = distill.load_windows(self.cfg, self.tasks, context)
         distill.cache_targets(self.models, self.windows)
@@ -136,7 +130,7 @@ def student(case: Case, options: dict[str, Any], seed: int) -> tuple[list[list[f
 
 
 def weights(run: str, key: dict[str, Any], seed: int, n: int) -> list[float]:
-    """The fixed shares of a run. Raises UserError where `law` has no run with equal shares to follow."""
+    """The fixed shares of a run; those of `law` follow the row with equal shares of TUNING_SEED."""
     if run == "random":
         x = np.exp(SPREAD * np.random.default_rng(seed).normal(size=n))
         return (x / x.sum()).tolist()
@@ -238,12 +232,8 @@ def tables(rows: list[dict[str, str]]) -> str:
                 continue
             worst = np.array([runs[run][s].kl.max() / equal[s].kl.max() for s in seeds])
             mean = np.array([runs[run][s].kl.mean() / equal[s].kl.mean() for s in seeds])
-            cells = [
-                with_interval(geometric([x]), interval(geometric, [x]))
-                if len(x) > 2
-                else f"{geometric([x]):.3f}"
-                for x in (worst, mean)
-            ]
+            ratios = (worst, mean)
+            cells = [cell(geometric, [x]) if len(x) > 2 else f"{geometric([x]):.3f}" for x in ratios]
             curricula.append([label, run, str(len(seeds)), *cells, f"{(worst < 1).mean():.2f}"])
     head = ["students", "random shares", "a", "of single tasks", "explained"]
     head += ["best by 0.55", "after a tenth", "best by each task's a", "measured"]
@@ -297,7 +287,7 @@ def main(cfg: Config) -> None:
     for run, seed in wanted:
         if RUNS[run]["curriculum"] == "weights":
             shares = weights(run, key, seed, len(case.tasks))
-            curriculum.METHODS["weights"] = functools.partial(fixed, shares)
+            curriculum.METHODS["weights"] = variants.constant(shares)
         kls, shares, seconds = student(case, RUNS[run], seed)
         row = {**key, "run": run, "seed": seed, "kl": json.dumps(np.round(kls, 5).tolist())}
         row |= {"shares": json.dumps(np.round(shares, 4).tolist()), "ms": round(1000 * seconds, 2)}

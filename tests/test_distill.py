@@ -22,7 +22,7 @@ import model as dt
 import teacher
 from conftest import make_dataset, triton_needed
 from kernels.kl import policy_kl
-from support import UserError, files, processes, update_log
+from support import UserError, files, processes, training, update_log
 
 NAMES = ("tests/a-v0", "tests/b-v0")
 ALIKE = (NAMES[1], "tests/c-v0")  # of the same spaces
@@ -277,10 +277,8 @@ def distilled(teachers: tuple[str, ...], out: Path, **options) -> dict[str, np.n
 @pytest.fixture
 def one_thread():
     """Sums of several threads may differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with training.one_thread():
+        yield
 
 
 ARGMAX = {"novelty_power": float("inf")}
