@@ -74,7 +74,7 @@ def put(path, blob):
 
 
 def succeeds_or_tells(f):
-    """f() succeeds or raises UserError of one line, in at most two CPU seconds, those of its children included.
+    """f() succeeds or raises UserError of one line, in at most two CPU seconds of its own and its children.
 
     A machine that others use may pause for longer; a wait without work has twenty seconds.
     """
