@@ -43,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {  # options of distill.py
     "thirdparty": {"datasets": TASKS["thirdparty"]},
     "nine": {"envs": (*TASKS["builtin"], "halfcheetah-back"), "datasets": TASKS["thirdparty"]},
     "mt10": {"envs": ("mt10",), "teacher_top": 1.0, "top": 1.0, "n_embd": 116},
+    "opposed": {"envs": ("halfcheetah", "halfcheetah-back"), "share": True},
+    "mt10 shared": {"envs": ("mt10",), "teacher_top": 1.0, "top": 1.0, "n_embd": 124, "share": True},
     "mt50": {"envs": ("mt50",), "teacher_top": 1.0, "top": 1.0, "n_embd": 280, "share": True},
 }
 RUNS: dict[str, dict[str, Any]] = {
