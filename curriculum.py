@@ -4,8 +4,7 @@
 
     d (N,)       estimates of the KL between the student and each teacher
     step         number of the update, from 0: an integer, or a tensor of one
-    shares (N,)  what the last call returned, 1/N each before the first; of VALIDATED ones the mean of what
-                 all calls returned. There is no other state
+    shares (N,)  what the last call returned, 1/N each before the first. There is no other state
     generator    torch.Generator, for curricula that draw at random
 
 Returns (N,), non-negative, summing to 1; one-hot for curricula of one teacher at a time (ONE_AT_A_TIME, and
@@ -20,7 +19,6 @@ from torch import Generator, Tensor
 # Spread evenly under mixed curricula: no teacher is ever without windows, so its KL is never out of date.
 FLOOR = 0.1
 ONE_AT_A_TIME = ("fixed", "uniform")
-VALIDATED = ("integral",)  # d is measured on windows that are neither trained on nor reported
 LAW = 0.55  # the share law: with fixed shares KL_i ~ share_i^-LAW (docs/study.md)
 
 
@@ -40,17 +38,6 @@ def novelty(
         return one_hot((d == largest).int().argmax(), d)
     # d / largest: the scale of d does not matter, nor does overflow
     return proportional(torch.where(largest > 0, (d / largest) ** power, 1.0))
-
-
-def integral(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator) -> Tensor:
-    """s_i ~ r_i d_i^(1 / LAW), r being the mean of the shares so far.
-
-    By the share law these make all KLs equal, the lowest that the worst can be (worst_by_law). Novelty goes a
-    part of that way, for equal KLs would end its weights; r keeps them.
-    """
-    weights = (shares - FLOOR / len(d)).clamp_min(1e-6)  # the floor would pull them back, as in dro
-    largest = checked(d).max()
-    return proportional(weights * torch.where(largest > 0, (d / largest) ** (1 / LAW), 1.0).clamp_min(1e-6))
 
 
 def worst_by_law(d: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +98,6 @@ def proportional(weights: Tensor) -> Tensor:
 
 METHODS = {
     "novelty": novelty,
-    "integral": integral,
     "fixed": fixed,
     "uniform": uniform,
     "all": all_at_once,

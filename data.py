@@ -321,25 +321,10 @@ def share_of(dataset: Dataset, share: float, seed: int) -> Dataset:
             f"at least 2 are needed, {2 / len(first):.2g} of them"
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(len(first))[:n])  # still by return
-    return _of_episodes(dataset, "train", chosen)
+    return of_episodes(dataset, "train", chosen)
 
 
-def halves(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """The same with every second held-out episode, and with the others, for curriculum.VALIDATED.
-
-    Not with training episodes: teachers are surer there than anywhere else. Raises UserError where there is
-    one held-out episode.
-    """
-    n = len(first_rows(dataset.held_out))
-    if n < 2:
-        raise UserError(
-            f"{dataset.task.dataset} has 1 held-out episode; this curriculum needs 2, so 15 episodes in all: "
-            f"use another --curriculum"
-        )
-    return tuple(_of_episodes(dataset, "held_out", np.arange(start, n, 2)) for start in (0, 1))
-
-
-def _of_episodes(dataset, part, chosen):
+def of_episodes(dataset: Dataset, part: str, chosen: np.ndarray) -> Dataset:
     """The same with these of the `train` or `held_out` episodes alone."""
     first = first_rows(getattr(dataset, part))
     selected = {}

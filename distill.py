@@ -65,8 +65,6 @@ TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
 PROBED = 0.1  # of the updates, after which a run says how much any shares could do for the worst teacher
-VALIDATION_TIMESTEPS = 512  # of each task, on which curriculum.VALIDATED measure the KLs,
-VALIDATION_COST = 0.05  # and what that may cost of an update, which takes three times a forward
 
 
 @dataclasses.dataclass
@@ -197,7 +195,6 @@ class Learner:
 
     cfg: see Config. student: its parameters are moved into one flat buffer, theta (P,). teachers: their
     models, read where targets are live. windows: the training data. generator: of the windows' device.
-    validation: windows that curriculum.VALIDATED measure the KLs on.
     `record` (log_interval, 5 + 3N) holds in row step % log_interval: loss, cosine, projected, gradient norm
     before and after surgery; and each teacher's share, KL and alignment.
     """
@@ -209,7 +206,6 @@ class Learner:
         teachers: list[teacher.Model],
         windows: data.Windows,
         generator: torch.Generator,
-        validation: data.Batch | None = None,
     ):
         self.cfg = cfg
         self.student = student
@@ -218,19 +214,15 @@ class Learner:
         self.generator = generator
         self.distance = Distance(cfg, student)
         self.choose, self.one_at_a_time = curriculum_of(cfg)
-        self.validated = cfg.curriculum in curriculum.VALIDATED
         # updates between probes; None: batches of mixed curricula show every teacher, they need no probe
         self.probe_interval = None
-        if self.validated:
-            update = 3 * cfg.batch_size * windows.K
-            self.probe_interval = math.ceil(validation.mask.numel() / (VALIDATION_COST * update))
-        elif self.one_at_a_time:
+        if self.one_at_a_time:
             novelty = cfg.curriculum == "novelty"
             self.probe_interval = cfg.probe_interval if novelty else cfg.log_interval
         self.by_teacher = cfg.surgery_scope == "teacher"
         self.estimates = cfg.alignment == "estimate" and (cfg.alignment_weight != 0 or self.by_teacher)
         self.fused = kernels.compiled(windows.size.device) and cfg.surgery in surgery.FUSED
-        self._allocate_state(validation)
+        self._allocate_state()
         self._capture_updates()
 
     def step(self, step: int) -> None:
@@ -249,8 +241,7 @@ class Learner:
             # learn next from the teachers that the student matches least, weighed by their alignment a (N,)
             a = self.alignments.before_update()
             score = self.kl * (1 + self.cfg.alignment_weight * a).clamp_min(0)
-            before = self.mean_shares(self.cfg.warmup) if self.validated else self.shares
-            self.shares.copy_(self.choose(score, self.done, before, self.generator))
+            self.shares.copy_(self.choose(score, self.done, self.shares, self.generator))
             batch = self.windows.sample(self.cfg.batch_size, self.shares, self.generator)
             targets = self.targets(batch)
 
@@ -347,13 +338,13 @@ class Learner:
         self.total_shares.add_(losses.share)
         self.done.add_(1)
 
-    def mean_shares(self, equal: int = 0) -> Tensor:
-        """(N,) of the updates so far, and of so many before them with equal shares."""
-        return (self.total_shares + equal / len(self.kl)) / (self.done + equal)
+    def mean_shares(self) -> Tensor:
+        """(N,) of the updates so far."""
+        return self.total_shares / self.done
 
     # ---- what can be captured and resumed ----
 
-    def _allocate_state(self, validation):
+    def _allocate_state(self):
         """All that an update changes lies in tensors on the device, so it can be captured and replayed."""
         cfg = self.cfg
         device = self.windows.size.device
@@ -363,7 +354,7 @@ class Learner:
         self.u = torch.zeros_like(self.theta.data)  # (P,) the previous update's gradient, after surgery
         self.m = torch.zeros_like(self.theta.data)  # (P,) the optimiser's moments
         self.v = torch.zeros_like(self.theta.data)
-        batch = validation if self.validated else self.windows.spread(cfg.probe_windows)
+        batch = self.windows.spread(cfg.probe_windows)
         with torch.no_grad():
             self.probe = functools.partial(self.distance, batch, self.targets(batch))
             self.kl = self.probe(None).clone()  # (N,) running mean
@@ -549,15 +540,13 @@ def main(cfg: Config, teachers: list[teacher.Teacher] | None = None) -> None:
     with clock("data"):
         if cfg.eval_episodes:
             evaluate.check(tasks)
-        windows, held_out, validation = load_windows(cfg, tasks, models[0].cfg.context)
+        windows, held_out = make_windows(cfg, tasks, load_sets(cfg, tasks), models[0].cfg.context)
     student, generator = make_student(cfg, tasks, models)
     with clock("targets"):
         if windows.has_targets:
             cache_targets(models, windows)
         held_out_targets = live_targets(models, held_out)
-        if validation:
-            validation = validation._replace(targets=live_targets(models, validation))
-    learner = Learner(cfg, student, models, windows, generator, validation)
+    learner = Learner(cfg, student, models, windows, generator)
     kl = Distance(dataclasses.replace(cfg, loss="kl"), student)
     held_out_kl = functools.partial(kl.held_out, held_out, held_out_targets)
     meta = {"tasks": [dataclasses.asdict(t) for t in tasks]}
@@ -586,13 +575,8 @@ def main(cfg: Config, teachers: list[teacher.Teacher] | None = None) -> None:
     summary(out)
 
 
-def load_windows(
-    cfg: Config, tasks: list[data.Task], context: int
-) -> tuple[data.Windows, data.Batch, data.Batch | None]:
-    """Training windows; held-out ones of data.HELD_OUT_TIMESTEPS of each task; those of curriculum.VALIDATED.
-
-    Raises UserError where a dataset is not what its teacher was trained on.
-    """
+def load_sets(cfg: Config, tasks: list[data.Task]) -> list[data.Dataset]:
+    """The tasks' datasets, or those in their place; UserError where one is not what its teacher learnt."""
     sources = cfg.student_datasets or [t.dataset for t in tasks]
     if len(sources) != len(tasks):
         raise UserError(
@@ -605,9 +589,13 @@ def load_windows(
             dataset = data.load(source, task.split_seed, like)
             check_unchanged(task, dataset.task)
             sets.append(data.share_of(dataset, cfg.data_share, cfg.seed))
-    apart = []
-    if cfg.curriculum in curriculum.VALIDATED:
-        sets, apart = zip(*map(data.halves, sets), strict=True)
+    return sets
+
+
+def make_windows(
+    cfg: Config, tasks: list[data.Task], sets: list[data.Dataset], context: int
+) -> tuple[data.Windows, data.Batch]:
+    """Training windows, and held-out ones of data.HELD_OUT_TIMESTEPS of each task."""
     ask = asked_share(cfg)
     device = machine.device(cfg)
     train_tables = [s.train for s in sets]
@@ -628,12 +616,7 @@ def load_windows(
         windows.ask(ask, low, high, cfg.state_noise, generator)
     pixels = [s.held_out_pixels for s in sets]
     held_out = data.Windows([s.held_out for s in sets], *like, pixels=pixels).spread()
-    validation = None
-    if apart:
-        pixels = [s.held_out_pixels for s in apart]
-        of_them = data.Windows([s.held_out for s in apart], *like, pixels=pixels)
-        validation = of_them.spread(max(1, VALIDATION_TIMESTEPS // context))
-    return windows, held_out, validation
+    return windows, held_out
 
 
 def asked_share(cfg: Config) -> float:

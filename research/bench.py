@@ -613,7 +613,7 @@ def student_training(device: str, dtype: str, folder: str, **options: Any) -> Tr
     found = teacher.find(cfg)
     models = [t.model for t in found]
     tasks = [t.task for t in found]
-    windows, held_out, _ = distill.load_windows(cfg, tasks, models[0].cfg.context)
+    windows, held_out = distill.make_windows(cfg, tasks, distill.load_sets(cfg, tasks), models[0].cfg.context)
     distill.cache_targets(models, windows)
     targets = distill.live_targets(models, held_out)
 

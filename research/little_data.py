@@ -261,7 +261,7 @@ def tune(cfg: Config, tasks: str, share: float) -> None:
         distill.main(run)
         model, meta = dt.load(run.out_dir)
         of_tasks = data.tasks(meta, run.out_dir)
-        _, held_out, _ = distill.load_windows(run, of_tasks, model.cfg.context)
+        _, held_out = distill.make_windows(run, of_tasks, distill.load_sets(run, of_tasks), model.cfg.context)
         nll = distill.Distance(run, model).held_out(held_out, held_out.targets)
         row = {**key, "heldout_nll": round(float(np.mean(nll)), 4), "commit": machine.commit()}
         study_rows.add(TUNING, row)

@@ -1,17 +1,17 @@
 """Shares of the batch and the KLs they lead to -> research/results/shares.csv
 
     python -m research.shares --case builtin --seeds 0 1 2
-    python -m research.shares --case mt10 --runs equal "novelty 2" integral
+    python -m research.shares --case mt10 --runs equal "novelty 2"
     python -m research.shares --table             # what docs/study.md shows of these rows
 
-A row for each student, which is not evaluated: only its KLs to held-out episodes are measured, at tenths of
-its training. A student whose row is there is skipped. Runs:
+A row for each student, which is not evaluated: only its KLs to every second held-out episode are measured, at
+tenths of its training. A student whose row is there is skipped. Runs:
 
     equal       equal shares
     random      fixed shares, exp of normal numbers, drawn by the seed: what the law is fitted to
     law         fixed shares ~ c^(1 / a), c being the KLs of tuning seed 100 with equal shares
     novelty 2   --curriculum novelty --novelty-power 2, and so on
-    integral    --curriculum integral: half of the held-out episodes steer it, all are measured on the others
+    integral    variants.integral, steered by the held-out episodes that nothing is measured on
 
 Teachers are those of distill.py, seed 0, trained where they are missing. `--planted` adds noise of its own
 to the targets of one task in every window, which no student can learn. One thread; run several processes.
@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import curriculum
 import data
@@ -62,6 +63,8 @@ RUNS: dict[str, dict[str, Any]] = {
 GROUP = ("case", "tasks", "steps", "n_embd", "planted")
 ROWS = RESULTS / "shares.csv"
 TUNING_SEED = 100
+STEERING_TIMESTEPS = 512  # of each task, on which `integral` measures the KLs,
+STEERING_COST = 0.05  # and what that may cost of an update, which takes three times a forward
 SPREAD = 0.7  # of the logarithms of random shares
 
 
@@ -78,7 +81,7 @@ class Config:
 
 
 class Case:
-    """Teachers, and windows with their targets. All students are measured on the same held-out episodes."""
+    """Teachers and windows with their targets: half of the held-out episodes are measured, half may steer."""
 
     def __init__(self, cfg: Config):
         options = dict(CASES[cfg.case])
@@ -88,16 +91,19 @@ class Case:
         options |= {kind: tuple(name for k, name in every if k == kind) for kind in names}
         if cfg.n_embd:
             options["n_embd"] = cfg.n_embd
-        options["curriculum"] = "integral"  # its held-out episodes; students have curricula of their own
         self.cfg = distill.Config(**options, steps=cfg.steps, device="cpu", log_interval=cfg.steps // 10)
         found = teacher.find(self.cfg)
         self.tasks = [t.task for t in found]
         self.models = [t.model for t in found]
         context = self.models[0].cfg.context
-        self.windows, self.held_out, validation = distill.load_windows(self.cfg, self.tasks, context)
+        sets = distill.load_sets(self.cfg, self.tasks)
+        measured, steering = zip(*map(halves, sets), strict=True)
+        self.windows, self.held_out = distill.make_windows(self.cfg, self.tasks, measured, context)
         distill.cache_targets(self.models, self.windows)
         self.held_out_targets = distill.live_targets(self.models, self.held_out)
-        self.validation = validation._replace(targets=distill.live_targets(self.models, validation))
+        steering = data.Windows([s.held_out for s in steering], self.tasks, context)
+        steering = steering.spread(max(1, STEERING_TIMESTEPS // context))
+        self.steering = steering._replace(targets=distill.live_targets(self.models, steering))
         if cfg.planted >= 0:
             self._plant(cfg.planted)
 
@@ -107,7 +113,7 @@ class Case:
         A = self.tasks[i].act_dim
         start = int(w.offset[i])
         of_training = w.table[start : start + (1 + w.copies) * int(w.size[i]), -2 * w.A :]
-        of_others = [(self.held_out_targets, self.held_out), (self.validation.targets, self.validation)]
+        of_others = [(self.held_out_targets, self.held_out), (self.steering.targets, self.steering)]
         generator = torch.Generator().manual_seed(0)
         of_training[:, :A] += torch.rand(len(of_training), A, generator=generator) - 0.5
         for targets, batch in of_others:
@@ -115,11 +121,41 @@ class Case:
             targets[0, ..., :A] += torch.where((batch.task == i)[:, None, None], noise, 0.0)
 
 
+def halves(dataset: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
+    """The same with every second held-out episode, and with the others.
+
+    Not with training episodes: teachers are surer there than anywhere else.
+    """
+    n = len(data.first_rows(dataset.held_out))
+    return tuple(data.of_episodes(dataset, "held_out", np.arange(start, n, 2)) for start in (0, 1))
+
+
+class Integral(distill.Learner):
+    """Follows variants.integral, by KLs on windows that are neither trained on nor measured."""
+
+    def __init__(self, case: Case, cfg: distill.Config, *args: Any):
+        super().__init__(cfg, *args)
+        self.probe = functools.partial(self.distance, case.steering, case.steering.targets)
+        with torch.no_grad():
+            self.kl.copy_(self.probe(None))
+        update = 3 * cfg.batch_size * self.windows.K
+        self.probe_interval = math.ceil(case.steering.mask.numel() / (STEERING_COST * update))
+        self.choose = self.from_mean_shares
+
+    def from_mean_shares(
+        self, d: Tensor, step: Tensor | int, shares: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Of the updates so far, and of as many with equal shares as the warm-up has."""
+        before = (self.total_shares + self.cfg.warmup / len(d)) / (self.done + self.cfg.warmup)
+        return variants.integral(d, step, before, generator)
+
+
 def student(case: Case, options: dict[str, Any], seed: int) -> tuple[list[list[float]], list[float], float]:
     """Train one. Returns its held-out KLs at tenths of its updates, mean shares, seconds an update."""
     cfg = dataclasses.replace(case.cfg, seed=seed, **options)
     model, generator = distill.make_student(cfg, case.tasks, case.models)
-    learner = distill.Learner(cfg, model, case.models, case.windows, generator, case.validation)
+    learner = functools.partial(Integral, case) if cfg.curriculum == "integral" else distill.Learner
+    learner = learner(cfg, model, case.models, case.windows, generator)
     kl = distill.Distance(distill.Config(), model)
     kls = []
     start = time.process_time()
@@ -270,6 +306,7 @@ def main(cfg: Config) -> None:
         print(tables(study_rows.plain(ROWS)))
         return
     cli.at_least(cfg, steps=10)
+    curriculum.METHODS["integral"] = variants.integral
     for eta in (0.003, 0.03):
         curriculum.METHODS[f"dro {eta}"] = functools.partial(curriculum.dro, eta=eta)
     key = {

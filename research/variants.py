@@ -167,6 +167,20 @@ def stay(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator) ->
     return curriculum.novelty(d, step, shares, generator, power=math.inf) if step % STAY == 0 else shares
 
 
+def integral(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator) -> Tensor:  # (N,)
+    """s_i ~ r_i d_i^(1 / LAW), shares r (N,) being the mean of all shares so far; see shares.Integral.
+
+    By the share law these make all KLs equal, the lowest that the worst can be (curriculum.worst_by_law).
+    Novelty goes a part of that way, for equal KLs would end its weights; r keeps them.
+    """
+    weights = (shares - curriculum.FLOOR / len(d)).clamp_min(
+        1e-6
+    )  # the floor would pull them back, as in dro
+    largest = curriculum.checked(d).max()
+    novel = torch.where(largest > 0, (d / largest) ** (1 / curriculum.LAW), 1.0).clamp_min(1e-6)
+    return curriculum.proportional(weights * novel)
+
+
 def constant(weights: list[float]) -> Curriculum:
     """The same shares in every update (scalarisation): weights (N,), summing to 1."""
 

@@ -233,20 +233,6 @@ def test_share_of__takes_the_pixels_of_its_episodes():
     assert np.array_equal(dataset.train[some.train_pixels[:, 0]], some.train)
 
 
-def test_halves__share_the_held_out_episodes_and_nothing_else():
-    make_dataset("tests/halves-v0", list(range(1, 51)))
-    dataset = data.load("tests/halves-v0")
-    pixels = np.arange(len(dataset.held_out), dtype=np.uint8)[:, None]
-    dataset = dataclasses.replace(dataset, held_out_pixels=pixels)
-    first, second = data.halves(dataset)
-    for half, n in ((first, 3), (second, 2)):
-        assert (half.held_out[:, -1] == 0).sum() == n  # whole episodes, of the five
-        assert np.array_equal(dataset.held_out[half.held_out_pixels[:, 0]], half.held_out)
-        assert np.array_equal(half.train, dataset.train)
-    rows = np.concatenate([first.held_out_pixels, second.held_out_pixels])[:, 0]
-    assert sorted(rows) == list(range(len(dataset.held_out)))
-
-
 def test_sample__works_where_every_episode_has_one_step():
     make_dataset("tests/one-step-v0", [1] * 10)
     d = data.load("tests/one-step-v0")

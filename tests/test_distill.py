@@ -358,27 +358,6 @@ def test_main__says_what_student_it_can_not_add_to(teachers, tmp_path):
         distilled((), tmp_path / "a", student=str(first), datasets=NAMES[1:])
 
 
-def test_main__measures_the_kls_of_integral_on_held_out_episodes_of_their_own(teachers, tmp_path, capsys):
-    """They change once in an interval; shares follow them; a task of one held-out episode is named."""
-    names = ("tests/d-v0", "tests/e-v0")
-    for i, name in enumerate(names):
-        if name not in minari.list_local_datasets():
-            make_dataset(name, [9, 5, 12, 7] * 5, obs_dim=3 + i, act_dim=2, seed=i)
-    directories = trained([data.load(name) for name in names], tmp_path)
-    log = distilled(directories, tmp_path / "out", steps=150, lr=1e-2, curriculum="integral")
-    measured = np.array([log[f"kl_{name}"] for name in names])
-    changes = np.flatnonzero((np.diff(measured) != 0).any(0)) + 1
-    interval = math.ceil(2 * (512 // K) * K / (0.05 * 3 * 16 * K))
-    assert changes.tolist() == list(range(interval, 150, interval))
-    reported = np.array([log[f"heldout_kl_{name}"] for name in names])
-    assert (reported[:, -1] < reported[:, 0] / 5).all()
-    shares = np.array([log[f"share_{name}"] for name in names])
-    higher = measured.argmax(0)
-    assert shares[higher[:interval], np.arange(interval)].mean() > 0.5
-    with pytest.raises(UserError, match=r"^tests/a-v0 has 1 held-out episode; this curriculum needs 2"):
-        distilled(teachers, tmp_path / "few", curriculum="integral")
-
-
 SHARED = [{}, BY_TEACHER, {"surgery": "pcgrad"}, {"alignment_weight": 0.5}, {"tokens": 3}, {"loss": "mse"}]
 
 

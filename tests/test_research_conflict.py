@@ -70,9 +70,7 @@ def test_gradients__of_a_teacher_are_of_its_own_windows(rows, monkeypatch):
     rows()
     case = shares.Case(shares.Config(case="builtin", steps=100))
     student, generator = conflict.distill.make_student(case.cfg, case.tasks, case.models)
-    learner = conflict.distill.Learner(
-        case.cfg, student, case.models, case.windows, generator, case.validation
-    )
+    learner = conflict.distill.Learner(case.cfg, student, case.models, case.windows, generator)
     n = 8
     found = conflict.gradients(learner, n, torch.Generator().manual_seed(0))["block 1"]
     generator = torch.Generator().manual_seed(0)

@@ -1,13 +1,16 @@
 """research/shares.py: rows of tiny students, each made once."""
 
 import csv
+import dataclasses
 import json
+import math
 
 import minari
 import numpy as np
 import pytest
 
 import curriculum
+import data
 from conftest import make_dataset
 from research import shares
 
@@ -66,3 +69,36 @@ def test_main__plants_a_task_that_nobody_can_learn(rows):
         learnt, planted = json.loads(made[run, 0, "1"]["kl"])[-1]
         assert planted > 2 * json.loads(made["equal", 0, "-1"]["kl"])[-1][1]
         assert learnt < planted
+
+
+def test_halves__share_the_held_out_episodes_and_nothing_else():
+    make_dataset("tests/halves-v0", list(range(1, 51)))
+    dataset = data.load("tests/halves-v0")
+    pixels = np.arange(len(dataset.held_out), dtype=np.uint8)[:, None]
+    dataset = dataclasses.replace(dataset, held_out_pixels=pixels)
+    first, second = shares.halves(dataset)
+    for half, n in ((first, 3), (second, 2)):
+        assert (half.held_out[:, -1] == 0).sum() == n  # whole episodes, of the five
+        assert np.array_equal(dataset.held_out[half.held_out_pixels[:, 0]], half.held_out)
+        assert np.array_equal(half.train, dataset.train)
+    rows = np.concatenate([first.held_out_pixels, second.held_out_pixels])[:, 0]
+    assert sorted(rows) == list(range(len(dataset.held_out)))
+
+
+def test_integral__is_steered_by_windows_of_its_own(rows):
+    """Its KLs change once in an interval, and the higher one gets more of the batch."""
+    rows(runs=("equal",))
+    case = shares.Case(shares.Config(case="builtin", steps=60))
+    curriculum.METHODS["integral"] = shares.variants.integral
+    cfg = dataclasses.replace(case.cfg, curriculum="integral", seed=0, log_interval=60)
+    student, generator = shares.distill.make_student(cfg, case.tasks, case.models)
+    learner = shares.Integral(case, cfg, student, case.models, case.windows, generator)
+    for step in range(60):
+        learner.step(step)
+    share, kl = learner.record[:, 5:9].unflatten(1, (2, 2)).unbind(1)
+    interval = learner.probe_interval
+    assert interval == math.ceil(case.steering.mask.numel() / (0.05 * 3 * 16 * case.windows.K))
+    changes = (kl.diff(dim=0) != 0).any(1).nonzero().flatten() + 1
+    assert changes.tolist() == list(range(interval, 60, interval))
+    first = kl[0].argmax()
+    assert share[:interval, first].mean() > 0.5

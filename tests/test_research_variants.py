@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -286,3 +286,43 @@ def test_default__is_what_distill_does_without_options():
     assert VARIANTS[DEFAULT] == {key: defaults[key] for key in VARIANTS[DEFAULT]}
     assert VARIANTS[DEFAULT] == {**VARIANTS[NOVELTY], "top": defaults["top"]}
     assert VARIANTS[DEFAULT] == {**VARIANTS[SCORE_COLUMNS["with surgery"]], "surgery": "none"}
+
+
+# ---- integral ----------------------------------------------------------------------------------------------
+
+
+def by_law(c: Tensor, shares: Tensor) -> Tensor:
+    """KLs (N,) of mean shares (N,), c (N,) being those of equal shares."""
+    return c * (len(c) * shares) ** -curriculum.LAW
+
+
+def followed(c: Tensor, steps: int = 3000) -> Tensor:
+    """The mean shares (N,) that integral comes to where the share law holds."""
+    mean = torch.full_like(c, 1 / len(c))
+    for step in range(steps):
+        shares = variants.integral(by_law(c, mean), step, mean, torch.Generator())
+        mean = mean + (shares - mean) / (step + 100)
+    return mean
+
+
+moderate = st.lists(st.floats(-0.25, 0.25), min_size=2, max_size=8).map(
+    lambda x: 10 ** torch.tensor(x, dtype=torch.float64)
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(moderate)
+def test_integral__makes_all_kls_equal_and_takes_the_headroom(c):
+    """No teacher here should have less than the floor. The mean of shares forgets slowly: as 1 / step."""
+    d = by_law(c, followed(c))
+    assert (d.max() / d.min()).log() < 0.25 * (c.max() / c.min()).log() + 1e-9
+    best = curriculum.worst_by_law(c, torch.full_like(c, 1 / len(c)))[1]
+    assert 1 - 1e-9 < d.max() / best < 1.05
+
+
+@given(kls())
+def test_integral__gives_shares(d):
+    shares = variants.integral(d, 0, torch.full_like(d, 1 / len(d)), torch.Generator())
+    assert torch.isclose(shares.sum(), torch.ones((), dtype=d.dtype))
+    assert (shares >= curriculum.FLOOR / len(d) - 1e-12).all()
+    assert shares.argmax() == d.argmax() or torch.isclose(shares.max(), shares[d.argmax()])

@@ -411,6 +411,8 @@ ELSEWHERE = {  # commands that take long, or need another package: where they ar
     "-m research.little_data": "test_research_little_data.py",
     "-m research.metaworld": "test_support_metaworld.py",
     "-m research.shares": "test_research_shares.py",
+    "-m research.conflict": "test_research_conflict.py",
+    "-m research.streaming": "test_research_streaming.py",
 }
 
 
@@ -444,9 +446,7 @@ def run_readme_command(command, cwd):
     program, command = command.split(" ", 1)
     assert program == "python"
     script = command.split()[0]
-    if script == "-m":
-        module = " ".join(command.split()[:2])
-        assert (ROOT / "tests" / ELSEWHERE[module]).exists(), command
+    if script == "-m":  # see ELSEWHERE
         return
     forked.python(f"{command} {SMALL[script]}", cwd, MUJOCO_GL="off")  # films take minutes without a GPU
 
@@ -464,13 +464,17 @@ def test_readme__has_an_acting_snippet_that_runs(main_job, home):
 
 
 def test_readme__lists_a_command_for_every_script():
-    listed = {re.sub("^python ", "", command) for command in commands(README)}
+    """CONTRIBUTING.md has those of research/."""
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    listed = {re.sub("^python ", "", command) for command in commands(text)}
     scripts = {path.name for path in ROOT.glob("*.py") if "cli.run(" in path.read_text()}
     modules = {
         f"-m research.{path.stem}" for path in ROOT.glob("research/*.py") if '"__main__"' in path.read_text()
     }
     for script in scripts | modules:
         assert any(command.startswith(script) for command in listed), script
+    for module in modules:
+        assert (ROOT / "tests" / ELSEWHERE[module]).exists(), module
 
 
 def test_troubleshooting__has_the_words_that_the_program_prints():
