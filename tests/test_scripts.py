@@ -413,6 +413,7 @@ ELSEWHERE = {  # commands that take long, or need another package: where they ar
     "-m research.shares": "test_research_shares.py",
     "-m research.conflict": "test_research_conflict.py",
     "-m research.streaming": "test_research_streaming.py",
+    "-m research.cells": "test_research_cells.py",
 }
 
 
