@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 import distill
-from research import little_data_report, shares, study_figures
+from research import cells, conflict, little_data_report, shares, streaming, study_figures
 from research.markdown import table
 from research.statistics import cell, improvement, improvement_of_strata, iqm, pooled
 from research.study_rows import (
@@ -74,6 +74,24 @@ SHARES = (
     "= 0.55, at the end and after a tenth of the updates, and with each task's own a; and the lowest that "
     "was measured. Below, curricula against equal shares on the same seeds: means of ratios with 95 % "
     "bootstrap intervals over seeds."
+)
+CONFLICT = (
+    "Cosines between the gradients of different teachers' KLs in a layer that they share: the lowest of all "
+    "pairs, quantiles, and the share below 0. A teacher's two sets: the cosine between its gradients on "
+    "other windows, as many as the other columns are of; below 1 it is noise, which draws all cosines to 0. "
+    "KLs raised: the share of teachers whose KL a small step down the mean of all gradients would raise. "
+    "Means over seeds."
+)
+STREAMS = (
+    "Teachers that arrive one after the other, against equal shares of those that are there, on the same "
+    "seeds: the KL to the worst of them and the mean KL, each averaged over time; the worst at the end; the "
+    "newest's at the end of its phase. Last, without comparison, an earlier teacher's KL at the very end "
+    "over that at the end of its own phase."
+)
+CELLS = (
+    "Curricula over teachers and over cells, a teacher and a band of its episodes by return: shares of the "
+    "batch and held-out KL of each band, the worst cell's KL, retention, and the gap between returns and "
+    "targets over the range of returns."
 )
 CURVES = (
     "KL to the worst teacher over updates by curriculum, performance profiles, and the final KL divided by "
@@ -239,9 +257,12 @@ def sections(results: Results, folder: Path) -> Iterator[Section]:
     time = results.comparison("time")
     half = results.comparison("half")
     yield from little_data(folder)
-    if (folder / "shares.csv").exists():
-        rows = read_rows((folder / "shares.csv").resolve())
-        yield Section("Shares", SHARES, [shares.tables(rows)])
+    scripts = {"Shares": (shares, SHARES), "Conflict": (conflict, CONFLICT)}
+    scripts |= {"Streams": (streaming, STREAMS), "Cells": (cells, CELLS)}
+    for title, (script, introduction) in scripts.items():
+        if (folder / script.ROWS.name).exists():
+            rows = read_rows((folder / script.ROWS.name).resolve())
+            yield Section(title, introduction, [script.tables(rows)])
     for case, by_variant in results.scored().items():
         if DEFAULT in by_variant:
             introduction = SCORES.get(case, SCORES_OF_OTHERS).format(results.compression)
@@ -498,8 +519,8 @@ def score_table(case: str, by_variant: ByVariant, columns: dict[str, str]) -> st
             line.append(cell(pooled, [students], "{:.1f}"))
         lines.append(line)
     lines.append(["seeds", "", *(str(len(of_column)) for of_column in runs.values())])
-    for name, *cells in retention_lines(runs):
-        lines.append([f"retention, {name}", "", *cells])
+    for name, *values in retention_lines(runs):
+        lines.append([f"retention, {name}", "", *values])
     return table(["task", "teacher", *runs], lines)
 
 
@@ -517,8 +538,8 @@ def retention_lines(runs: ByVariant) -> list[list[str]]:
     """Retention, a cell for each of the columns."""
     lines = []
     for name, retention in (("mean", mean_retention), ("worst task", worst_retention)):
-        cells = [cell(pooled, [retention(of_column)], "{:.2f}") for of_column in runs.values()]
-        lines.append([name, *cells])
+        values = [cell(pooled, [retention(of_column)], "{:.2f}") for of_column in runs.values()]
+        lines.append([name, *values])
     return lines
 
 
