@@ -103,26 +103,13 @@ class Episodes(NamedTuple):
 
 
 def rollout(
-    model: dt.DecisionTransformer,
-    task: data.Task,
-    index: int,
-    target: ArrayLike,
-    episodes: int,
-    seed: int,
-    film: bool = False,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The returns (E,) and frames of a model's episodes in its index-th task; see `played`."""
-    return play(Policy.of(model, task, index), task, target, episodes, seed, film)
+    model: dt.DecisionTransformer, task: data.Task, index: int, target: ArrayLike, episodes: int, seed: int
+) -> Episodes:
+    """A model's episodes in its index-th task; see `play`."""
+    return play(Policy.of(model, task, index), task, target, episodes, seed)
 
 
 def play(
-    policy: Any, task: data.Task, target: ArrayLike, episodes: int, seed: int, film: bool = False
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The returns (E,) and the first one's frames of `played`."""
-    return played(policy, task, target, episodes, seed, film)[:2]
-
-
-def played(
     policy: Any, task: data.Task, target: ArrayLike, episodes: int, seed: int, film: bool = False
 ) -> Episodes:
     """E episodes as one batch, the i-th with seed + i.
@@ -131,10 +118,10 @@ def played(
     number, or (E,) one of each episode. film: keep every FRAME_INTERVAL-th frame; else there are none.
     """
     with contextlib.nullcontext() if task.image else training.one_thread():  # a small model, a few rows
-        return _played(policy, task, target, episodes, seed, film)
+        return _play(policy, task, target, episodes, seed, film)
 
 
-def _played(policy, task, target, episodes, seed, film):
+def _play(policy, task, target, episodes, seed, film):
     envs = _make_envs(task, episodes, film)
     action_shape = envs[0].action_space.shape
     policy.reset(target_return=target, episodes=episodes)
@@ -179,11 +166,11 @@ def measured(
     teacher: dict[str, Any] | None = None,
     retention: Retained = "score",
 ) -> dict[str, Any]:
-    """The metrics of E episodes: see `played` and `scores`.
+    """The metrics of E episodes: see `play` and `scores`.
 
     retention: "success": of the success rate in any step, where the task reports one; `retention_of` says so.
     """
-    found = played(policy, task, target, episodes, seed)
+    found = play(policy, task, target, episodes, seed)
     metrics = {**scores(found.returns, task, teacher), **success_rates(found.success)}
     if retention == "success" and teacher and "success_rate" in metrics:
         of_teacher = teacher.get("success_rate")
@@ -221,7 +208,7 @@ def sweep(policy: Any, task: data.Task, episodes: int, seed: int) -> list[dict[s
     """
     names = sorted(task.targets, key=task.targets.get)
     targets = np.repeat([task.targets[name] for name in names], episodes)
-    found = played(policy, task, targets, len(targets), seed)
+    found = play(policy, task, targets, len(targets), seed)
     rows = []
     for i, name in enumerate(names):
         own = slice(i * episodes, (i + 1) * episodes)
@@ -271,7 +258,7 @@ def film(
         # MuJoCo would try GLFW first, which needs a display, and what it tries next can crash
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        returns, frames = rollout(model, task, index, target, 1, seed, film=True)
+        returns, frames, _ = play(Policy.of(model, task, index), task, target, 1, seed, film=True)
         pictures = []
         for frame in frames:
             picture = Image.fromarray(frame)

@@ -147,7 +147,7 @@ def run(cfg: Config, name: str, variant: str, seed: int) -> None:
         seconds = time.time() - start
         asked = asked[:1]  # it returns the same, whatever it is asked for
     for target in asked:
-        returns, _ = evaluate.play(policy, task, task.targets[target], EPISODES, evaluate.SEED)
+        returns, *_ = evaluate.play(policy, task, task.targets[target], EPISODES, evaluate.SEED)
         scores = {"target": task.targets[target], **evaluate.scores(returns, task), "flags": flags}
         add(name, variant, seed, target, scores, seconds, low=round(task.reference[0], 2))
 

@@ -106,7 +106,7 @@ def teacher_scores(cfg: Config, tasks: str, seed: int) -> dict[str, dict[str, An
 
 def scores(policy: Any, task: data.Task, episodes: int, seed: int) -> dict[str, Any]:
     """Of episodes that ask for the default target return; score: data.Task.reference."""
-    returns, _ = evaluate.play(policy, task, task.target, episodes, seed)
+    returns, *_ = evaluate.play(policy, task, task.target, episodes, seed)
     of_returns = evaluate.scores(returns, task)
     return {
         "return_mean": of_returns["return_mean"],

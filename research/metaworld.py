@@ -29,7 +29,7 @@ class Config:
 
 
 class Expert:
-    """The scripted expert of a task, as a policy that evaluate.played takes."""
+    """The scripted expert of a task, as a policy that evaluate.play takes."""
 
     def __init__(self, task: str):
         from metaworld.policies import ENV_POLICY_MAP

@@ -310,7 +310,7 @@ def scores(trained: list[Trained], tasks: list[data.Task]) -> list[float]:
     for i, task in enumerate(tasks):
         student = trained[i if separate else 0].student
         index = 0 if separate else i
-        returns, _ = evaluate.rollout(student, task, index, task.target, EPISODES, evaluate.SEED)
+        returns, *_ = evaluate.rollout(student, task, index, task.target, EPISODES, evaluate.SEED)
         found.append(evaluate.scores(returns, task)["normalized_score"])
     return found
 

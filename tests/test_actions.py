@@ -322,7 +322,7 @@ def test_student__acts_by_onnxruntime_as_it_does_here(student):
         assert card["action_shape"] == list(SPACES[KINDS[index]].shape)
         of_both = [card["files"][f"{name}.onnx"], of_all[index]["files"]["all-tasks.onnx"]]
         assert [entry["largest_difference"] for entry in of_both] == [0, 0]
-        returns, _ = evaluate.rollout(model, task, index, task.target, 2, evaluate.SEED)
+        returns, *_ = evaluate.rollout(model, task, index, task.target, 2, evaluate.SEED)
         assert card["files"][f"{name}.onnx"]["return_mean"] == returns.mean()
         session = export.session(str(student / f"{name}.onnx"))
         env = gym.make(task.env_id)

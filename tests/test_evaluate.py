@@ -104,7 +104,7 @@ def test_rollout__shows_the_model_what_training_shows_it():
     """In training's form, windows of the length that Actor shows give the very actions that were played."""
     m = make(CFG)
     Walk.played = {}
-    returns, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=6, seed=100)
+    returns, *_ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=6, seed=100)
     for seed, episode in Walk.played.items():
         observations = np.array([step[0] for step in episode])
         actions = np.array([step[1] for step in episode], np.float64)
@@ -128,10 +128,10 @@ def test_rollout__shows_the_model_what_training_shows_it():
 
 def test_rollout__gives_the_same_returns_alone_and_in_a_batch():
     m = make(CFG)
-    together, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=5, seed=200)
+    together, *_ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=5, seed=200)
     alone = []
     for seed in range(200, 205):
-        returns, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=1, seed=seed)
+        returns, *_ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=1, seed=seed)
         alone.append(returns[0])
     assert np.allclose(together, alone, atol=1e-4)
 
@@ -139,13 +139,13 @@ def test_rollout__gives_the_same_returns_alone_and_in_a_batch():
 def test_rollout__asks_each_episode_for_its_own_target():
     m = make(CFG)
     targets = np.array([8.0, 2.0, -1.0, 8.0])
-    together, _ = evaluate.rollout(m, WALK, 0, target=targets, episodes=4, seed=200)
+    together, *_ = evaluate.rollout(m, WALK, 0, target=targets, episodes=4, seed=200)
     alone = []
     for i, target in enumerate(targets):
-        returns, _ = evaluate.rollout(m, WALK, 0, target=target, episodes=1, seed=200 + i)
+        returns, *_ = evaluate.rollout(m, WALK, 0, target=target, episodes=1, seed=200 + i)
         alone.append(returns[0])
     assert np.allclose(together, alone, atol=1e-4)
-    same, _ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=4, seed=200)
+    same, *_ = evaluate.rollout(m, WALK, 0, target=8.0, episodes=4, seed=200)
     assert not np.allclose(together, same, atol=1e-4)
 
 
@@ -203,7 +203,7 @@ def test_measured__has_success_rates_where_the_environment_reports_success(env_i
     metrics = evaluate.measured(player, game, 8.0, episodes=5, seed=200, teacher={"normalized_score": 1.0})
     assert metrics["success_rate"] == 1.0
     assert metrics["success_at_end"] == 0.6
-    returns, _ = evaluate.play(player, game, 8.0, 5, 200)
+    returns, *_ = evaluate.play(player, game, 8.0, 5, 200)
     of_returns = evaluate.scores(returns, game, {"normalized_score": 1.0})
     assert metrics == {**of_returns, "success_rate": 1.0, "success_at_end": 0.6}
     rows = evaluate.sweep(player, game, episodes=3, seed=200)
@@ -232,7 +232,7 @@ def test_sweep__plays_every_target_lowest_first():
     rows = evaluate.sweep(policy.Policy.of(m, WALK, 0), WALK, episodes=3, seed=200)
     assert [(row["name"], row["target"]) for row in rows] == [("median", 2.0), ("p95", 8.0)]
     for row, seed in zip(rows, (200, 203), strict=True):
-        returns, _ = evaluate.rollout(m, WALK, 0, row["target"], 3, seed)
+        returns, *_ = evaluate.rollout(m, WALK, 0, row["target"], 3, seed)
         assert row["return_mean"] == pytest.approx(returns.mean(), abs=1e-4)
         assert row["return_std"] == pytest.approx(returns.std(), abs=1e-4)
         assert row["episodes"] == 3
@@ -275,7 +275,7 @@ def run(tmp_path) -> Path:
 @pytest.mark.parametrize("target, value", [("default", 8.0), ("p95", 8.0), ("median", 2.0), ("-1.5", -1.5)])
 def test_main__writes_what_it_prints(run, capsys, target, value):
     evaluate.main(evaluate.Config(str(run), eval_episodes=3, target=target, device="cpu"))
-    returns, _ = evaluate.rollout(dt.load(run)[0], WALK, 0, value, 3, evaluate.SEED)
+    returns, *_ = evaluate.rollout(dt.load(run)[0], WALK, 0, value, 3, evaluate.SEED)
     evaluation = files.read_json(run / "evaluation.json")
     # the teacher's score is of its default target: with other targets there is nothing to compare
     teacher_scores = {"normalized_score": 50.0} if value == WALK.target else None

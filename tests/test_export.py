@@ -300,7 +300,7 @@ def test_act_onnx__needs_neither_torch_nor_this_project(hopper, tmp_path):
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     printed = printed_return(["-c", code, EXAMPLE, str(hopper.home / "hopper.onnx")], tmp_path)
-    returns, _ = evaluate.rollout(hopper.model, OF_ALL_SCALES, 0, 300.0, 4, evaluate.SEED)
+    returns, *_ = evaluate.rollout(hopper.model, OF_ALL_SCALES, 0, 300.0, 4, evaluate.SEED)
     # to the digit that is printed: these episodes are too short for rounding to grow
     assert printed == pytest.approx(returns.mean(), abs=0.06)
 
@@ -308,7 +308,7 @@ def test_act_onnx__needs_neither_torch_nor_this_project(hopper, tmp_path):
 @pytest.mark.slow
 def test_act_onnx__takes_discrete_actions(three_tasks, tmp_path):
     printed = printed_return([EXAMPLE, str(three_tasks.home / "cartpole.onnx")], tmp_path)
-    returns, _ = evaluate.rollout(three_tasks.model, CARTPOLE, 2, 500.0, 4, evaluate.SEED)
+    returns, *_ = evaluate.rollout(three_tasks.model, CARTPOLE, 2, 500.0, 4, evaluate.SEED)
     assert printed == pytest.approx(returns.mean(), abs=0.06)
 
 
@@ -319,7 +319,7 @@ def test_act_onnx__takes_a_file_of_all_tasks(three_tasks, tmp_path, index):
     printed = printed_return(
         [EXAMPLE, str(three_tasks.home / "all-tasks.onnx"), "--task", task.name], tmp_path
     )
-    returns, _ = evaluate.rollout(three_tasks.model, task, index, task.target, 4, evaluate.SEED)
+    returns, *_ = evaluate.rollout(three_tasks.model, task, index, task.target, 4, evaluate.SEED)
     assert printed == pytest.approx(returns.mean(), abs=0.06)
 
 
@@ -337,7 +337,7 @@ def test_act_onnx__names_the_tasks_of_a_file_of_all(three_tasks):
 def assert_evaluated_as_the_model_is(run: Run, index: int) -> None:
     task = run.tasks[index]
     entries = run.card(task.name)["files"]
-    returns, _ = evaluate.rollout(run.model, task, index, task.target, 3, evaluate.SEED)
+    returns, *_ = evaluate.rollout(run.model, task, index, task.target, 3, evaluate.SEED)
     return_mean = evaluate.scores(returns, task)["return_mean"]
     assert entries[f"{task.name}.onnx"]["return_mean"] == pytest.approx(return_mean, abs=0.05)
     assert "return_mean" in entries[f"{task.name}.int8.onnx"]

@@ -407,7 +407,7 @@ def test_main__says_which_tasks_have_no_film(student, capsys):
 
 
 def test_film__says_why_there_is_none_where_rendering_fails(student, monkeypatch):
-    monkeypatch.setattr(evaluate, "rollout", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(evaluate, "play", lambda *args, **options: 1 / 0)
     task = report.data.tasks(report.Run(student).meta, student)[0]
     task.env_id = "Hopper-v5"
     film = report.film(None, task, 0, report.Config(()))

@@ -687,7 +687,7 @@ def test_distill__mixes_run_directories_and_onnx_files(two_teachers, tmp_path, t
     of_teacher = meta["teachers"][CARTPOLE]
     task = data.load(CARTPOLE).task
     model = OnnxTeacher(two_teachers[0], task)
-    returns, _ = evaluate.play(model, task, 0.0, 2, evaluate.SEED)
+    returns, *_ = evaluate.play(model, task, 0.0, 2, evaluate.SEED)
     assert of_teacher["return_mean"] == returns.mean() > 60
     assert of_teacher["target"] == returns.mean()  # it is asked for nothing
     assert of_teacher["sweep"] is None and of_teacher["data"]["episodes"] == 5

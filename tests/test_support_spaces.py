@@ -591,7 +591,7 @@ def test_student__acts_by_onnxruntime_as_it_does_here(student):
     model, meta = dt.load(student)
     task = data.tasks(meta, student)[0]
     card = files.read_json(student / "tests-reach-v0.json")
-    returns, _ = evaluate.rollout(model, task, 0, task.target, 2, evaluate.SEED)
+    returns, *_ = evaluate.rollout(model, task, 0, task.target, 2, evaluate.SEED)
     assert card["files"]["tests-reach-v0.onnx"]["return_mean"] == pytest.approx(returns.mean(), abs=1e-4)
     example = runpy.run_path(str(ROOT / "examples/act_onnx.py"))
     session = export.session(str(student / "tests-reach-v0.onnx"))
