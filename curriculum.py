@@ -18,6 +18,9 @@ from torch import Generator, Tensor
 
 # Spread evenly under mixed curricula: no teacher is ever without windows, so its KL is never out of date.
 FLOOR = 0.1
+MOST = (
+    0.5  # of a batch for one teacher, or twice its equal share: one that nobody can learn would take it all
+)
 ONE_AT_A_TIME = ("fixed", "uniform")
 LAW = 0.55  # the share law: with fixed shares KL_i ~ share_i^-LAW (docs/study.md)
 
@@ -27,17 +30,22 @@ class NotANumber(ValueError):
 
 
 def novelty(
-    d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator, power: float = 2.0
+    d: Tensor,
+    step: Tensor | int,
+    shares: Tensor,
+    generator: Generator,
+    power: float = 2.0,
+    most: float = MOST,
 ) -> Tensor:
     """s_i ~ d_i^power: learn next from the teachers that the student is most different from.
 
-    inf: all to argmax_i d_i, the proposal to the letter; 0: equal shares.
+    inf: all to argmax_i d_i, the proposal to the letter; 0: equal shares. most: see `limited`.
     """
     largest = checked(d).max()
     if power == float("inf"):
         return one_hot((d == largest).int().argmax(), d)
     # d / largest: the scale of d does not matter, nor does overflow
-    return proportional(torch.where(largest > 0, (d / largest) ** power, 1.0))
+    return limited(proportional(torch.where(largest > 0, (d / largest) ** power, 1.0)), most)
 
 
 def worst_by_law(d: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +102,18 @@ def one_hot(i: Tensor | int, d: Tensor) -> Tensor:
 def proportional(weights: Tensor) -> Tensor:
     """weights (N,) >= 0, not all zero -> shares proportional to them, over a floor."""
     return (1 - FLOOR) * weights / weights.sum() + FLOOR / len(weights)
+
+
+def limited(shares: Tensor, most: float) -> Tensor:
+    """These (N,), moved towards equal ones until none is above `most`, or above twice its equal share.
+
+    From three teachers on the others then keep half, together, of what equal shares give them, or more: by
+    the share law KLs of at most 2^LAW = 1.5 times those.
+    """
+    equal = 1 / len(shares)
+    most = max(most, 2 * equal)
+    largest = shares.max()
+    return torch.where(largest > most, equal + (shares - equal) * (most - equal) / (largest - equal), shares)
 
 
 METHODS = {

@@ -10,7 +10,8 @@ tenths of its training. A student whose row is there is skipped. Runs:
     equal       equal shares
     random      fixed shares, exp of normal numbers, drawn by the seed: what the law is fitted to
     law         fixed shares ~ c^(1 / a), c being the KLs of tuning seed 100 with equal shares
-    novelty 2   --curriculum novelty --novelty-power 2, and so on
+    default     --curriculum novelty
+    novelty 2   --novelty-power 2, and so on, without a limit to the share of one teacher (curriculum.MOST)
     integral    variants.integral, steered by the held-out episodes that nothing is measured on
 
 Teachers are those of distill.py, seed 0, trained where they are missing. `--planted` adds noise of its own
@@ -52,9 +53,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "equal": {"curriculum": "all"},
     "random": {"curriculum": "weights"},
     "law": {"curriculum": "weights"},
-    "novelty 1": {"curriculum": "novelty", "novelty_power": 1.0},
-    "novelty 2": {"curriculum": "novelty", "novelty_power": 2.0},
-    "novelty 4": {"curriculum": "novelty", "novelty_power": 4.0},
+    "default": {"curriculum": "novelty"},
+    "novelty 1": {"curriculum": "novelty 1"},
+    "novelty 2": {"curriculum": "novelty 2"},
+    "novelty 4": {"curriculum": "novelty 4"},
     "dro": {"curriculum": "dro"},
     "dro 0.003": {"curriculum": "dro 0.003"},
     "dro 0.03": {"curriculum": "dro 0.03"},
@@ -307,6 +309,9 @@ def main(cfg: Config) -> None:
         return
     cli.at_least(cfg, steps=10)
     curriculum.METHODS["integral"] = variants.integral
+    for power in (1, 2, 4):
+        unlimited = functools.partial(curriculum.novelty, power=float(power), most=1.0)
+        curriculum.METHODS[f"novelty {power}"] = unlimited
     for eta in (0.003, 0.03):
         curriculum.METHODS[f"dro {eta}"] = functools.partial(curriculum.dro, eta=eta)
     key = {

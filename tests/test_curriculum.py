@@ -97,6 +97,25 @@ def test_novelty__gives_four_times_the_share_to_twice_the_kl(scale):
     assert torch.allclose(over_floor, torch.tensor([0.2, 0.8]))
 
 
+@given(kls(), st.floats(0, 8))
+def test_novelty__gives_nobody_more_than_half_or_twice_the_equal_share(d, power):
+    shares = shares_of("novelty", d, power=power)
+    most = max(curriculum.MOST, 2 / len(d))
+    assert shares.max() <= most + 1e-9
+    free = shares_of("novelty", d, power=power, most=1.0)
+    assert torch.equal(shares, free) == bool(free.max() <= most)  # else nothing is changed
+    assert (shares[free.argsort()].diff() >= -1e-12).all()
+    assert torch.isclose(shares.sum(), torch.ones((), dtype=d.dtype))
+
+
+def test_novelty__leaves_the_others_half_of_their_equal_shares_beside_one_of_any_kl():
+    d = torch.ones(5)
+    d[0] = 1e6
+    assert torch.allclose(shares_of("novelty", d), torch.tensor([0.5, 0.125, 0.125, 0.125, 0.125]))
+    assert torch.allclose(shares_of("novelty", d[:3]), torch.tensor([2 / 3, 1 / 6, 1 / 6]))
+    assert shares_of("novelty", d[:2])[0] > 0.94  # of two, one may take all but the floor
+
+
 @given(kls())
 def test_novelty__is_all_at_once_at_power_zero(d):
     assert torch.allclose(shares_of("novelty", d, power=0.0), shares_of("all", d))
