@@ -64,6 +64,7 @@ Surgeries = Literal[tuple(surgery.METHODS)]
 TARGETS_AT_ONCE = 5120  # timesteps that a teacher is shown at a time, where its outputs are cached
 ASKED_ROWS = 100_000  # of a task: timesteps at which its teacher is asked for other returns,
 MOST_COPIES = 32  # of at most so many copies of an episode
+GREEDY = 0.9  # of the most that a task may have of the batches: with more, and the highest KL, it is named
 PROBED = 0.1  # of the updates, after which a run says how much any shares could do for the worst teacher
 
 
@@ -726,7 +727,7 @@ def train(
                     held = held_out_kl()
                     bar.write(rows.write(step, held))
                     if step + 1 in (probed, cfg.steps) and len(tasks) > 1 and not learner.one_at_a_time:
-                        bar.write(headroom(held, learner.mean_shares()))
+                        bar.write(of_shares([t.name for t in tasks], held, learner.mean_shares()))
             except Diverged as e:
                 if not processes.rank():
                     dt.save(out, learner.student, meta)
@@ -735,13 +736,24 @@ def train(
     return checkpoint
 
 
-def headroom(held: list[float], shares: Tensor) -> str:
-    """What these held-out KLs (N,) and mean shares (N,) say of other shares; see curriculum.LAW."""
-    equal, best = curriculum.worst_by_law(torch.tensor(held), shares.cpu())
-    return (
+def of_shares(names: list[str], held: list[float], shares: Tensor) -> str:
+    """What these tasks' held-out KLs (N,) and mean shares (N,) say of other shares; see curriculum.LAW.
+
+    And which task had the most that one may have, and still has the highest KL.
+    """
+    shares = shares.cpu()
+    equal, best = curriculum.worst_by_law(torch.tensor(held), shares)
+    text = (
         f"worst KL {max(held):.3f}; by the share law {equal:.3f} with equal shares, "
         f"{best:.3f} with the best ({best / equal:.2f} of that)"
     )
+    worst = int(np.argmax(held))
+    if len(names) > 2 and shares[worst] > GREEDY * max(curriculum.MOST, 2 / len(names)):
+        text += (
+            f"\n{names[worst]} had {100 * shares[worst]:.0f} % of the batches and still has the highest KL: "
+            f"perhaps nobody can learn its teacher; leave it out, or distil it on its own"
+        )
+    return text
 
 
 def evaluated(

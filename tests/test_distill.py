@@ -358,6 +358,17 @@ def test_main__says_what_student_it_can_not_add_to(teachers, tmp_path):
         distilled((), tmp_path / "a", student=str(first), datasets=NAMES[1:])
 
 
+def test_of_shares__names_a_task_that_had_all_it_may_and_is_still_the_worst():
+    names = ["a", "b", "c", "d"]
+    shares = torch.tensor([0.16, 0.49, 0.17, 0.18])
+    said = distill.of_shares(names, [0.1, 1.0, 0.2, 0.2], shares)
+    assert "\nb had 49 % of the batches and still has the highest KL" in said
+    assert said.startswith("worst KL 1.000; by the share law 1.448 with equal shares")
+    for held, s in (([0.1, 0.15, 0.2, 0.2], shares), ([0.1, 1.0, 0.2, 0.2], torch.full((4,), 0.25))):
+        assert "\n" not in distill.of_shares(names, held, s)
+    assert "\n" not in distill.of_shares(names[:2], [0.1, 1.0], torch.tensor([0.05, 0.95]))
+
+
 SHARED = [{}, BY_TEACHER, {"surgery": "pcgrad"}, {"alignment_weight": 0.5}, {"tokens": 3}, {"loss": "mse"}]
 
 
