@@ -214,8 +214,8 @@ def test_table__has_experts_teachers_and_a_student(stand_in, tmp_path, monkeypat
     shutil.rmtree(get_dataset_path(data.dataset_id("mw/reach")))
 
 
-MT10 = ("asked", "asked-1", "asked-2", "fifty", "labels", "data")
-MT50 = ("fifteen",)
+MT10 = ("asked", "asked-1", "asked-2", "asked-3", "asked-4", "fifty", "labels", "data")
+MT50 = ("fifteen", "fifty")
 
 
 @pytest.fixture(params=[("mt10", MT10), ("mt50", MT50)], ids=["mt10", "mt50"])
@@ -239,10 +239,11 @@ def test_docs__have_the_tables_of_the_committed_runs(committed):
 
 def test_of_run__has_a_students_size_success_and_retention(committed):
     runs, experts = committed
-    sizes = {"fifty": ("52.1", "116,428"), "fifteen": ("15.7", "1,928,928")}
+    of_channels = {58: ("52.1", "116,428"), 116: ("15.4", "394,248")}  # of MT10
+    of_channels |= {156: ("49.7", "610,436"), 280: ("15.7", "1,928,928")}  # of MT50
     for run in runs:
         name, times, parameters, *numbers = research.metaworld.of_run(run, experts)
-        assert (name, times, parameters) == (run.path.name, *sizes.get(run.path.name, ("15.4", "394,248")))
+        assert (name, times, parameters) == (run.path.name, *of_channels[run.config["n_embd"]])
         expert, teachers, student, mean, worst, *_ = map(float, numbers)
         assert expert == pytest.approx(np.mean([m["success_rate"] for m in experts.values()]), abs=6e-4)
         ratios = []  # of tasks whose teachers succeed at all
