@@ -63,7 +63,7 @@ class Config:
     runs: tuple[Literal[RUNS], ...] = RUNS
     seeds: tuple[int, ...] = tuple(range(5))
     steps: int = 300  # updates of a phase
-    memory: int = 32  # windows of each earlier teacher
+    memory: int = 2048  # windows of each earlier teacher
     table: bool = False  # make no students
 
 
