@@ -168,7 +168,7 @@ def test_report__needs_a_run(tmp_path):
 
 def test_docs__hold_what_the_report_prints(tmp_path, capsys):
     """docs/study.md is the report of research/results/study.csv to the byte; README has its compact table."""
-    for name in ("study", "little_data", "shares", "conflict", "streaming", "cells"):
+    for name in ("study", "little_data", "shares", "conflict", "streaming"):
         shutil.copy(ROOT / f"research/results/{name}.csv", tmp_path)
     study_report.report(tmp_path / "study.csv", 15.0, 4000)
     page = (tmp_path / "study.md").read_text()
