@@ -18,9 +18,9 @@ from torch import Generator, Tensor
 
 # Spread evenly under mixed curricula: no teacher is ever without windows, so its KL is never out of date.
 FLOOR = 0.1
-MOST = (
-    0.5  # of a batch for one teacher, or twice its equal share: one that nobody can learn would take it all
-)
+# The most of a batch that novelty gives one teacher, or twice its equal share if that is more: one that
+# nobody can learn keeps the highest KL, and would take it all.
+MOST = 0.5
 ONE_AT_A_TIME = ("fixed", "uniform")
 LAW = 0.55  # the share law: with fixed shares KL_i ~ share_i^-LAW (docs/study.md)
 
