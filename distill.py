@@ -328,9 +328,8 @@ class Learner:
     def remember(self, losses: Losses, step: surgery.Step, a: Tensor) -> None:
         """Update the running mean of the KLs and write the update's row of `record`."""
         kl = self.kl
-        if (
-            not self.probe_interval
-        ):  # every teacher has windows: over about ten updates their KL costs nothing
+        if not self.probe_interval:
+            # every teacher has windows: over about ten updates their KL costs nothing
             kl = torch.where(losses.counts > 0, kl + 0.1 * (losses.kl - kl), kl)
         loss = losses.share @ losses.kl
         scalars = torch.stack((loss, step.cosine, step.projected, step.norm, step.norm_after))

@@ -181,7 +181,7 @@ def main(cfg: Config) -> None:
     for seed in cfg.seeds:
         for run in cfg.runs:
             key = dict(zip(KEY, (cfg.case, cfg.steps, run, seed), strict=True))
-            if any(all(row[n] == str(v) for n, v in key.items()) for row in study_rows.plain(ROWS)):
+            if study_rows.find(ROWS, key):
                 continue
             case = case or Case(cfg)
             row = student(case, run, seed, cfg.episodes)

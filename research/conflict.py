@@ -127,7 +127,7 @@ def main(cfg: Config) -> None:
     for seed in cfg.seeds:
         n_embd = cfg.n_embd or shares.CASES[cfg.case].get("n_embd", distill.Config.n_embd)
         key = dict(zip(KEY, (cfg.case, n_embd, cfg.steps, cfg.windows, seed), strict=True))
-        if any(all(row[k] == str(v) for k, v in key.items()) for row in study_rows.plain(ROWS)):
+        if study_rows.find(ROWS, key):
             continue
         case = case or shares.Case(shares.Config(case=cfg.case, steps=cfg.steps, n_embd=cfg.n_embd))
         for row in measure(case, cfg, seed):

@@ -252,7 +252,7 @@ def tune(cfg: Config, tasks: str, share: float) -> None:
     for values in itertools.product(*GRID.values()):
         setting = dict(zip(GRID, values, strict=True))
         key = {"tasks": tasks, "data_share": share, **setting}
-        if any(all(row[k] == str(v) for k, v in key.items()) for row in study_rows.plain(TUNING)):
+        if study_rows.find(TUNING, key):
             continue
         run = distill.Config(
             teachers=teachers(cfg, tasks, 0), seed=TUNING_SEED, data_share=share, eval_episodes=0,

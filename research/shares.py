@@ -174,15 +174,9 @@ def weights(run: str, key: dict[str, Any], seed: int, n: int) -> list[float]:
     if run == "random":
         x = np.exp(SPREAD * np.random.default_rng(seed).normal(size=n))
         return (x / x.sum()).tolist()
-    row = find({**key, "run": "equal", "seed": TUNING_SEED})
+    row = study_rows.find(ROWS, {**key, "run": "equal", "seed": TUNING_SEED})
     x = np.array(json.loads(row["kl"])[-1]) ** (1 / curriculum.LAW)
     return (x / x.sum()).tolist()
-
-
-def find(key: dict[str, Any]) -> dict[str, str] | None:
-    """The row of a student."""
-    rows = study_rows.plain(ROWS)
-    return next((row for row in rows if all(row[k] == str(v) for k, v in key.items())), None)
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -324,7 +318,8 @@ def main(cfg: Config) -> None:
     wanted = [(run, seed) for seed in cfg.seeds for run in cfg.runs]
     if "law" in cfg.runs:
         wanted.insert(0, ("equal", TUNING_SEED))
-    wanted = [(run, seed) for run, seed in wanted if not find({**key, "run": run, "seed": seed})]
+    there = functools.partial(study_rows.find, ROWS)
+    wanted = [(run, seed) for run, seed in wanted if not there({**key, "run": run, "seed": seed})]
     if not wanted:
         return
     case = Case(cfg)

@@ -213,8 +213,7 @@ def main(cfg: Config) -> None:
     cli.at_least(cfg, steps=POINTS, memory=1)
     wanted = [(run, seed) for seed in cfg.seeds for run in cfg.runs]
     keys = [dict(zip(KEY, (cfg.case, cfg.steps, cfg.memory, *x), strict=True)) for x in wanted]
-    there = study_rows.plain(ROWS)
-    keys = [k for k in keys if not any(all(row[n] == str(v) for n, v in k.items()) for row in there)]
+    keys = [key for key in keys if not study_rows.find(ROWS, key)]
     if not keys:
         return
     case = shares.Case(shares.Config(case=cfg.case, steps=cfg.steps))

@@ -46,6 +46,11 @@ def plain(path: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+def find(path: Path | str, key: Row) -> dict[str, str] | None:
+    """The CSV's first row with these values, as `plain` gives it."""
+    return next((row for row in plain(path) if all(row[k] == str(v) for k, v in key.items())), None)
+
+
 def add(path: Path | str, row: Row) -> None:
     """Write the CSV with one row more, whole or as it was; row: its columns and their values.
 

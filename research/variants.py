@@ -173,9 +173,8 @@ def integral(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator
     By the share law these make all KLs equal, the lowest that the worst can be (curriculum.worst_by_law).
     Novelty goes a part of that way, for equal KLs would end its weights; r keeps them.
     """
-    weights = (shares - curriculum.FLOOR / len(d)).clamp_min(
-        1e-6
-    )  # the floor would pull them back, as in dro
+    # the floor would pull them back, as in dro
+    weights = (shares - curriculum.FLOOR / len(d)).clamp_min(1e-6)
     largest = curriculum.checked(d).max()
     novel = torch.where(largest > 0, (d / largest) ** (1 / curriculum.LAW), 1.0).clamp_min(1e-6)
     return curriculum.proportional(weights * novel)
