@@ -181,7 +181,7 @@ def run_students(cfg: Config, seed: int) -> None:
 
 def measured() -> set[tuple[str, str, int]]:
     """Dataset, variant and seed of the rows of RESULTS."""
-    rows = study_rows.plain(RESULTS)
+    rows = study_rows.read(RESULTS)
     return {(row["dataset"], row["variant"], int(row["seed"])) for row in rows}
 
 

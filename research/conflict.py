@@ -120,7 +120,7 @@ def tables(rows: list[dict[str, str]]) -> str:
 def main(cfg: Config) -> None:
     torch.set_num_threads(1)
     if cfg.table:
-        print(tables(study_rows.plain(ROWS)))
+        print(tables(study_rows.read(ROWS)))
         return
     cli.at_least(cfg, steps=100, windows=1)
     case = None

@@ -270,7 +270,7 @@ def tune(cfg: Config, tasks: str, share: float) -> None:
 
 def tuned(tasks: str, share: float) -> dict[str, float]:
     """The options of the lowest held-out NLL at the nearest share that was tuned. Run --tune first."""
-    rows = [row for row in study_rows.plain(TUNING) if row["tasks"] == tasks]
+    rows = [row for row in study_rows.read(TUNING) if row["tasks"] == tasks]
 
     def distance(row):
         return abs(math.log(float(row["data_share"]) / share))
@@ -295,7 +295,7 @@ COLUMNS = {  # a row's, with digits after the point
 
 def read(**key: Any) -> list[dict[str, str]]:
     """The rows with these values."""
-    return [row for row in study_rows.plain(ROWS) if all(row[k] == str(v) for k, v in key.items())]
+    return [row for row in study_rows.read(ROWS) if all(row[k] == str(v) for k, v in key.items())]
 
 
 def add_all(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
