@@ -14,7 +14,7 @@ the gap between returns and targets. Runs:
     novelty, top        the default: KL^2 of teachers, half of each from its best
     cells 1, cells 2    KL, or KL^2, of cells
 
-Teachers are those of research/shares.py's case `builtin`. One thread; run several processes.
+Teachers are those of research/study.py's case `builtin`. One thread; run several processes.
 """
 
 import dataclasses
@@ -32,10 +32,11 @@ import evaluate
 import model as dt
 import teacher
 from policy import Policy
-from research import shares, study_rows
+from research import study, study_rows
 from research.markdown import table
 from research.statistics import cell
 from research.tables import RESULTS
+from research.variants import CASES
 from support import cli, machine
 
 BANDS = ("low", "middle", "best")
@@ -47,7 +48,7 @@ ROWS = RESULTS / "cells.csv"
 
 @dataclasses.dataclass
 class Config:
-    case: Literal[tuple(shares.CASES)] = "builtin"
+    case: Literal[tuple(CASES)] = "builtin"
     runs: tuple[Literal[RUNS], ...] = RUNS
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = distill.Config.steps
@@ -75,7 +76,7 @@ class Case:
     """Teachers, their cells in order of task and band, and windows of these with targets."""
 
     def __init__(self, cfg: Config):
-        options = {k: v for k, v in shares.CASES[cfg.case].items() if k != "share"}
+        options = {k: v for k, v in CASES[cfg.case].items() if k != "share"}
         self.cfg = distill.Config(**options, steps=cfg.steps, device="cpu", log_interval=cfg.steps)
         self.cfg = dataclasses.replace(self.cfg, curriculum="all", top=1.0)
         self.teachers = teacher.find(self.cfg)
@@ -118,14 +119,14 @@ def student(case: Case, run: str, seed: int, episodes: int) -> dict[str, Any]:
     sizes["context"] = case.models[0].cfg.context
     model = dt.DecisionTransformer(dt.ModelConfig.of(case.tasks, **sizes))
     model.bfloat16 = machine.bfloat16(cfg)
-    model.embed_task.weight.data.zero_()
     learner = distill.Learner(cfg, model, case.models, case.windows, generator)
     learner.choose = case.curriculum(run)
-    for step in range(cfg.steps):
-        learner.step(step)
-        model.embed_task.weight.data.zero_()  # it would tell the student which cell a window is of
-    kl = distill.Distance(distill.Config(), model).held_out(case.held_out, case.held_out_targets)
-    model.eval()
+
+    def forget_the_cell():  # the embedding of a task would tell the student which cell a window is of
+        model.embed_task.weight.data.zero_()
+
+    forget_the_cell()
+    trained = study.train(case, learner, after=forget_the_cell)
     retention = []
     gaps = []
     for i, found in enumerate(case.teachers):
@@ -136,8 +137,8 @@ def student(case: Case, run: str, seed: int, episodes: int) -> dict[str, Any]:
         retention.append(metrics["retention"])
         gaps.append(evaluate.target_gap(sweep, found.metrics.get("data"), found.task))
     return {
-        "kl": json.dumps(np.round(kl, 5).tolist()),
-        "shares": json.dumps(np.round(learner.mean_shares().tolist(), 4).tolist()),
+        "kl": json.dumps(np.round(trained.kl[-1], 5).tolist()),
+        "shares": json.dumps(np.round(trained.shares, 4).tolist()),
         "retention": json.dumps(np.round(retention, 4).tolist()),
         "gap": json.dumps(np.round(gaps, 4).tolist()),
         "commit": machine.commit(),

@@ -7,7 +7,7 @@ A student is trained with equal shares. After 1, 10, 50 and 100 % of its updates
 teacher's KL is taken on two sets of training windows of that teacher's. A row for each layer that teachers
 share says how two teachers' gradients compare (those of both sets together), how alike the gradients of a
 teacher's two sets are (below 1 it is noise, which hides conflict and agreement alike), and how many teachers'
-KL a step down the mean of all gradients would raise. Cases and teachers are those of research/shares.py. One
+KL a step down the mean of all gradients would raise. Cases and teachers are those of research/study.py. One
 thread.
 """
 
@@ -21,9 +21,10 @@ from torch import Tensor
 
 import distill
 import model as dt
-from research import shares, study_rows
+from research import study, study_rows
 from research.markdown import table
 from research.tables import RESULTS
+from research.variants import CASES
 from support import cli, machine
 
 AT = (0.01, 0.1, 0.5, 1.0)  # of the updates
@@ -35,7 +36,7 @@ ROWS = RESULTS / "conflict.csv"
 
 @dataclasses.dataclass
 class Config:
-    case: Literal[tuple(shares.CASES)] = "builtin"
+    case: Literal[tuple(CASES)] = "builtin"
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 1000
     n_embd: int = 0  # 0: the case's
@@ -81,7 +82,7 @@ def compared(first: Tensor, second: Tensor) -> dict[str, Any]:
     }
 
 
-def measure(case: shares.Case, cfg: Config, seed: int) -> list[dict[str, Any]]:
+def measure(case: study.Case, cfg: Config, seed: int) -> list[dict[str, Any]]:
     """Train a student. Returns its rows, without KEY."""
     options = dataclasses.replace(case.cfg, seed=seed, curriculum="all")
     student, generator = distill.make_student(options, case.tasks, case.models)
@@ -125,11 +126,11 @@ def main(cfg: Config) -> None:
     cli.at_least(cfg, steps=100, windows=1)
     case = None
     for seed in cfg.seeds:
-        n_embd = cfg.n_embd or shares.CASES[cfg.case].get("n_embd", distill.Config.n_embd)
-        key = dict(zip(KEY, (cfg.case, n_embd, cfg.steps, cfg.windows, seed), strict=True))
+        about = study.Config(case=cfg.case, steps=cfg.steps, n_embd=cfg.n_embd)
+        key = dict(zip(KEY, (cfg.case, study.channels(about), cfg.steps, cfg.windows, seed), strict=True))
         if study_rows.find(ROWS, key):
             continue
-        case = case or shares.Case(shares.Config(case=cfg.case, steps=cfg.steps, n_embd=cfg.n_embd))
+        case = case or study.Case(about)
         for row in measure(case, cfg, seed):
             study_rows.add(ROWS, {**key, **row, "commit": machine.commit()})
         print(f"{cfg.case}, seed {seed}: measured", flush=True)

@@ -30,6 +30,11 @@ def pooled(strata: list[np.ndarray]) -> np.ndarray:
     return iqm(np.concatenate(strata, axis=-1))
 
 
+def geometric(strata: list[np.ndarray]) -> np.ndarray:
+    """Geometric mean of the first stratum."""
+    return np.exp(np.log(strata[0]).mean(-1))
+
+
 def improvement(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Probability that a run of the first is lower than one of the second, averaged over cases.
 

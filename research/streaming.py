@@ -14,7 +14,7 @@ phase. Streams, by how the arrived teachers share a batch:
     alone, a-gem    no gradient against that of a batch of the memory (Chaudhry et al. 2019, arXiv 1812.00420)
     ..., previous   no gradient against the last update (--surgery previous)
 
-Cases and teachers are those of research/shares.py. One thread.
+Cases and teachers are those of research/study.py. One thread.
 """
 
 import dataclasses
@@ -29,10 +29,11 @@ from torch import Tensor
 import curriculum
 import data
 import distill
-from research import shares, study_rows
+from research import study, study_rows
 from research.markdown import table
-from research.statistics import cell
+from research.statistics import cell, geometric
 from research.tables import RESULTS
+from research.variants import CASES
 from support import cli, machine
 
 CURRICULA = {
@@ -59,7 +60,7 @@ ROWS = RESULTS / "streaming.csv"
 
 @dataclasses.dataclass
 class Config:
-    case: Literal[tuple(shares.CASES)] = "builtin"
+    case: Literal[tuple(CASES)] = "builtin"
     runs: tuple[Literal[RUNS], ...] = RUNS
     seeds: tuple[int, ...] = tuple(range(5))
     steps: int = 300  # updates of a phase
@@ -136,14 +137,13 @@ class AGem(distill.Learner):
         return super().operate_and_descend(g, kappa)
 
 
-def stream(case: shares.Case, run: str, seed: int, memory: int) -> list[list[float]]:
+def stream(case: study.Case, run: str, seed: int, memory: int) -> list[list[float]]:
     """The KLs (points, N) of a stream."""
     name, *options = run.split(", ")
     surgery = "none" if set(options) <= {"memory"} else "previous"
     cfg = dataclasses.replace(case.cfg, curriculum="all", surgery=surgery, seed=seed)
     cfg = dataclasses.replace(cfg, warmup=cfg.steps // 10, log_interval=cfg.steps // POINTS)
     student, generator = distill.make_student(cfg, case.tasks, case.models)
-    kl = distill.Distance(distill.Config(), student)
     N = len(case.tasks)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).tolist()
     kept = case.windows.sample(memory * N, torch.full((N,), 1 / N), torch.Generator().manual_seed(seed))
@@ -155,10 +155,7 @@ def stream(case: shares.Case, run: str, seed: int, memory: int) -> list[list[flo
         learner = AGem if "a-gem" in options else distill.Learner
         learner = learner(cfg, student, case.models, windows, generator)
         learner.choose = over_arrived(CURRICULA[name], order[: k + 1])
-        for step in range(cfg.steps):
-            learner.step(step)
-            if (step + 1) % cfg.log_interval == 0:
-                kls.append(kl.held_out(case.held_out, case.held_out_targets))
+        kls += study.train(case, learner).kl
     return [[row[i] for i in order] for row in kls]
 
 
@@ -197,8 +194,8 @@ def tables(rows: list[dict[str, str]]) -> str:
             ratios = {}
             for name in ("worst", "mean", "last worst", "newest"):
                 ratios[name] = np.array([of_seeds[s][name] / runs["equal"][s][name] for s in seeds])
-            cells = [cell(shares.geometric, [x], "{:.2f}") for x in ratios.values()]
-            forgetting = shares.geometric([np.array([of_seeds[s]["forgetting"] for s in seeds])])
+            cells = [cell(geometric, [x], "{:.2f}") for x in ratios.values()]
+            forgetting = geometric([np.array([of_seeds[s]["forgetting"] for s in seeds])])
             about = [f"{case}, {steps} updates a phase, memory {memory}", run, str(len(seeds))]
             lines.append([*about, *cells, f"{forgetting:.2f}"])
     head = ["streams", "shares", "seeds", "worst KL", "mean KL", "worst KL in the end"]
@@ -216,7 +213,7 @@ def main(cfg: Config) -> None:
     keys = [key for key in keys if not study_rows.find(ROWS, key)]
     if not keys:
         return
-    case = shares.Case(shares.Config(case=cfg.case, steps=cfg.steps))
+    case = study.Case(study.Config(case=cfg.case, steps=cfg.steps))
     for key in keys:
         kls = np.round(stream(case, key["run"], key["seed"], cfg.memory), 5)
         study_rows.add(ROWS, {**key, "kl": json.dumps(kls.tolist()), "commit": machine.commit()})

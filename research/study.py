@@ -1,4 +1,4 @@
-"""The study: students by curriculum, surgery and loss, and the KLs they end with -> research/results/study.csv
+"""The study: students by curriculum, surgery and loss, and their KLs -> research/results/study.csv
 
     python -m research.study --tune               # first: learning rates, on the built-in tasks
     python -m research.study                      # the built-in tasks; 14 s a student and core
@@ -66,7 +66,7 @@ class Config:
 
 
 class Case:
-    """Teachers of one seed and windows with their targets; half of the held-out ones are measured, half may steer."""
+    """Teachers of one seed and windows with their targets: half of the held-out ones are measured on."""
 
     def __init__(self, cfg: Config, teacher_seed: int = 0):
         names = names_of(cfg)
@@ -216,7 +216,7 @@ def separately(parts: list[Case], n_embd: int, **options: Any) -> Trained:
     budget = size(cfg, tasks, parts[0], n_embd) / len(parts)
     trained = []
     for part in parts:
-        n = min(range(4, n_embd + 1, 4), key=lambda n: abs(size(cfg, part.tasks, part, n) - budget))  # noqa: B023
+        n = min(range(4, n_embd + 1, 4), key=lambda n: abs(size(cfg, part.tasks, part, n) - budget))
         trained.append(student(part, n_embd=n, batch_size=cfg.batch_size // len(parts), **options))
     kl = np.concatenate([t.kl for t in trained], 1).tolist()
     shares = [1 / len(parts)] * len(parts)
@@ -231,7 +231,7 @@ def size(cfg: distill.Config, tasks: list[data.Task], case: Case, n_embd: int) -
 
 
 def weights(run: str, key: dict[str, Any], n: int) -> list[float]:
-    """The fixed shares of a run; those of `weights` follow a first run with equal shares, of the same teachers."""
+    """The fixed shares of a run; those of `weights` follow a first run with equal shares, of its teachers."""
     if run == "random":
         x = np.exp(SPREAD * np.random.default_rng(key["seed"]).normal(size=n))
         return (x / x.sum()).tolist()
@@ -248,10 +248,10 @@ def first_seed(seed: int, teachers: int) -> int:
 # ---- learning rates ----------------------------------------------------------------------------------------
 
 
-def tried(run: str) -> dict[float, float]:
-    """{learning rate: the KL to the worst teacher} of a run's tuning rows."""
+def tried(run: str, rows: list[dict[str, str]] | None = None) -> dict[float, float]:
+    """{learning rate: the KL to the worst teacher} of a run's tuning rows; rows: all, default: the CSV's."""
     found = {}
-    for row in study_rows.read(ROWS):
+    for row in study_rows.read(ROWS) if rows is None else rows:
         tuning = (row["case"], row["run"], row["seed"]) == ("builtin", run, str(TUNING_SEED))
         if tuning and row["planted"] == "-1" and int(row["teachers"]) > 1 and not row["tasks"]:
             found[float(row["lr"])] = float(np.nan_to_num(json.loads(row["kl"])[-1], nan=math.inf).max())
@@ -288,7 +288,7 @@ def wanted(cfg: Config) -> list[str]:
 
 
 def one(cfg: Config, case_of: Any, run: str, seed: int, lr: float) -> None:
-    """Make a student and add its row, unless that is there. case_of: from a teacher seed (and tasks) to its Case."""
+    """Make a student and add its row, unless that is there. case_of: from a teacher seed and tasks to a Case."""
     key = {
         "case": cfg.case,
         "tasks": " ".join(map(str, cfg.tasks)),

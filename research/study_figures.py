@@ -1,13 +1,11 @@
 """Figures of the study, and what those of other scripts share. Used by research/*_report.py."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import report
-from report import COLOURS, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,5 +51,3 @@ def share_limits(axes: "list[Axes]", direction: str) -> None:
     limits = np.array([getattr(ax, f"get_{direction}lim")() for ax in axes])
     for ax in axes:
         getattr(ax, f"set_{direction}lim")(limits[:, 0].min(), limits[:, 1].max())
-
-

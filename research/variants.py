@@ -133,7 +133,7 @@ def aggregated(aggregate: Callable[[Tensor], Tensor]) -> Surgery:
 
 
 def register(weights: list[float] | None = None) -> None:
-    """Add this file's curricula and surgeries to the method's tables. weights (N,): of runs with fixed shares.
+    """Add what is above to the method's tables. weights (N,): the shares of runs with fixed ones.
 
     upgrad (Quinton and Rey 2024, arXiv 2406.16232) and cagrad (Liu et al. 2021, arXiv 2110.14048) are left
     out where torchjd is not installed.
