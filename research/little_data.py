@@ -5,6 +5,7 @@
     python -m research.little_data --tasks thirdparty --shares 0.05 --modes labels asked
     python -m research.little_data --shares 0.02 --n-embd 40   # 48.5 times fewer parameters than its teachers
     python -m research.little_data --worst-half                # no episode above the median
+    python -m research.little_data --shares 1 --modes "equal shares" surgery
 
 Teachers see all of their data, students whole episodes drawn by seed. A row for each task of a student; a
 student whose rows are there is skipped. Seed s has the teachers of seed s % 5. Teachers are evaluated once,
@@ -43,7 +44,13 @@ MODES: dict[str, dict[str, Any]] = {  # options of distill.py; "data, tuned": an
     "asked": {"ask": 0.5},
     "both": {"loss": "kl+nll", "curriculum": "all"},
     "ensemble": {"ask": 0.0},  # labels of the teachers of all seeds as one
+    # asked, without a part of the method or with one more
+    "equal shares": {"curriculum": "all"},
+    "round-robin": {"curriculum": "fixed"},
+    "surgery": {"surgery": "previous"},
+    "uniform windows": {"top": 1.0},
 }
+MAIN_MODES = ("data", "data, tuned", "labels", "asked", "both")
 GRID = {"steps": (750, 3000), "dropout": (0.0, 0.1), "weight_decay": (1e-4, 0.1)}
 TEACHER_OPTIONS: dict[str, Any] = {}  # besides the defaults, in tests
 STUDENT_OPTIONS: dict[str, Any] = {}
@@ -60,7 +67,7 @@ CLONE_SEED = evaluate.SEED + 10_000  # of its first episode
 class Config:
     tasks: tuple[Literal[tuple(TASKS)], ...] = ("builtin",)
     shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)  # of the training episodes
-    modes: tuple[Literal[tuple(MODES)], ...] = tuple(MODES)[:-1]  # what the student learns from
+    modes: tuple[Literal[tuple(MODES)], ...] = MAIN_MODES  # what the student learns from, and how
     seeds: tuple[int, ...] = tuple(range(10))  # of students and of their draw of episodes
     n_embd: int = distill.Config.n_embd  # the student's channels
     worst_half: bool = False  # students see all episodes up to the median return, and no other

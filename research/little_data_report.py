@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MODES = ("data", "data, tuned", "labels", "asked", "both")
 BASELINES = ("data, tuned", "data")  # the first that there is
 BESIDE_LABELS = ("asked", "both", "ensemble")  # these stand beside "labels" too
+OF_THE_METHOD = ("equal shares", "round-robin", "surgery", "uniform windows")  # these beside "asked" alone
 TEACHER = "teacher"  # rows that hold the returns retention refers to
 CLONE = "clone"  # the teacher itself, evaluated again
 ALL = "all"  # of the data; else: worst half
@@ -307,6 +308,8 @@ def compare(found: Found) -> list[Comparison]:
             continue
         if group.mode in BESIDE_LABELS and group._replace(mode="labels") in found:
             baselines.append("labels")
+        if group.mode in OF_THE_METHOD:
+            baselines = [mode for mode in ("asked",) if group._replace(mode=mode) in found]
         for baseline in baselines:
             compared += comparisons(group, baseline, runs, found[group._replace(mode=baseline)])
     corrected = holm([comparison.p for comparison in compared])

@@ -288,7 +288,7 @@ def wanted(cfg: Config) -> list[str]:
 
 
 def one(cfg: Config, case_of: Any, run: str, seed: int, lr: float) -> None:
-    """Make a student and add its row, unless that is there. case_of: from a teacher seed and tasks to a Case."""
+    """Make a student and add its row, unless it is there. case_of: the Case of a teacher seed and tasks."""
     key = {
         "case": cfg.case,
         "tasks": " ".join(map(str, cfg.tasks)),

@@ -106,6 +106,24 @@ def f64():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def tiny_case(tmp_path, monkeypatch):
+    """A function that puts n tiny tasks in the place of a case of the study, in a folder of its own."""
+    from research.variants import CASES
+
+    monkeypatch.chdir(tmp_path)
+
+    def replace(n, case="builtin", spec="Hopper-v5", act_dim=2, **options):
+        names = tuple(f"tests/tiny-{i}-{act_dim}-v0" for i in range(n))
+        for i, name in enumerate(names):
+            if name not in minari.list_local_datasets():
+                make_dataset(name, [9, 12, 5] * 14, obs_dim=3, act_dim=act_dim, seed=i, spec=spec)
+        sizes = {"n_layer": 1, "n_embd": 8, "batch_size": 16, "lr": 1e-2, "warmup": 5, "teacher_steps": 20}
+        monkeypatch.setitem(CASES, case, {"datasets": names, "eval_episodes": 0, **sizes, **options})
+
+    return replace
+
+
 # ---- the kernels' tests: compiled where there is a GPU, else in Triton's interpreter -----------------------
 
 DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRET else "cpu"

@@ -4,7 +4,6 @@ import csv
 import json
 
 import gymnasium as gym
-import minari
 import numpy as np
 import pytest
 import torch
@@ -12,22 +11,14 @@ import torch
 import curriculum
 import data
 from conftest import make_dataset
-from research import cells, shares
-
-NAMES = ("tests/cells-a-v0", "tests/cells-b-v0")
+from research import cells
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tiny_case, tmp_path, monkeypatch):
     """A function that runs the script on two tiny tasks of one environment; all rows so far, by run."""
-    if NAMES[0] not in minari.list_local_datasets():
-        spec = gym.make("Pendulum-v1").spec
-        for i, name in enumerate(NAMES):
-            make_dataset(name, [9, 12, 5] * 14, obs_dim=3, act_dim=1, seed=i, spec=spec)
-    sizes = {"n_layer": 1, "n_embd": 8, "batch_size": 16, "lr": 1e-2, "teacher_steps": 20, "eval_episodes": 1}
-    monkeypatch.setitem(shares.CASES, "builtin", {"datasets": NAMES, **sizes})
+    tiny_case(2, spec=gym.make("Pendulum-v1").spec, act_dim=1, eval_episodes=1)
     monkeypatch.setattr(cells, "ROWS", tmp_path / "cells.csv")
-    monkeypatch.chdir(tmp_path)
 
     def main(**options):
         cells.main(cells.Config(seeds=(0,), steps=30, episodes=1, **options))

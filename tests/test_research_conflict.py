@@ -3,14 +3,10 @@
 import csv
 import json
 
-import minari
 import pytest
 import torch
 
-from conftest import make_dataset
-from research import conflict, shares
-
-NAMES = ("tests/conflict-a-v0", "tests/conflict-b-v0", "tests/conflict-c-v0")
+from research import conflict, study
 
 
 def test_compared__finds_opposed_gradients_and_what_their_mean_raises():
@@ -32,16 +28,11 @@ def test_compared__says_how_much_noise_hides():
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch):
+def rows(tiny_case, tmp_path, monkeypatch):
     """A function that runs the script on three tiny tasks of the same spaces; all rows so far."""
-    if NAMES[0] not in minari.list_local_datasets():
-        for i, name in enumerate(NAMES):
-            make_dataset(name, [9, 12, 5] * 6, obs_dim=3, act_dim=2, seed=i)
-    sizes = {"n_layer": 1, "n_embd": 8, "batch_size": 16, "teacher_steps": 20, "eval_episodes": 0}
-    monkeypatch.setitem(shares.CASES, "builtin", {"datasets": NAMES, **sizes})
-    monkeypatch.setitem(shares.CASES, "opposed", {"datasets": NAMES, **sizes, "share": True})
+    tiny_case(3)
+    tiny_case(3, "opposed", share=True)
     monkeypatch.setattr(conflict, "ROWS", tmp_path / "conflict.csv")
-    monkeypatch.chdir(tmp_path)
 
     def run(**options):
         conflict.main(conflict.Config(seeds=(0,), steps=100, windows=8, **options))
@@ -68,7 +59,7 @@ def test_main__measures_the_layers_that_teachers_share(rows, tmp_path):
 def test_gradients__of_a_teacher_are_of_its_own_windows(rows, monkeypatch):
     """The sum of all teachers' is what backward gives for the sum of their KLs on the same windows."""
     rows()
-    case = shares.Case(shares.Config(case="builtin", steps=100))
+    case = study.Case(study.Config(case="builtin", steps=100))
     student, generator = conflict.distill.make_student(case.cfg, case.tasks, case.models)
     learner = conflict.distill.Learner(case.cfg, student, case.models, case.windows, generator)
     n = 8

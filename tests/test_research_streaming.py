@@ -3,28 +3,19 @@
 import csv
 import json
 
-import minari
 import numpy as np
 import pytest
 import torch
 
 import curriculum
-from conftest import make_dataset
-from research import shares, streaming
-
-NAMES = ("tests/streaming-a-v0", "tests/streaming-b-v0", "tests/streaming-c-v0")
+from research import streaming, study
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tiny_case, tmp_path, monkeypatch):
     """A function that runs the script on three tiny tasks; all rows so far, by run."""
-    if NAMES[0] not in minari.list_local_datasets():
-        for i, name in enumerate(NAMES):
-            make_dataset(name, [9, 12, 5] * 6, obs_dim=3, act_dim=2, seed=i)
-    sizes = {"n_layer": 1, "n_embd": 8, "batch_size": 16, "lr": 1e-2, "teacher_steps": 20, "eval_episodes": 0}
-    monkeypatch.setitem(shares.CASES, "builtin", {"datasets": NAMES, **sizes})
+    tiny_case(3)
     monkeypatch.setattr(streaming, "ROWS", tmp_path / "streaming.csv")
-    monkeypatch.chdir(tmp_path)
 
     def main(**options):
         streaming.main(streaming.Config(seeds=(0,), steps=20, memory=4, **options))
@@ -37,7 +28,7 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture
 def case(run):
     run(runs=("equal",))
-    return shares.Case(shares.Config(case="builtin", steps=20))
+    return study.Case(study.Config(case="builtin", steps=20))
 
 
 def test_over_arrived__gives_nothing_to_those_that_are_not_there():
@@ -77,7 +68,7 @@ def test_memory__shows_old_tasks_by_the_windows_that_were_kept(case):
 def test_a_gem__leaves_nothing_against_the_memory(case, monkeypatch):
     references = []
     descended = []
-    cfg = shares.dataclasses.replace(case.cfg, curriculum="all", surgery="previous", seed=0)
+    cfg = study.dataclasses.replace(case.cfg, curriculum="all", surgery="previous", seed=0)
     student, generator = streaming.distill.make_student(cfg, case.tasks, case.models)
     kept = case.windows.sample(12, torch.full((3,), 1 / 3), torch.Generator().manual_seed(1))
     memory = streaming.Memory(case.windows, kept, [0, 1])
