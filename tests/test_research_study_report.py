@@ -1,318 +1,186 @@
-"""research/study_report.py and study_figures.py, of a few rows and of the study's own."""
+"""research/study_report.py: comparisons with equal shares, the share law, the page."""
 
 import json
 import math
 import shutil
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import curriculum
 from conftest import ROOT
-from research import study_figures, study_report, study_rows
-from research.variants import DEFAULT, NOVELTY, SCORE_COLUMNS
+from research import study, study_report, study_rows
+from research.study_report import comparisons, groups
 from support import UserError
 
-SURGERY = SCORE_COLUMNS["with surgery"]
-EQUAL_SHARES = SCORE_COLUMNS["equal shares"]
+
+def row(run="equal", seed=0, kl=(0.1, 0.2), case="builtin", shares=(0.5, 0.5), lr=0.016, teachers=5, **more):
+    """A row of the CSV, as text: a run that ends with these KLs, ten times lower than it began."""
+    kls = np.geomspace(10, 1, 10)[:, None] * np.array(kl)
+    about = {"case": case, "tasks": "", "steps": 1000, "n_embd": 64, "planted": -1, "teachers": teachers}
+    about |= {"run": run, "seed": seed, "lr": lr, "kl": json.dumps(kls.tolist())}
+    about |= {"shares": json.dumps(list(shares)), "ms": 10.0, "projected": 0.0, "cosine": "[0, 0, 0]"}
+    return {k: str(v) for k, v in {**about, "commit": "abc", **more}.items()}
 
 
-def csv_row(variant, budget="updates", seed=0, kl=(0.1, 0.2), case="conflict", steps=100, times=15.0, **more):
-    """A row of the CSV: a run that ends with these KLs, ten times lower than it began."""
-    final = np.array(kl)
-    curve = [(final * 10 ** (1 - k / 10)).tolist() for k in range(11)]
-    row = {
-        "case": case,
-        "variant": variant,
-        "budget": budget,
-        "seed": seed,
-        "lr": 8e-3,
-        "steps": steps,
-        "times": times,
-        "n_embd": 64,
-        "compression": times,
-        "seconds": 1.0,
-        "ms": 10.0,
-        "projected": 0.25,
-        "cosine": [-0.1, 0.0, 0.1, 0.2, 0.3],
-        "weights": [],
-        "steps_at": [steps // 10 * k for k in range(11)],
-        "kl": curve,
-        "retention": [],
-        "teacher_scores": [100.0, 50.0],
-    }
-    row |= more
-    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+def lines_of(text):
+    """The lines of a Markdown table, without its head."""
+    return [line for line in text.splitlines() if line.startswith("|")][2:]
 
 
-def study_of(path, rows):
-    for row in rows:
-        study_rows.add(path, row)
-    return path
+# ---- groups ------------------------------------------------------------------------------------------------
 
 
-def has_colours(path):
-    """Whether a figure shows more than its black and grey axes."""
-    pixels = plt.imread(path)[..., :3]
-    return (np.ptp(pixels, axis=-1) > 0.2).sum() > 100
+def test_groups__hold_neither_tuning_runs_nor_rates_that_lost():
+    rows = [row(seed=s, kl=(1.0, 2.0)) for s in range(3)]
+    rows += [row(seed=0, lr=0.5), row(seed=100, lr=0.016), row(seed=0, n_embd=8)]
+    found = groups(rows)
+    assert [g[3] for g in found] == ["64", "8"] or [g[3] for g in found] == ["8", "64"]
+    of_main = found["builtin", "", "1000", "64", "-1", "5"]["equal"]
+    assert sorted(of_main) == [0, 1, 2]
+    assert all(s.worst == pytest.approx(2.0) for s in of_main.values())
 
 
-def tables_of(text):
-    """The Markdown tables of a text, each a list of lines."""
-    tables = []
-    previous = ""
-    for line in text.splitlines():
-        if line.startswith("|"):
-            if not previous.startswith("|"):
-                tables.append([])
-            tables[-1].append(line)
-        previous = line
-    return tables
+def test_groups__leave_out_the_planted_task():
+    found = groups([row(kl=(9.0, 0.3), shares=(0.8, 0.2), planted=0)])
+    (student,) = found["builtin", "", "1000", "64", "0", "5"]["equal"].values()
+    assert student.worst == pytest.approx(0.3)
+    assert student.shares.tolist() == [0.2]
+
+
+# ---- comparisons -------------------------------------------------------------------------------------------
+
+
+def test_comparisons__pair_seeds_and_name_their_teachers():
+    rows = [row(seed=s, kl=(1.0, 2.0 + s)) for s in range(6)]
+    rows += [row("default", seed=s, kl=(1.0, 1.0 + s / 2)) for s in (0, 2, 5, 9)]
+    (c,) = comparisons(rows)
+    assert c.run == "default"
+    assert c.teachers == (0, 2, 0)
+    assert np.allclose(np.exp(c.worst), 0.5)
+    assert np.allclose(np.exp(c.mean), [2 / 3, 3 / 5, 4.5 / 8])
+
+
+def test_comparison_tables__mark_what_survives_holms_correction():
+    rng = np.random.default_rng(0)
+    rows = [row(seed=s) for s in range(10)]
+    rows += [row("default", seed=s, kl=(0.1, 0.2 * 0.8 * math.exp(0.01 * rng.normal()))) for s in range(10)]
+    rows += [row("dro", seed=s, kl=(0.1, 0.2 * math.exp(0.05 * rng.normal()))) for s in range(10)]
+    rows += [row("mse", seed=s, kl=(0.1, 0.4)) for s in range(3)]
+    text = study_report.comparison_tables(comparisons(rows))
+    assert text.startswith("builtin, 1000 updates, 64 channels, 5 teachers a task:\n")
+    default, dro, mse = ([x.strip() for x in line.split("|")[1:-1]] for line in lines_of(text))
+    assert default[0] == "default"
+    assert default[2].startswith("**0.80")
+    assert default[4] == "1.00"
+    assert float(default[5]) < 0.05
+    assert default[6] == ""
+    assert not dro[2].startswith("**")
+    assert float(dro[5]) > 0.05
+    assert 0 < float(dro[6]) < 0.1
+    assert mse[1:4] == ["3", "2.000", "1.667"]
+    assert mse[5:8] == ["", "", ""]  # too few seeds for a p; never down to equal shares' end
+
+
+def test_comparisons__of_a_lost_run_are_infinite_not_left_out():
+    rows = [row(seed=s) for s in range(5)] + [row("mse", seed=s) for s in range(4)]
+    lost = row("mse", seed=4)
+    lost["kl"] = json.dumps([[0.1, 0.1]] * 5 + [[math.nan, math.nan]] * 5)
+    (c,) = comparisons([*rows, lost])
+    assert c.worst.tolist() == [0, 0, 0, 0, math.inf]
+    assert math.isnan(c.p())
+    assert "| mse | 5 | inf |" in study_report.comparison_tables([c])
+
+
+@pytest.mark.parametrize(
+    ("kl", "share"), [(8.0, 0.1), (4.0, 0.2), (2.0, 0.3), (math.sqrt(8.0), 0.25), (0.5, math.inf)]
+)
+def test_reached__is_where_a_curve_comes_down_to_a_kl(kl, share):
+    curve = np.array([8.0, 4.0, 2.0, *[1.0] * 7])
+    assert study_report.reached(curve, kl) == pytest.approx(share)
+
+
+# ---- the share law -----------------------------------------------------------------------------------------
+
+
+def test_law__finds_the_exponent_that_made_the_students():
+    rng = np.random.default_rng(0)
+    c = np.array([0.1, 0.2, 0.05])
+    rows = [row(seed=0, kl=c, shares=[1 / 3] * 3)]
+    for seed in range(6):
+        shares = rng.dirichlet([5, 5, 5])
+        rows.append(row("random", seed=seed, kl=c * (3 * shares) ** -0.6, shares=shares.tolist()))
+    (runs,) = groups(rows).values()
+    law = study_report.law(runs)
+    assert law.a == pytest.approx(0.6)
+    assert np.allclose(law.of_tasks, 0.6)
+    assert law.explained == pytest.approx(1)
+    (line,) = lines_of(study_report.law_table(rows))
+    predicted = (c ** (1 / 0.6)).mean() ** 0.6 / c.max()
+    assert f"| 0.60 | 0.60 to 0.60 | 1.00 | {study_report.best_by(c, 0.55) / 0.2:.2f} |" in line
+    assert line.endswith(f"| {predicted:.2f} | |")
+    assert study_report.law({"equal": runs["equal"]}) is None
+    assert study_report.law_table(rows[:3]) == ""
+
+
+def test_best_by__is_the_closed_form_of_the_method():
+    c = np.array([0.3, 0.1, 0.2])
+    shares = curriculum.torch.full((3,), 1 / 3)
+    _, best = curriculum.worst_by_law(curriculum.torch.tensor(c), shares)
+    assert study_report.best_by(c, curriculum.LAW) == pytest.approx(float(best), rel=1e-5)
+    assert study_report.best_by(c, np.full(3, curriculum.LAW)) == pytest.approx(float(best), rel=1e-5)
+
+
+# ---- learning rates ----------------------------------------------------------------------------------------
+
+
+def test_tuning_table__marks_the_best_rate():
+    rows = [row(seed=100, lr=lr, kl=(0.1, kl)) for lr, kl in ((0.008, 0.3), (0.016, 0.2), (0.032, 0.4))]
+    rows += [row("mse", seed=100, lr=0.008, kl=(0.1, 0.5)), row(seed=0, lr=0.064, kl=(0.1, 0.01))]
+    text = study_report.tuning_table(rows)
+    assert text.splitlines()[0] == "| learning rate | 0.008 | 0.016 | 0.032 |"
+    assert lines_of(text) == ["| equal | 0.300 | **0.200** | 0.400 |", "| mse | **0.500** | | |"]
+    assert study_report.tuning_table([row()]) == ""
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(tmp_path):
-    """A CSV with a few runs of every kind."""
-    rows = []
-    for seed in range(3):
-        k = 1 + 0.1 * seed
-        for budget, steps in (("updates", 100), ("half", 50)):
-            rows.append(csv_row("fixed", budget, seed, (0.1, 0.4 * k), steps=steps))
-            rows.append(csv_row(NOVELTY, budget, seed, (0.1, 0.2 * k), steps=steps))
-        rows.append(csv_row("all", seed=seed, kl=(0.1, 0.3 * k)))
-        rows.append(csv_row("novelty, previous", seed=seed, kl=(0.1, 0.21 * k)))
-        rows.append(csv_row("novelty, pcgrad", seed=seed, kl=(0.1, 0.2 * k)))
-        rows.append(csv_row("novelty, pcgrad", "time", seed, (0.1, 0.8 * k), steps=40))
-        rows.append(csv_row("fixed", "cost", seed))
-        rows.append(csv_row("novelty, pcgrad", "cost", seed, ms=25.0))
-        for times in (5.0, 15.0):
-            rows.append(csv_row(DEFAULT, "acting", seed, times=times, retention=[1.0, 0.9]))
-            rows.append(csv_row(EQUAL_SHARES, "acting", seed, times=times, retention=[0.9, 0.8]))
-    rows.append(csv_row("fixed", "tune", 100, lr=4e-3, kl=(0.1, 0.5)))
-    rows.append(csv_row("fixed", "tune", 100, kl=(0.1, 0.4)))
-    rows.append(csv_row("fixed", seed=9, lr=4e-3, kl=(0.1, 99.0)))  # of a rate that lost: it does not count
-    return study_of(tmp_path / "results/study.csv", rows)
-
-
-SECTIONS = [
-    "Scores, conflict",
-    "Figure: curricula",
-    "Equal updates",
-    "Equal updates, on the same seeds",
-    "Figure: surgeries",
-    "Retention",
-    "Figure: retention by compression",
-    "Equal updates, details",
-    "Equal time",
-    "Half the updates",
-    "Equal time and half the updates, details and same seeds",
-    "Tuning",
-]
-
-
-def test_report__writes_findings_then_tables_and_figures_each_introduced(small, capsys):
-    study_report.report(small, 15.0, 100)
-    printed = capsys.readouterr().out
-    page = small.with_suffix(".md").read_text()
-    findings, rest = page.split("\n## All tables and figures\n")
+def test_report__writes_findings_then_what_there_is(tmp_path, capsys):
+    for seed in range(6):
+        for run, kl in (("equal", 0.2), ("default", 0.17)):
+            study_rows.add(tmp_path / "study.csv", row(run, seed, (0.1, kl * (1 + 0.01 * seed))))
+    study_report.report(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    findings, tables = page.split("\n## Tables\n")
     assert findings.strip() == (ROOT / "research/findings.md").read_text().strip()
-    sections = rest.split("\n### ")[1:]
-    assert [section.split("\n")[0] for section in sections] == SECTIONS
-    for section in sections:
-        introduction = section.split("\n\n")[1]
-        assert introduction.endswith(".")
-        assert not introduction.startswith("|")
-    assert tables_of(rest) == tables_of(printed)
-    for name in ("curricula", "surgery", "retention"):
-        assert f"](study_{name}.png)" in rest
-        assert has_colours(small.parent / f"study_{name}.png")
-    assert "| fixed | 3 | 0.440 (0.400-0.480) | 1.00 (" in printed
-    assert "99" not in printed
-
-
-def test_report__puts_other_budgets_beside_round_robin_with_all_updates(small, capsys):
-    study_report.report(small, 15.0, 100)
-    printed = capsys.readouterr().out
-    equal_time = tables_of(printed.split("\nEqual time\n")[1])[0]
-    names = [line.split(" | ")[0] for line in equal_time[2:]]
-    assert names == [
-        "| fixed",
-        f"| {NOVELTY}",
-        "| novelty, pcgrad",
-    ]  # measured as equally fast, and the default
-    assert " | 2.00 (" in equal_time[4]
-    half = tables_of(printed.split("\nHalf the updates\n")[1])[0]
-    assert " | 1.00 (" in half[2]
-
-
-def test_report__leaves_out_what_has_no_runs(tmp_path, capsys):
-    path = study_of(tmp_path / "study.csv", [csv_row("all", "tune", 100)])
-    study_report.report(path, 15.0, 100)
-    page = path.with_suffix(".md").read_text()
-    assert page.count("\n### ") == 1
-    assert "\n### Tuning\n" in page
-    assert not list(tmp_path.glob("*.png"))
+    assert [s.splitlines()[0] for s in tables.split("\n### ")[1:]] == ["Curricula, surgeries and losses"]
+    assert "| default | 6 | **0.850 (0.850-0.850)** |" in tables
+    assert tables.strip() == capsys.readouterr().out.strip()
+    pixels = plt.imread(tmp_path / "study.png")[..., :3]
+    assert "](study.png)" in tables
+    assert (np.ptp(pixels, axis=-1) > 0.1).any()  # coloured
 
 
 def test_report__needs_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no run; run research.study without --report first"):
-        study_report.report(tmp_path / "study.csv", 15.0, 100)
+        study_report.report(tmp_path, tmp_path / "page.md")
 
 
-# ---- docs/study.md and README ------------------------------------------------------------------------------
-
-
-def test_docs__hold_what_the_report_prints(tmp_path, capsys):
-    """docs/study.md is the report of research/results/study.csv to the byte; README has its compact table."""
-    for name in ("study", "little_data", "shares", "conflict", "streaming"):
-        shutil.copy(ROOT / f"research/results/{name}.csv", tmp_path)
-    study_report.report(tmp_path / "study.csv", 15.0, 4000)
-    page = (tmp_path / "study.md").read_text()
+def test_docs__hold_what_the_report_prints(tmp_path):
+    """docs/study.md is the report of research/results/ to the byte."""
+    for path in (ROOT / "research/results").glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    study_report.report(tmp_path, tmp_path / "study.md")
     docs = (ROOT / "docs/study.md").read_text()
-    assert docs.replace("](../research/results/", "](") == page
+    assert docs.replace("](../research/results/", "](") == (tmp_path / "study.md").read_text()
     for figure in tmp_path.glob("*.png"):
         assert f"](../research/results/{figure.name})" in docs
         assert (ROOT / "research/results" / figure.name).exists()
-    compact = capsys.readouterr().out.split("\nREADME\n\n")[1].strip()
-    assert len(compact.splitlines()) == 4
-    assert compact in (ROOT / "README.md").read_text()
 
 
-# ---- tables ------------------------------------------------------------------------------------------------
-
-
-def evaluated(*retention, scores=(100.0, 50.0)):
-    """Evaluated runs of seeds 0, 1, ...; the KL of each is the sum of its retentions."""
-    rows = []
-    for seed, of_tasks in enumerate(retention):
-        kl = np.array([[1.0, sum(of_tasks)]])
-        row = {"seed": seed, "retention": np.array(of_tasks), "kl": kl}
-        rows.append({**row, "teacher_scores": np.array(scores)})
-    return rows
-
-
-BY_VARIANT = {
-    DEFAULT: evaluated(*[(0.9, 1.1)] * 4),
-    SURGERY: evaluated(*[(0.8, 1.0)] * 4),
-    EQUAL_SHARES: evaluated((0.0, 1.0), (0.7, 1.0), (0.9, 1.0), (9.0, 1.0)),
-}
-
-
-def test_score_table__has_a_line_for_each_task():
-    lines = study_report.score_table("conflict", BY_VARIANT, SCORE_COLUMNS).splitlines()
-    assert lines[0] == "| task | teacher | student | with surgery | equal shares |"
-    teacher = "100.0 (100.0-100.0)"
-    students = "90.0 (90.0-90.0) | 80.0 (80.0-80.0) | 80.0 (0.0-900.0)"
-    assert lines[2] == f"| halfcheetah | {teacher} | {students} |"
-    assert lines[3].startswith(
-        "| halfcheetah-back | 50.0 (50.0-50.0) | 55.0 (55.0-55.0) | 50.0 (50.0-50.0) |"
-    )
-    assert lines[4] == "| seeds | | 4 | 4 | 4 |"
-    assert lines[5].startswith("| retention, mean | | 1.00 (1.00-1.00) | 0.90 (0.90-0.90) |")
-    assert lines[6].startswith("| retention, worst task | | 0.90 (0.90-0.90) | 0.80 (0.80-0.80) |")
-
-
-def test_score_table__leaves_out_students_of_other_teachers():
-    others = evaluated(*[(0.0, 0.0)] * 4, scores=(99.0, 50.0))
-    mixed = {**BY_VARIANT, SURGERY: BY_VARIANT[SURGERY] + others}
-    alone = study_report.score_table("conflict", BY_VARIANT, SCORE_COLUMNS)
-    assert study_report.score_table("conflict", mixed, SCORE_COLUMNS) == alone
-
-
-def test_retention_table__compares_with_the_default_on_the_same_seeds(tmp_path):
-    by_size = {5.0: {"conflict": {DEFAULT: evaluated(*[(1.0, 1.0)] * 3)}}, 15.0: {"conflict": BY_VARIANT}}
-    sizes = {(times, 4000): by_case for times, by_case in by_size.items()}
-    lines = study_report.retention_table(sizes).splitlines()
-    one = "1.000 (1.000-1.000)"
-    assert lines[2] == f"| conflict | 5 | 4000 | {DEFAULT} | 3 | {one} | {one} | | | |"
-    start = f"| conflict | 15 | 4000 | {SURGERY} | 4 | 0.900 (0.900-0.900) | 0.800 (0.800-0.800) |"
-    assert lines[4].startswith(start)
-    assert lines[4].endswith("| 0.100 (0.100-0.100) | 0.100 (0.100-0.100) | 0.900 (0.900-0.900) |")
-    # of 0.5, 0.15, 0.05 and -4; of 0.9, 0.2, 0 and -0.1; of 0.5, 0.85, 0.95 and 5
-    end = "| 0.100 (-4.000 to 0.500) | 0.100 (-0.100 to 0.900) | 0.900 (0.500-5.000) |"
-    assert lines[5].endswith(end)
-    assert study_figures.plot_retention(tmp_path / "retention.png", by_size)
-    assert has_colours(tmp_path / "retention.png")
-    assert not study_figures.plot_retention(tmp_path / "none.png", {15.0: {"conflict": BY_VARIANT}})
-
-
-def runs(*kls, seeds=None):
-    """Runs with these final KLs, of seeds 0, 1, ... or `seeds`."""
-    rows = []
-    for kl, seed in zip(kls, seeds or range(len(kls)), strict=True):
-        row = {"seed": seed, "teacher_scores": np.array([100.0])}
-        rows.append({**row, "kl": np.array([[9.0, 0.0], [kl, kl / 10]])})
-    return rows
-
-
-def test_same_seeds_table__compares_runs_of_the_same_teachers():
-    by_case = {
-        "builtin": {NOVELTY: runs(1.0, 2.0, 4.0, 9.0), "all": runs(2.0, 2.0, 2.0, 2.0, seeds=(3, 2, 1, 0))},
-        "many": {NOVELTY: runs(1.0, 1.0), "all": runs(4.0, 4.0, 4.0, seeds=(1, 2, 0))},
-    }
-    lines = study_report.same_seeds_table(study_report.Comparison(by_case, {})).splitlines()
-    assert lines[0] == f"| KL of {NOVELTY} divided by that of | builtin | many | pooled | P(lower) |"
-    assert len(lines) == 3
-    assert lines[2].startswith("| all | 1.50 (")  # the middle two of 0.5, 1, 2 and 4.5
-    assert "| 0.25 (0.25-0.25) |" in lines[2]
-    assert "| 0.69 (" in lines[2]  # lower: 1.5 of 4, and both, on average
-
-
-def test_kl_table__divides_by_round_robin_and_pools_the_cases():
-    by_case = {
-        "builtin": {"fixed": runs(2.0, 2.0), "all": runs(1.0, 1.0), NOVELTY: runs(0.5, 1.5)},
-        "many": {"fixed": runs(4.0, 4.0), NOVELTY: runs(4.0, 4.0)},
-        "alone": {NOVELTY: runs(1.0)},  # no round-robin: left out
-    }
-    reference = {case: by_case[case]["fixed"] for case in ("builtin", "many")}
-    lines = study_report.kl_table(study_report.Comparison(by_case, reference)).splitlines()
-    columns = f"KL / round-robin's | P(lower than round-robin) | P({NOVELTY} lower)"
-    assert lines[0] == f"| | seeds | builtin | many | {columns} |"
-    four = "4.000 (4.000-4.000)"
-    assert lines[2].startswith(f"| fixed | 2/2 | 2.000 (2.000-2.000) | {four} | 1.00 (1.00-1.00) | 0.50 (")
-    share = "0.50 (0.50-0.50) | 1.00 (1.00-1.00)"
-    assert lines[3].startswith(f"| all | 2 | 1.000 (1.000-1.000) | | {share} | 0.50 (")
-    assert lines[4].endswith(" | |")
-    assert len(lines) == 5
-
-
-def test_tuning_table__marks_the_chosen_rate_and_those_off_the_grid():
-    def row(lr, *kl):
-        return {"case": "alone", "variant": "all", "budget": "tune", "lr": lr, "kl": np.array([kl])}
-
-    rows = [row(4e-3, 0.1, 0.5), row(8e-3, 0.3, 0.4), row(16e-3, 0.01, 0.6), row(32e-3, math.nan, 0.1)]
-    lines = study_report.tuning_table(rows).splitlines()
-    assert lines[0] == "| learning rate 4, 8, 16, 32 (1e-3), others in brackets | alone |"
-    assert lines[2] == "| all | 0.500, **0.400**, 0.600, inf |"
-    rows.append(row(2e-3, 0.1, 0.3))
-    assert (
-        study_report.tuning_table(rows).splitlines()[2] == "| all | **0.300 (2)**, 0.500, 0.400, 0.600, inf |"
-    )
-
-
-def test_plot_surgery__needs_runs_with_and_without(tmp_path):
-    path = Path(tmp_path / "surgery.png")
-    assert not study_figures.plot_surgery(
-        path, {"builtin": {NOVELTY: runs(1.0), "uniform, previous": runs(1.0)}}
-    )
-    with_surgery = [{**row, "projected": 0.1} for row in runs(1.1, 1.3)]
-    by_case = {"builtin": {NOVELTY: runs(1.0, 1.0), "novelty, previous": with_surgery}}
-    assert study_figures.plot_surgery(path, by_case)
-    assert has_colours(path)
-
-
-@pytest.mark.parametrize(
-    ("variant", "base"),
-    [
-        ("novelty, average by teacher", NOVELTY),
-        ("upgrad", "all"),
-        ("uniform, switch", "uniform"),
-        ("mse", None),
-    ],
-)
-def test_without_surgery__is_the_same_variant_with_none(variant, base):
-    assert study_figures.without_surgery(variant) == base
+def test_archive__holds_the_rows_of_the_first_study_and_their_commits():
+    rows = study_rows.read(study.RESULTS / "archive/study.csv")
+    assert len(rows) > 1800
+    assert all(len(r["commit"]) >= 7 for r in rows)
