@@ -162,7 +162,7 @@ def tables(rows: list[dict[str, str]]) -> str:
         worst = np.array([x.max() for x in values["kl"]])
         retention = values["retention"]
         measured = [worst, retention.mean(1), retention.min(1), values["gap"].mean(1)]
-        means = [cell(mean, x) for x in measured]
+        means = [cell(mean, [x]) for x in measured]
         shown = [*(f"{x:.2f}" for x in share), *(f"{x:.3f}" for x in kl)]
         lines.append([f"{case}, {steps} updates", run, str(len(of_seeds)), *shown, *means])
     head = ["students", "shares", "seeds", *(f"share of {b}" for b in BANDS), *(f"KL of {b}" for b in BANDS)]

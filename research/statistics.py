@@ -1,8 +1,8 @@
 """Statistics of runs over seeds.
 
-A statistic takes an array (..., n) of one number a seed and reduces its last axis; leading axes are resamples
-of the bootstrap. Below: runs of several teachers, whose statistics take arrays (..., runs, tasks) and reduce
-the last two. Used by the scripts of research/ that print tables.
+A statistic takes strata, a list of arrays (..., n_i) of one number a seed, one array for each case; it
+reduces their last axis. Leading axes are resamples of the bootstrap. Below: runs of several teachers, whose
+statistics take arrays (..., runs, tasks) and reduce the last two. Used by the scripts that print tables.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Statistic = Callable[[np.ndarray], np.ndarray]
+Statistic = Callable[[list[np.ndarray]], np.ndarray]
 
 
 def iqm(x: np.ndarray | Sequence[float]) -> np.ndarray:  # (..., n) -> (...)
@@ -22,27 +22,39 @@ def iqm(x: np.ndarray | Sequence[float]) -> np.ndarray:  # (..., n) -> (...)
     return x[..., cut : n - cut].mean(-1)
 
 
-def mean(x: np.ndarray) -> np.ndarray:  # (..., n) -> (...)
-    """The mean."""
-    return x.mean(-1)
+def mean(strata: list[np.ndarray]) -> np.ndarray:
+    """Mean of all strata together."""
+    return np.concatenate(strata, axis=-1).mean(-1)
 
 
-def geometric(x: np.ndarray) -> np.ndarray:  # (..., n) -> (...)
-    """Geometric mean."""
-    return np.exp(np.log(x).mean(-1))
+def geometric(strata: list[np.ndarray]) -> np.ndarray:
+    """Geometric mean of all strata together."""
+    return np.exp(np.log(np.concatenate(strata, axis=-1)).mean(-1))
 
 
-def interval(statistic: Statistic, x: np.ndarray, n: int = 2000) -> np.ndarray:  # (2,)
-    """95 % percentile bootstrap of statistic(x), x being resampled n times."""
-    drawn = np.random.default_rng(0).integers(len(x), size=(n, len(x)))
-    return np.quantile(statistic(x[drawn]), [0.025, 0.975])
+def interval(statistic: Statistic, strata: list[np.ndarray], n: int = 2000) -> np.ndarray:
+    """95 % percentile bootstrap (2,) of statistic(strata); each stratum is resampled by itself, n times."""
+    indices = _resamples(tuple(len(x) for x in strata), n)
+    drawn = statistic([x[i] for x, i in zip(strata, indices, strict=True)])
+    return np.quantile(drawn, [0.025, 0.975])
 
 
-def cell(statistic: Statistic, x: np.ndarray, form: str = "{:.3f}") -> str:
-    """A statistic as text, with its interval from three seeds on: 0.155 (0.149-0.158)."""
-    if len(x) < 3:
-        return form.format(statistic(x))
-    return with_interval(statistic(x), interval(statistic, x), form)
+@functools.lru_cache(64)
+def _resamples(lengths, n):
+    """Indices (n, length) into each stratum, the same in every call."""
+    rng = np.random.default_rng(0)
+    indices = [np.empty((n, length), np.int32) for length in lengths]
+    for k in range(n):
+        for i, length in zip(indices, lengths, strict=True):
+            i[k] = rng.integers(length, size=length)
+    return indices
+
+
+def cell(statistic: Statistic, strata: list[np.ndarray], form: str = "{:.3f}") -> str:
+    """A statistic and, from three seeds on, its interval as text: 0.155 (0.149-0.158)."""
+    if max(map(len, strata)) < 3:
+        return form.format(statistic(strata))
+    return with_interval(statistic(strata), interval(statistic, strata), form)
 
 
 def with_interval(value: float, bounds: np.ndarray, form: str = "{:.3f}") -> str:

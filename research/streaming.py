@@ -194,8 +194,8 @@ def tables(rows: list[dict[str, str]]) -> str:
             ratios = {}
             for name in ("worst", "mean", "last worst", "newest"):
                 ratios[name] = np.array([of_seeds[s][name] / runs["equal"][s][name] for s in seeds])
-            cells = [cell(geometric, x, "{:.2f}") for x in ratios.values()]
-            forgetting = geometric(np.array([of_seeds[s]["forgetting"] for s in seeds]))
+            cells = [cell(geometric, [x], "{:.2f}") for x in ratios.values()]
+            forgetting = geometric([np.array([of_seeds[s]["forgetting"] for s in seeds])])
             about = [f"{case}, {steps} updates a phase, memory {memory}", run, str(len(seeds))]
             lines.append([*about, *cells, f"{forgetting:.2f}"])
     head = ["streams", "shares", "seeds", "worst KL", "mean KL", "worst KL in the end"]
