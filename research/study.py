@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -174,7 +175,7 @@ class Trained(NamedTuple):
     updates: Tensor  # (steps, 2): each one's cosine with the one before, and whether it was projected
 
 
-def train(case: Case, learner: distill.Learner, after: Any = None) -> Trained:
+def train(case: Case, learner: distill.Learner, after: Callable[[], None] | None = None) -> Trained:
     """All of its updates. after: called after each."""
     cfg = learner.cfg
     kl = distill.Distance(distill.Config(), learner.student)  # KL(teacher || student), whatever is learned
@@ -287,7 +288,7 @@ def wanted(cfg: Config) -> list[str]:
     return [run for run in runs if cfg.runs or run not in OF_THE_LAW]
 
 
-def one(cfg: Config, case_of: Any, run: str, seed: int, lr: float) -> None:
+def one(cfg: Config, case_of: Callable[..., Case], run: str, seed: int, lr: float) -> None:
     """Make a student and add its row, unless it is there. case_of: the Case of a teacher seed and tasks."""
     key = {
         "case": cfg.case,
