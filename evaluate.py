@@ -8,7 +8,7 @@ Prints, per task: mean and standard deviation of the return, normalised score, a
 score / its teacher's). Writes RUN/evaluation.json. The score is 100 (return - random) / (expert - random): of
 D4RL's constants where there are any, else of the dataset's lowest and highest return.
 
-Also used by teacher.py, distill.py, export.py, report.py and research/study.py.
+Also used by teacher.py, distill.py, export.py, report.py and scripts of research/.
 """
 
 import contextlib

@@ -6,8 +6,8 @@
 A discrete action has one factor f, or several independent ones (MultiDiscrete). Each is an action dimension:
 the loss is the KL divided by the number of action dimensions, of either kind.
 
-distill.py and research/study.py call `head_kl` with student and teacher as the two policies; a batch mixes
-windows of any of N teachers. model.py makes its outputs with `policies` and `bounded`. A policy is two
+distill.py calls `head_kl` with student and teacher as the two policies; a batch mixes windows of any of N
+teachers. model.py makes its outputs with `policies` and `bounded`. A policy is two
 arrays (B, K, A): mean and log_std of a Gaussian, or log-probabilities of all factors' choices and zeros.
 
 `factors` (F, N, A) bool: which of the A columns are the choices of the f-th factor of each task's actions; F

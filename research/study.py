@@ -50,9 +50,9 @@ SPREAD = 0.7  # of the logarithms of random shares
 
 @dataclasses.dataclass
 class Config:
-    case: Literal[tuple(CASES)] = "builtin"
+    case: Literal[tuple(CASES)] = "builtin"  # the set of tasks, see variants.py
     runs: tuple[Literal[tuple(RUNS)], ...] = ()  # default: all on the built-in tasks, else variants.CORE
-    seeds: tuple[int, ...] = tuple(range(10))
+    seeds: tuple[int, ...] = tuple(range(10))  # of students
     teachers: int = 5  # of each task
     tasks: tuple[int, ...] = ()  # of the case's, by number; default: all
     steps: int = 1000  # updates of a student
