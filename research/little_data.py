@@ -33,10 +33,10 @@ import teacher
 from policy import Policy
 from research import study_rows
 from research.tables import RESULTS
+from research.variants import BUILTIN, THIRDPARTY
 from support import cli, files, machine
 
-BODIES = ("hopper", "halfcheetah", "walker2d", "ant")
-TASKS = {"builtin": BODIES, "thirdparty": tuple(f"thirdparty/{body}/trpo-replay-v0" for body in BODIES)}
+TASKS = {"builtin": BUILTIN, "thirdparty": THIRDPARTY}
 MODES: dict[str, dict[str, Any]] = {  # options of distill.py; "data, tuned": and those that `tune` found
     "data": {"loss": "nll", "curriculum": "all"},
     "data, tuned": {"loss": "nll", "curriculum": "all"},

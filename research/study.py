@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import curriculum
 import data
 import distill
 import model as dt
@@ -237,7 +238,7 @@ def weights(run: str, key: dict[str, Any], n: int) -> list[float]:
         x = np.exp(SPREAD * np.random.default_rng(key["seed"]).normal(size=n))
         return (x / x.sum()).tolist()
     row = study_rows.find(ROWS, {**key, "run": EQUAL, "seed": first_seed(key["seed"], key["teachers"])})
-    x = np.array(json.loads(row["kl"])[-1]) ** (1 / variants.curriculum.LAW)
+    x = np.array(json.loads(row["kl"])[-1]) ** (1 / curriculum.LAW)
     return (x / x.sum()).tolist()
 
 

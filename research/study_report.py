@@ -199,7 +199,6 @@ class Comparison(NamedTuple):
 
     group: tuple[str, ...]
     run: str
-    lr: str
     worst: np.ndarray  # (seeds,) log ratios
     mean: np.ndarray
     teachers: tuple[int, ...]  # the teacher seed of each
@@ -241,7 +240,6 @@ def comparisons(rows: list[dict[str, str]]) -> list[Comparison]:
                 Comparison(
                     group=group,
                     run=run,
-                    lr=pairs[0][0].row["lr"],
                     worst=np.array([math.log(a.worst / b.worst) for a, b in pairs]),
                     mean=np.array([math.log(a.kl[-1].mean() / b.kl[-1].mean()) for a, b in pairs]),
                     teachers=tuple(s % int(group[-1]) for s in seeds),
