@@ -184,6 +184,33 @@ def _invalid_field(t, O, A, factors, image):
     return next((field for field, fits in valid.items() if not fits), None)
 
 
+def groups_of(tasks: list[Task]) -> tuple[int, ...]:
+    """Of each task the number of its group, from 0: tasks of the same spaces are of one.
+
+    Raises UserError where no two tasks have the same.
+    """
+    found = []
+    groups = []
+    for task in tasks:
+        if task.signature not in found:
+            found.append(task.signature)
+        groups.append(found.index(task.signature))
+    if len(found) == len(tasks):
+        summaries = [_summary(task) for task in tasks]
+        some = "; ".join(f"{t.name} has {x}" for t, x in zip(tasks[:4], summaries[:4], strict=True))
+        more = f"; and {len(tasks) - 4} more" if len(tasks) > 4 else ""
+        words = ", of other words" if len(set(summaries)) < len(tasks) else ""
+        raise UserError(f"--share: no two tasks have the same spaces{words} ({some}{more}); leave it out")
+    return tuple(groups)
+
+
+def _summary(task):
+    """Of a task's spaces, for messages."""
+    kind = "discrete" if task.discrete else "continuous"
+    factors = f" in factors of {task.factors}" if task.factors else ""
+    return f"observations {spaces.summary(task.observed)}, {task.act_dim} {kind} actions{factors}"
+
+
 def dataset_id(env: str) -> str:
     """The Minari id of a built-in task's dataset. Raises UserError for a name that ENVS does not hold."""
     if env not in ENVS:

@@ -48,7 +48,6 @@ from support import (
     machine,
     processes,
     run_directory,
-    spaces,
     training,
     verdict,
 )
@@ -637,33 +636,6 @@ def check_unchanged(task: data.Task, now: data.Task) -> None:
         )
 
 
-def groups_of(tasks: list[data.Task]) -> tuple[int, ...]:
-    """Of each task the number of its group, from 0: tasks of the same spaces are of one.
-
-    Raises UserError where no two tasks have the same.
-    """
-    found = []
-    groups = []
-    for task in tasks:
-        if task.signature not in found:
-            found.append(task.signature)
-        groups.append(found.index(task.signature))
-    if len(found) == len(tasks):
-        summaries = [_summary(task) for task in tasks]
-        some = "; ".join(f"{t.name} has {x}" for t, x in zip(tasks[:4], summaries[:4], strict=True))
-        more = f"; and {len(tasks) - 4} more" if len(tasks) > 4 else ""
-        words = ", of other words" if len(set(summaries)) < len(tasks) else ""
-        raise UserError(f"--share: no two tasks have the same spaces{words} ({some}{more}); leave it out")
-    return tuple(groups)
-
-
-def _summary(task):
-    """Of a task's spaces, for messages."""
-    kind = "discrete" if task.discrete else "continuous"
-    factors = f" in factors of {task.factors}" if task.factors else ""
-    return f"observations {spaces.summary(task.observed)}, {task.act_dim} {kind} actions{factors}"
-
-
 def make_student(
     cfg: Config, tasks: list[data.Task], teachers: list[teacher.Model]
 ) -> tuple[dt.DecisionTransformer, torch.Generator]:
@@ -678,7 +650,7 @@ def make_student(
         "tokens": cfg.tokens,
         "dropout": cfg.dropout,
         "context": teachers[0].cfg.context,
-        "groups": groups_of(tasks) if cfg.share else (),
+        "groups": data.groups_of(tasks) if cfg.share else (),
     }
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     if cfg.student:

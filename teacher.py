@@ -374,8 +374,12 @@ def find(cfg: Any) -> list[Teacher]:
     listed = " ".join(map(str, directories))
     if len(set(directories)) < len(directories):
         raise UserError(f"the same task twice among {listed}; name each once")
-    if not cfg.teachers:
-        train_missing(cfg, [name for name in names if not is_there(cfg, name)])
+    missing = [] if cfg.teachers else [name for name in names if not is_there(cfg, name)]
+    if missing and cfg.share:  # before a teacher is trained in vain
+        with processes.rank_0_first():
+            data.groups_of([data.load(name, cfg.seed).task for name in names])
+    if missing:
+        train_missing(cfg, missing)
     found = []
     for i, path in enumerate(directories):
         name = names[i] if names else None

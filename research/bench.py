@@ -471,7 +471,7 @@ def update_of_student(
     windows = data.Windows(tables, tasks, context, device, targets=True)
     windows.table[:, -2 * windows.A :].uniform_(-1, 0)
     sizes = {"n_layer": 2, "n_head": 1, "n_embd": 64, "tokens": cfg.tokens, "context": context}
-    sizes["groups"] = distill.groups_of(tasks) if cfg.share else ()
+    sizes["groups"] = data.groups_of(tasks) if cfg.share else ()
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes)).to(device)
     student.bfloat16 = dtype == "bfloat16"
     learner = distill.Learner(cfg, student, [], windows, torch.Generator(device).manual_seed(0))

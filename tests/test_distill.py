@@ -66,7 +66,7 @@ def learner_of(cfg: distill.Config) -> distill.Learner:
     teachers = untrained_teachers(cfg.share)
     torch.manual_seed(0)
     tasks = [d.task for d in two_tasks(cfg.share)]
-    groups = distill.groups_of(tasks) if cfg.share else ()
+    groups = data.groups_of(tasks) if cfg.share else ()
     sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context": K, "groups": groups}
     student = dt.DecisionTransformer(dt.ModelConfig.of(tasks, **sizes))
     w = windows(teachers, alike=cfg.share)
@@ -396,17 +396,17 @@ def test_groups_of__puts_tasks_of_the_same_spaces_together():
     words = [{"path": [], "kind": "text", "words": list("abcde")}]
     in_words = dataclasses.replace(b, obs_space=words)
     as_box = dataclasses.replace(b, obs_space=[{"path": [], "kind": "numbers", "size": 5}])
-    assert distill.groups_of([a, b, c]) == (0, 1, 1)
+    assert data.groups_of([a, b, c]) == (0, 1, 1)
     given = [b, discrete, in_words, a, as_box, a, of_factors, of_factors]
-    assert distill.groups_of(given) == (0, 1, 2, 3, 0, 3, 4, 4)
+    assert data.groups_of(given) == (0, 1, 2, 3, 0, 3, 4, 4)
     other_words = dataclasses.replace(in_words, obs_space=[words[0] | {"words": list("vwxyz")}])
     with pytest.raises(
         UserError, match=r"no two tasks have the same spaces, of other words \(tests/b-v0 has"
     ):
-        distill.groups_of([in_words, other_words])
+        data.groups_of([in_words, other_words])
     message = r"observations 5, 3 discrete actions; .*; and 1 more\); leave it out"
     with pytest.raises(UserError, match=message):
-        distill.groups_of([a, b, discrete, in_words, other_words])
+        data.groups_of([a, b, discrete, in_words, other_words])
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -561,6 +561,14 @@ def test_main__writes_no_model_where_the_job_lost_a_process(teachers, tmp_path, 
 def test_main__names_an_option_that_does_not_fit(teachers, tmp_path, option, message):
     with pytest.raises(UserError, match=message):
         distilled(teachers, tmp_path, **option)
+
+
+def test_main__finds_that_nothing_can_be_shared_before_a_teacher_is_trained(tmp_path, monkeypatch):
+    two_tasks()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--share: no two tasks have the same spaces"):
+        distill.main(distill.Config(datasets=NAMES, share=True, teacher_steps=1, eval_episodes=0, jobs=1))
+    assert not list(tmp_path.glob("out/teacher-*"))
 
 
 def test_main__asks_by_itself_unless_the_loss_learns_from_the_datas_actions(teachers, tmp_path):
