@@ -29,7 +29,7 @@ from torch import Tensor
 import curriculum
 import data
 import distill
-from research import study, study_rows
+from research import learners, study, study_rows
 from research.markdown import table
 from research.statistics import cell, geometric
 from research.tables import RESULTS
@@ -120,23 +120,6 @@ def put(batch: data.Batch, at: Tensor, other: data.Batch, drawn: Tensor) -> data
     return data.Batch(*own, placed(batch.targets, other.targets, 1))
 
 
-class AGem(distill.Learner):
-    """Projects against the gradient of the memory, where --surgery previous has that of the last update."""
-
-    def operate_and_descend(self, g: Tensor, kappa: Tensor | None) -> Any:
-        old = self.windows.old
-        if old:
-            share = torch.zeros_like(self.kl)
-            share[old] = 1 / len(old)
-            batch = self.windows.sample(self.cfg.batch_size, share, self.generator)
-            g = g.clone()  # the next gradient takes its place
-            with torch.enable_grad():
-                self.u.copy_(self.gradient(self.losses(batch, self.targets(batch))))
-        else:
-            self.u.zero_()
-        return super().operate_and_descend(g, kappa)
-
-
 def stream(case: study.Case, run: str, seed: int, memory: int) -> list[list[float]]:
     """The KLs (points, N) of a stream."""
     name, *options = run.split(", ")
@@ -152,8 +135,8 @@ def stream(case: study.Case, run: str, seed: int, memory: int) -> list[list[floa
         windows = case.windows
         if {"memory", "a-gem"} & set(options):
             windows = Memory(windows, kept, order[:k])
-        learner = AGem if "a-gem" in options else distill.Learner
-        learner = learner(cfg, student, case.models, windows, generator)
+        kind = functools.partial(learners.AGem, order[:k]) if "a-gem" in options else distill.Learner
+        learner = kind(cfg, student, case.models, windows, generator)
         learner.choose = over_arrived(CURRICULA[name], order[: k + 1])
         kls += study.train(case, learner).kl
     return [[row[i] for i in order] for row in kls]

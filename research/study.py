@@ -34,9 +34,9 @@ import data
 import distill
 import model as dt
 import teacher
-from research import study_rows, variants
+from research import learners, study_rows, variants
 from research.tables import RESULTS
-from research.variants import CASES, CORE, EQUAL, NEED_TORCHJD, OF_THE_LAW, RUNS
+from research.variants import CASES, CORE, EQUAL, FIRST_RUN, NEED_TORCHJD, RUNS, UNTUNED
 from support import UserError, cli, files, machine
 
 ROWS = RESULTS / "study.csv"
@@ -44,8 +44,8 @@ KEY = ("case", "tasks", "steps", "n_embd", "planted", "teachers", "run", "seed",
 POINTS = 10  # of a curve
 TUNING_SEED = 100  # the first of those that no comparison has
 RATES = (8e-3, 16e-3, 32e-3)  # that tuning begins with
-STEERING_TIMESTEPS = 512  # of each task, on which `integral` measures the KLs,
-STEERING_COST = 0.05  # and what that may cost of an update, which takes three times a forward
+STEERING_TIMESTEPS = 512  # of each task, on which learners.Steered measures the KLs
+MANY = 10  # teachers: with more, KLs are measured on as many windows in all as with so many
 SPREAD = 0.7  # of the logarithms of random shares
 
 
@@ -91,6 +91,9 @@ class Case:
         sets = distill.load_sets(self.cfg, self.tasks)
         measured, steering = zip(*map(halves, sets), strict=True)
         self.windows, self.held_out = distill.make_windows(self.cfg, self.tasks, measured, context)
+        if len(names) > MANY:  # as many in all as so many tasks have
+            every = math.ceil(len(names) / MANY)
+            self.held_out = learners.some(self.held_out, torch.arange(0, len(self.held_out.task), every))
         distill.cache_targets(self.models, self.windows)
         self.held_out_targets = distill.live_targets(self.models, self.held_out)
         steering = data.Windows([s.held_out for s in steering], self.tasks, context)
@@ -147,26 +150,6 @@ def halves(dataset: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
 # ---- a student ---------------------------------------------------------------------------------------------
 
 
-class Integral(distill.Learner):
-    """Follows variants.integral, by KLs on windows that are neither trained on nor measured."""
-
-    def __init__(self, case: Case, cfg: distill.Config, *args: Any):
-        super().__init__(cfg, *args)
-        self.probe = functools.partial(self.distance, case.steering, case.steering.targets)
-        with torch.no_grad():
-            self.kl.copy_(self.probe(None))
-        update = 3 * cfg.batch_size * self.windows.K
-        self.probe_interval = math.ceil(case.steering.mask.numel() / (STEERING_COST * update))
-        self.choose = self.from_mean_shares
-
-    def from_mean_shares(
-        self, d: Tensor, step: Tensor | int, shares: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """Of the updates so far, and of as many with equal shares as the warm-up has."""
-        before = (self.total_shares + self.cfg.warmup / len(d)) / (self.done + self.cfg.warmup)
-        return variants.integral(d, step, before, generator)
-
-
 class Trained(NamedTuple):
     """What was measured of a student, at tenths of its updates or over all of them."""
 
@@ -207,7 +190,7 @@ def student(case: Case, **options: Any) -> Trained:
     case.windows.prefer(cfg.top)
     case.windows.asking = distill.asked_share(cfg)
     model, generator = distill.make_student(cfg, case.tasks, case.models)
-    learner = functools.partial(Integral, case) if cfg.curriculum == "integral" else distill.Learner
+    learner = learners.of(cfg, len(case.tasks), case.steering)
     return train(case, learner(cfg, model, case.models, case.windows, generator))
 
 
@@ -233,17 +216,46 @@ def size(cfg: distill.Config, tasks: list[data.Task], case: Case, n_embd: int) -
 
 
 def weights(run: str, key: dict[str, Any], n: int) -> list[float]:
-    """The fixed shares of a run; those of `weights` follow a first run with equal shares, of its teachers."""
+    """The fixed shares of a run: random, or those that would make all KLs equal, by a first run's.
+
+    The first run has equal shares and the same teachers. A KL falls with its teacher's share to the power of
+    curriculum.LAW; for "weights, alone" to that which a student of this task alone says.
+    """
     if run == "random":
         x = np.exp(SPREAD * np.random.default_rng(key["seed"]).normal(size=n))
         return (x / x.sum()).tolist()
-    row = study_rows.find(ROWS, {**key, "run": EQUAL, "seed": first_seed(key["seed"], key["teachers"])})
-    x = np.array(json.loads(row["kl"])[-1]) ** (1 / curriculum.LAW)
+    seed = first_seed(key["seed"], key["teachers"])
+    c = last_kls({**key, "run": EQUAL, "seed": seed})
+    a = np.full(n, curriculum.LAW)
+    if run == "weights, alone":
+        of_task = {**key, "run": EQUAL, "seed": key["seed"] % key["teachers"]}
+        alone = np.concatenate([last_kls({**of_task, "tasks": str(i)}) for i in range(n)])
+        a = exponents(c, alone)
+    x = (c / level_of(c, a)) ** (1 / a)
     return (x / x.sum()).tolist()
 
 
+def last_kls(key: dict[str, Any]) -> np.ndarray:
+    """(N,) of a row that is there."""
+    return np.array(json.loads(study_rows.find(ROWS, key)["kl"])[-1])
+
+
+def exponents(c: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """(N,) of the share law, from KLs (N,) with equal shares and alone: log(c / alone) / log N."""
+    return (np.log(c / alone) / math.log(len(c))).clip(0.05)
+
+
+def level_of(c: np.ndarray, a: np.ndarray | float) -> float:
+    """The KL at which all teachers are equal; c (N,): those of equal shares, a: one exponent, or (N,)."""
+    low, high = c.min() / 10, 10 * c.max()
+    for _ in range(60):  # shares (c / level)^(1 / a) / N sum to 1 at the right level
+        level = math.sqrt(low * high)
+        low, high = (level, high) if ((c / level) ** (1 / a)).mean() > 1 else (low, level)
+    return level
+
+
 def first_seed(seed: int, teachers: int) -> int:
-    """The seed of the first run that `weights` follows; it has the teachers of this one."""
+    """The seed of the first run that fixed shares follow; it has the teachers of this one."""
     return TUNING_SEED + seed % teachers
 
 
@@ -261,8 +273,8 @@ def tried(run: str, rows: list[dict[str, str]] | None = None) -> dict[float, flo
 
 
 def best_rate(run: str) -> float:
-    """The tuned learning rate; that of equal shares for `weights`, the default for what is not tuned."""
-    found = tried(EQUAL if run == "weights" else run)
+    """The tuned learning rate; that of equal shares after a first run, the default for what is not tuned."""
+    found = tried(EQUAL if run in FIRST_RUN else run)
     return min(found, key=found.get) if len(found) >= len(RATES) else distill.Config.lr
 
 
@@ -283,54 +295,48 @@ def wanted(cfg: Config) -> list[str]:
     """The runs, in order."""
     runs = cfg.runs or (tuple(RUNS) if cfg.case == "builtin" and not cfg.tasks else CORE)
     if not variants.has_torchjd():
-        if set(runs) & set(NEED_TORCHJD) and cfg.runs:
-            raise UserError("upgrad and cagrad need pip install 'torchjd[quadprog-projector,cagrad]'")
+        if (needy := sorted(set(runs) & set(NEED_TORCHJD))) and cfg.runs:
+            raise UserError(f"{', '.join(needy)}: needs pip install 'torchjd[quadprog-projector,cagrad]'")
         runs = [run for run in runs if run not in NEED_TORCHJD]
-    return [run for run in runs if cfg.runs or run not in OF_THE_LAW]
+    return [run for run in runs if cfg.runs or run not in UNTUNED]
 
 
 def one(cfg: Config, case_of: Callable[..., Case], run: str, seed: int, lr: float) -> None:
     """Make a student and add its row, unless it is there. case_of: the Case of a teacher seed and tasks."""
-    key = {
-        "case": cfg.case,
-        "tasks": " ".join(map(str, cfg.tasks)),
-        "steps": cfg.steps,
-        "n_embd": channels(cfg),
-        "planted": cfg.planted,
-        "teachers": cfg.teachers,
-        "run": run,
-        "seed": seed,
-        "lr": lr,
-    }
+    of_case = (cfg.case, " ".join(map(str, cfg.tasks)), cfg.steps, channels(cfg), cfg.planted, cfg.teachers)
+    key = dict(zip(KEY, (*of_case, run, seed, lr), strict=True))
     if study_rows.find(ROWS, key):
         return
-    names = names_of(cfg)
+    if run in FIRST_RUN:
+        one(cfg, case_of, EQUAL, first_seed(seed, cfg.teachers), lr)
+    if run == "weights, alone":
+        for i in range(len(names_of(cfg))):
+            one(dataclasses.replace(cfg, tasks=(i,)), case_of, EQUAL, seed % cfg.teachers, lr)
+    if RUNS[run].get("curriculum") == "weights":
+        variants.register(weights(run, key, len(names_of(cfg))))
     options = {**RUNS[run], "seed": seed, "lr": lr}
-    if options.get("curriculum") == "weights":
-        if run == "weights":
-            one(cfg, case_of, EQUAL, first_seed(seed, cfg.teachers), lr)
-        variants.register(weights(run, key, len(names)))
-    teacher_seed = seed % cfg.teachers
+    of_teachers = functools.partial(case_of, seed % cfg.teachers)
     if run == "separate":
-        numbers = cfg.tasks or range(len(names))
-        parts = [case_of(teacher_seed, (i,)) for i in numbers]
+        parts = [of_teachers((i,)) for i in cfg.tasks or range(len(names_of(cfg)))]
         made = separately(parts, channels(cfg), **options)
     else:
-        made = student(case_of(teacher_seed, cfg.tasks), **options)
-    cosines = made.updates[1:, 0].quantile(torch.tensor([0.05, 0.5, 0.95]))
-    row = {
-        **key,
-        "kl": json.dumps(np.round(made.kl, 5).tolist()),
-        "shares": json.dumps(np.round(made.shares, 4).tolist()),
-        "ms": round(1000 * made.seconds / cfg.steps, 2),
-        "projected": round(float(made.updates[:, 1].mean()), 4),
-        "cosine": json.dumps(np.round(cosines.tolist(), 3).tolist()),
-        "commit": machine.commit(),
-    }
-    study_rows.add(ROWS, row)
+        made = student(of_teachers(cfg.tasks), **options)
+    study_rows.add(ROWS, {**key, **measured(made, cfg.steps), "commit": machine.commit()})
     worst = max(x for i, x in enumerate(made.kl[-1]) if i != cfg.planted)
     about = f"{cfg.case}, {run}, seed {seed}, lr {lr:g}"
     print(f"{about}: worst KL {worst:.4f}, mean {np.mean(made.kl[-1]):.4f}", flush=True)
+
+
+def measured(made: Trained, steps: int) -> dict[str, Any]:
+    """A row's columns between KEY and commit."""
+    cosines = made.updates[1:, 0].quantile(torch.tensor([0.05, 0.5, 0.95]))
+    return {
+        "kl": json.dumps(np.round(made.kl, 5).tolist()),
+        "shares": json.dumps(np.round(made.shares, 4).tolist()),
+        "ms": round(1000 * made.seconds / steps, 2),
+        "projected": round(float(made.updates[:, 1].mean()), 4),
+        "cosine": json.dumps(np.round(cosines.tolist(), 3).tolist()),
+    }
 
 
 def main(cfg: Config) -> None:
@@ -352,7 +358,7 @@ def main(cfg: Config) -> None:
 
     if cfg.tune:
         for run in wanted(cfg):
-            while run not in (*OF_THE_LAW, "weights") and (more := rates(run)):
+            while run not in (*UNTUNED, *FIRST_RUN) and (more := rates(run)):
                 for lr in more:
                     one(cfg, case_of, run, TUNING_SEED, lr)
         return

@@ -54,12 +54,25 @@ COMPARISON = (
     "update, over equal shares'. In bold, what survives Holm's correction for all comparisons of this "
     "section."
 )
+TASKS = (
+    "KL^2, the default, by task: KL with equal shares; its standard deviation between seeds with the same "
+    "teachers, of logarithms; the default's share of the batch, over an equal one, and its KL over equal "
+    "shares'. Below: the worst KL without the task whose KL differs most between seeds, and the share of "
+    "seeds where it is lower."
+)
 SHARES = (
     "KLs of students with fixed shares, to which log KL_i = log c_i - a log(N share_i) is fitted: a of all "
     "tasks together, the range over single tasks, and how much of the tasks' variance it explains. Then the "
     "worst KL with the best shares, divided by that of equal ones: predicted from equal shares' KLs with a "
     "= 0.55, at the end and after a tenth of the updates, and with each task's own a; and the lowest that "
     "was measured with shares that a curriculum gave."
+)
+BOUND = (
+    "Students of one task each, of the same size and with as many updates: what a teacher's KL comes to with "
+    "all of every batch. Exponents: log(KL with equal shares / KL alone) / log N, means over seeds, the "
+    "lowest and the highest of the tasks. Then, over the worst KL with equal shares: the highest KL of the "
+    "students alone, below which no shares come (unless teachers help each other); the worst KL with the "
+    "best shares by these exponents; and that of KL^2, the default."
 )
 CONFLICT = (
     "Cosines between the gradients of different teachers' KLs in a layer that they share: the lowest of all "
@@ -129,8 +142,12 @@ def sections(folder: Path) -> Iterator[Section]:
         path = folder / "study.png"
         plot(path, compared)
         yield Section("Curricula, surgeries and losses", COMPARISON, comparison_tables(compared), path)
+    if of_tasks := task_table(rows):
+        yield Section("Tasks", TASKS, of_tasks)
     if laws := law_table(rows):
         yield Section("The share law", SHARES, laws)
+    if bounds := bound_table(rows):
+        yield Section("What shares could do", BOUND, bounds)
     for title, script, introduction in (
         ("Streams", streaming, STREAMS),
         ("Cells", cells, CELLS),
@@ -162,7 +179,7 @@ Groups = dict[tuple[str, ...], dict[str, dict[int, Student]]]  # {GROUP: {run: {
 
 
 def groups(rows: list[dict[str, str]]) -> Groups:
-    """Those that count: neither tuning runs, nor runs of a learning rate that fewer seeds have."""
+    """Those that count: neither tuning runs, nor a learning rate that fewer seeds have, or that did worse."""
     by_rate = {}
     for row in rows:
         kl = np.array(json.loads(row["kl"]))
@@ -178,7 +195,9 @@ def groups(rows: list[dict[str, str]]) -> Groups:
     found = {}
     order = {run: i for i, run in enumerate(RUNS)}
     for group, run in sorted(by_rate, key=lambda key: (list(CASES).index(key[0][0]), key[0], order[key[1]])):
-        found.setdefault(group, {})[run] = max(by_rate[group, run].values(), key=len)
+        rates = by_rate[group, run].values()
+        best = max(rates, key=lambda seeds: (len(seeds), -np.mean([s.worst for s in seeds.values()])))
+        found.setdefault(group, {})[run] = best
     return found
 
 
@@ -305,7 +324,7 @@ def comparison_line(c: Comparison, p: float) -> list[str]:
 def plot(path: Path, compared: list[Comparison]) -> None:
     """The worst KL over equal shares', by group and run: each student, and the mean with its interval."""
     shown = [c for c in compared if len(c.worst) >= MIN_SEEDS and np.isfinite(c.worst).all()]
-    shown = [c for c in shown if c.group[0] == "mt10" or int(c.group[-1]) > 1]
+    shown = [c for c in shown if int(c.group[-1]) > 1]
     by_group = {}
     for c in shown:
         by_group.setdefault(c.group, []).append(c)
@@ -317,7 +336,10 @@ def plot(path: Path, compared: list[Comparison]) -> None:
         for c in of_group:
             plot_comparison(ax, -names.index(c.run), c)
         ax.axvline(1, color="grey", linewidth=0.8)
-        ax.set(xscale="log", xlabel="worst KL / equal shares'", title=group[0], ylim=(0.5 - len(names), 0.5))
+        case, _, _, n_embd, *_ = group
+        usual = int(n_embd) == study.channels(study.Config(case=case))
+        title = case if usual else f"{case}, {n_embd} channels"
+        ax.set(xscale="log", xlabel="worst KL / equal shares'", title=title, ylim=(0.5 - len(names), 0.5))
         ax.set_yticks([-i for i in range(len(names))], names if ax is axes[0] else [], fontsize=8)
         set_logarithmic_ticks(ax.xaxis)
     share_limits(axes, "x")
@@ -332,6 +354,53 @@ def plot_comparison(ax: "Axes", y: float, c: Comparison) -> None:
     ax.plot(math.exp(c.worst.mean()), y, "o", color=colour, markersize=5)
 
 
+# ---- by task -----------------------------------------------------------------------------------------------
+
+
+def task_table(rows: list[dict[str, str]]) -> str:
+    """Lines for the tasks of each case that the default has MIN_SEEDS of, as Markdown; empty without one."""
+    lines = []
+    for group, runs in groups(rows).items():
+        case, tasks, *_, planted, teachers = group
+        seeds = sorted(set(runs.get(DEFAULT, {})) & set(runs.get(EQUAL, {})))
+        if len(seeds) < MIN_SEEDS or tasks or planted != "-1" or teachers == "1":
+            continue
+        equal = np.log([runs[EQUAL][s].kl[-1] for s in seeds])  # (seeds, N)
+        default = np.log([runs[DEFAULT][s].kl[-1] for s in seeds])
+        shares = np.mean([runs[DEFAULT][s].shares for s in seeds], 0)
+        spread = within_sets(equal, [s % int(teachers) for s in seeds])
+        names = study.names_of(study.Config(case=case))
+        for i in range(len(shares)):
+            about = [name_of(group), names[i], f"{math.exp(equal[:, i].mean()):.3f}", f"{spread[i]:.2f}"]
+            ratio = math.exp((default - equal)[:, i].mean())
+            lines.append([*about, f"{len(shares) * shares[i]:.2f}", f"{ratio:.2f}", ""])
+        others = [i for i in range(len(shares)) if i != np.nanargmax(spread)]
+        worst = default[:, others].max(1) - equal[:, others].max(1)
+        ratio = [f"{math.exp(worst.mean()):.3f}", f"{(worst < 0).mean():.2f}"]
+        lines.append([name_of(group), "the worst of the others", "", "", "", *ratio])
+    head = [
+        "students",
+        "task",
+        "KL, equal shares",
+        "of seeds",
+        "share, default",
+        "KL / equal shares'",
+        "lower",
+    ]
+    return table(head, lines) if lines else ""
+
+
+def within_sets(values: np.ndarray, teachers: list[int]) -> np.ndarray:  # (seeds, N) -> (N,)
+    """The standard deviation between students of the same teachers; NaN where no two are."""
+    values = values.copy()
+    n = 0
+    for k in set(teachers):
+        of_set = [t == k for t in teachers]
+        values[of_set] -= values[of_set].mean(0)
+        n += sum(of_set) - 1
+    return np.sqrt((values**2).sum(0) / n) if n else np.full(values.shape[1], math.nan)
+
+
 # ---- the share law -----------------------------------------------------------------------------------------
 
 
@@ -343,52 +412,86 @@ class Law(NamedTuple):
     explained: float  # share of the variance within tasks
 
 
-def law(runs: dict[str, dict[int, Student]]) -> Law | None:
-    """Fitted to a group's students with equal and random shares; None where these are fewer than four."""
-    students = [s for run in (EQUAL, "random") for s in runs.get(run, {}).values()]
-    if len(students) < 4 or "random" not in runs:
+def law(runs: dict[str, dict[int, Student]], teachers: int) -> Law | None:
+    """Fitted to a group's students with equal and random shares; None where these are fewer than four.
+
+    Students of the same teachers have c in common: these of seed s are of set s % teachers.
+    """
+    of_sets = {}
+    for run in (EQUAL, "random"):
+        for seed, s in runs.get(run, {}).items():
+            of_sets.setdefault(seed % teachers, []).append(s)
+    if "random" not in runs or sum(map(len, of_sets.values())) < 4:
         return None
-    x = np.log([len(s.shares) * s.shares for s in students])
-    y = np.log([s.kl[-1] for s in students])
-    x = x - x.mean(0)
-    y = y - y.mean(0)
+    x = [np.log([len(s.shares) * s.shares for s in students]) for students in of_sets.values()]
+    y = [np.log([s.kl[-1] for s in students]) for students in of_sets.values()]
+    x, y = (np.concatenate([z - z.mean(0) for z in of_all]) for of_all in (x, y))
     slopes = -(x * y).sum(0) / (x * x).sum(0)
     a = float(-(x * y).sum() / (x * x).sum())
     return Law(a, slopes, float(1 - np.square(y + a * x).sum() / np.square(y).sum()))
 
 
-def best_by(c: np.ndarray, a: np.ndarray | float) -> float:
-    """The KL at which all teachers are equal; c (N,): those of equal shares, a: one exponent, or (N,)."""
-    low, high = c.min() / 10, 10 * c.max()
-    for _ in range(60):  # shares (c / level)^(1 / a) / N sum to 1 at the right level
-        level = math.sqrt(low * high)
-        low, high = (level, high) if ((c / level) ** (1 / a)).mean() > 1 else (low, level)
-    return level
+def best_worst(equal: dict[int, Student], teachers: int, a: float | np.ndarray, point: int = -1) -> str:
+    """The worst KL with the best shares by the law, over equal shares', from KLs at this point of curves."""
+    ratios = []
+    for k in {seed % teachers for seed in equal}:
+        c = np.exp(np.mean([np.log(s.kl[point]) for seed, s in equal.items() if seed % teachers == k], 0))
+        ratios.append(math.log(study.level_of(c, a) / c.max()))
+    return f"{math.exp(np.mean(ratios)):.2f}"
 
 
 def law_table(rows: list[dict[str, str]]) -> str:
     """A line for each group that has random shares, as Markdown; empty where there is none."""
     lines = []
     for group, runs in groups(rows).items():
-        equal = list(runs.get(EQUAL, {}).values())
-        fit = law(runs)
+        teachers = int(group[-1])
+        equal = runs.get(EQUAL, {})
+        fit = law(runs, teachers)
         if not fit or not equal:
             continue
-        c = np.exp(np.mean([np.log(s.kl[-1]) for s in equal], 0))
-        early = np.exp(np.mean([np.log(s.kl[0]) for s in equal], 0))
-        worst = np.mean([s.worst for s in equal])
+        worst = np.mean([s.worst for s in equal.values()])
         others = [run for run in runs if run == DEFAULT or run.startswith(("novelty", "dro", "integral"))]
         measured = [np.mean([s.worst for s in runs[run].values()]) / worst for run in others]
         lines.append([
             name_of(group), str(len(runs["random"])), f"{fit.a:.2f}",
             f"{fit.of_tasks.min():.2f} to {fit.of_tasks.max():.2f}", f"{fit.explained:.2f}",
-            f"{best_by(c, curriculum.LAW) / c.max():.2f}",
-            f"{best_by(early, curriculum.LAW) / early.max():.2f}",
-            f"{best_by(c, fit.of_tasks.clip(0.1)) / c.max():.2f}",
+            best_worst(equal, teachers, curriculum.LAW), best_worst(equal, teachers, curriculum.LAW, 0),
+            best_worst(equal, teachers, fit.of_tasks.clip(0.1)),
             f"{min(measured):.2f}" if measured else "",
         ])  # fmt: skip
     head = ["students", "random shares", "a", "of single tasks", "explained"]
     head += ["best by 0.55", "after a tenth", "best by each task's a", "measured"]
+    return table(head, lines) if lines else ""
+
+
+def bound_table(rows: list[dict[str, str]]) -> str:
+    """A line for each case whose tasks were also learnt alone, as Markdown; empty where there is none."""
+    found = groups(rows)
+    lines = []
+    for group, runs in found.items():
+        alone = {}  # by task: a student by seed
+        for (case, task, *others), of_task in found.items():
+            if task.isdecimal() and (case, *others) == (group[0], *group[2:]):
+                alone[int(task)] = of_task.get(EQUAL, {})
+        equal = runs.get(EQUAL, {})
+        default = runs.get(DEFAULT, {})
+        seeds = sorted(set(equal) & set(default) & set.intersection(*map(set, alone.values() or [()])))
+        if group[1] or not seeds or len(alone) < len(equal[seeds[0]].shares):
+            continue
+        c = np.array([equal[s].kl[-1] for s in seeds])  # (seeds, N)
+        lowest = np.array([[alone[i][s].worst for i in range(c.shape[1])] for s in seeds])
+        a = np.array([study.exponents(*x) for x in zip(c, lowest, strict=True)])
+        best = [study.level_of(*x) for x in zip(c, a, strict=True)]
+        default = [default[s].worst for s in seeds]
+        teachers = tuple(s % int(group[-1]) for s in seeds)
+        cells_ = []
+        for worst in (lowest.max(1), best, default):
+            ratio = np.log(worst / c.max(1))
+            resampled = hierarchical_bootstrap(lambda x: x.mean((-2, -1)), teachers, ratio[:, None])
+            cells_.append(with_interval(math.exp(ratio.mean()), np.exp(percentile_interval(resampled))))
+        exponents = f"{a.mean(0).min():.2f} to {a.mean(0).max():.2f}"
+        lines.append([name_of(group), str(len(seeds)), exponents, *cells_])
+    head = ["students", "seeds", "exponents", "highest KL alone", "best by these exponents", "default"]
     return table(head, lines) if lines else ""
 
 

@@ -50,8 +50,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "dro": {"curriculum": "dro"},  # group DRO, eta 0.01
     "dro 0.003": {"curriculum": "dro 0.003"},
     "dro 0.03": {"curriculum": "dro 0.03"},
-    "integral": {"curriculum": "integral"},  # novelty that remembers, steered by windows of its own
+    "validated": {"curriculum": "validated"},  # KL^2, of KLs on windows that are not trained on
+    "integral": {"curriculum": "integral"},  # novelty that remembers, steered by the same windows
     "weights": {"curriculum": "weights"},  # fixed shares ~ c^(1 / LAW), c the KLs of a first run, as equal
+    "weights, alone": {"curriculum": "weights"},  # by each task's own exponent, see study.weights
     "random": {"curriculum": "weights"},  # fixed shares drawn by the seed: what the share law is fitted to
     "round-robin": {"curriculum": "fixed"},  # one teacher at a time, in turn
     "one at random": {"curriculum": "uniform"},
@@ -63,6 +65,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "pcgrad": {"surgery": "pcgrad"},
     "upgrad": {"curriculum": "all", "surgery": "upgrad"},
     "cagrad": {"curriculum": "all", "surgery": "cagrad"},
+    # surgeries of equal shares, with either optimiser; a-gem: see learners.AGem
+    "equal, a-gem": {"curriculum": "all", "surgery": "a-gem"},
+    "equal, pcgrad": {"curriculum": "all", "surgery": "torchjd pcgrad"},
+    "adamw": {"curriculum": "all", "optimizer": "adamw"},
+    "adamw, previous": {"curriculum": "all", "optimizer": "adamw", "surgery": "previous"},
+    "adamw, a-gem": {"curriculum": "all", "optimizer": "adamw", "surgery": "a-gem"},
+    "adamw, pcgrad": {"curriculum": "all", "optimizer": "adamw", "surgery": "torchjd pcgrad"},
+    "adamw, cagrad": {"curriculum": "all", "optimizer": "adamw", "surgery": "cagrad"},
     # what is learned
     "labels": {"ask": 0.0},  # no window asks for other returns
     "uniform windows": {"top": 1.0},
@@ -72,8 +82,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "separate": {"curriculum": "all"},  # a student for each task, of the same size together
 }
 CORE = (EQUAL, DEFAULT, "novelty 4", "dro", "weights", "round-robin", "previous", "equal, previous")
-NEED_TORCHJD = ("upgrad", "cagrad")
-OF_THE_LAW = ("random", "novelty 1", "novelty 2", "integral", "dro 0.003", "dro 0.03")  # not tuned
+FIRST_RUN = ("weights", "weights, alone")  # have the learning rate of their first runs
+# only where they are asked for, with the default's learning rate
+UNTUNED = (
+    "random",
+    "weights, alone",
+    "novelty 1",
+    "novelty 2",
+    "validated",
+    "integral",
+    "dro 0.003",
+    "dro 0.03",
+)
+OF_TORCHJD = ("upgrad", "cagrad", "torchjd pcgrad")  # surgeries that need it
+NEED_TORCHJD = tuple(run for run, options in RUNS.items() if options.get("surgery") in OF_TORCHJD)
 
 
 # ---- curricula ---------------------------------------------------------------------------------------------
@@ -89,7 +111,7 @@ def least(
 
 
 def integral(d: Tensor, step: Tensor | int, shares: Tensor, generator: Generator) -> Tensor:  # (N,)
-    """s_i ~ r_i d_i^(1 / LAW), shares r (N,) being the mean of all shares so far; see study.Integral.
+    """s_i ~ r_i d_i^(1 / LAW), shares r (N,) being the mean of all shares so far; see learners.Integral.
 
     By the share law these make all KLs equal, the lowest that the worst can be (curriculum.worst_by_law).
     Novelty goes a part of that way, for equal KLs would end its weights; r keeps them.
@@ -135,21 +157,25 @@ def aggregated(aggregate: Callable[[Tensor], Tensor]) -> Surgery:
 def register(weights: list[float] | None = None) -> None:
     """Add what is above to the method's tables. weights (N,): the shares of runs with fixed ones.
 
-    upgrad (Quinton and Rey 2024, arXiv 2406.16232) and cagrad (Liu et al. 2021, arXiv 2110.14048) are left
-    out where torchjd is not installed.
+    upgrad (Quinton and Rey 2024, arXiv 2406.16232), cagrad (Liu et al. 2021, arXiv 2110.14048) and torchjd's
+    pcgrad, the method's own in terms of cosines, are left out where torchjd is not installed.
     """
     curriculum.METHODS |= {"least": least, "integral": integral, "weights": constant(weights or [])}
+    curriculum.METHODS["validated"] = curriculum.novelty  # see learners.Steered
     for power in (1.0, 2.0, 4.0):
         unlimited = functools.partial(curriculum.novelty, power=power, most=1.0)
         curriculum.METHODS[f"novelty {power:g}"] = unlimited
     for eta in (0.003, 0.03):
         curriculum.METHODS[f"dro {eta}"] = functools.partial(curriculum.dro, eta=eta)
-    surgery.METHODS["average"] = average
+    surgery.METHODS |= {"average": average, "a-gem": surgery.previous}  # against what learners.AGem says
     if has_torchjd():
-        from torchjd.aggregation import CAGrad, UPGrad
+        from torchjd.aggregation import CAGrad, PCGrad, UPGrad
 
-        surgery.METHODS |= {"upgrad": aggregated(UPGrad()), "cagrad": aggregated(CAGrad(c=0.5))}
-        surgery.EACH = tuple(dict.fromkeys((*surgery.EACH, *NEED_TORCHJD)))
+        pcgrad = PCGrad()  # a sum, not a mean
+        aggregators = {"upgrad": UPGrad(), "cagrad": CAGrad(c=0.5)}
+        aggregators["torchjd pcgrad"] = lambda g: pcgrad(g) / len(g)
+        surgery.METHODS |= {name: aggregated(aggregate) for name, aggregate in aggregators.items()}
+        surgery.EACH = tuple(dict.fromkeys((*surgery.EACH, *OF_TORCHJD)))
 
 
 def has_torchjd() -> bool:

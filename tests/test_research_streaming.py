@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import curriculum
-from research import streaming, study
+from research import learners, streaming, study
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_gem__leaves_nothing_against_the_memory(case, monkeypatch):
     student, generator = streaming.distill.make_student(cfg, case.tasks, case.models)
     kept = case.windows.sample(12, torch.full((3,), 1 / 3), torch.Generator().manual_seed(1))
     memory = streaming.Memory(case.windows, kept, [0, 1])
-    learner = streaming.AGem(cfg, student, case.models, memory, generator)
+    learner = learners.AGem([0, 1], cfg, student, case.models, memory, generator)
     learner.choose = streaming.over_arrived(streaming.CURRICULA["alone"], [0, 1, 2])
     step = streaming.distill.surgery.step
     monkeypatch.setattr(

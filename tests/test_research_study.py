@@ -15,7 +15,7 @@ import data
 import distill
 import surgery
 from conftest import make_dataset
-from research import study, study_rows, variants
+from research import learners, study, study_rows, variants
 from support import UserError
 
 
@@ -62,7 +62,7 @@ def test_main__adds_a_row_a_student_and_makes_none_twice(rows, tmp_path):
 @pytest.mark.slow
 def test_main__makes_every_run(rows):
     made = rows()
-    wanted = set(variants.RUNS) - set(variants.OF_THE_LAW)
+    wanted = set(variants.RUNS) - set(variants.UNTUNED)
     if not variants.has_torchjd():
         wanted -= set(variants.NEED_TORCHJD)
     assert {run for run, seed, _ in made if seed == 0} == wanted
@@ -94,6 +94,39 @@ def test_main__gives_weights_the_first_run_of_the_same_teachers(rows):
     c = np.array(json.loads(made["equal", 101, "-1"]["kl"])[-1])
     wanted = c ** (1 / curriculum.LAW)
     assert np.allclose(json.loads(made["weights", 1, "-1"]["shares"]), wanted / wanted.sum(), atol=0.02)
+
+
+def test_main__gives_weights_by_exponents_the_students_of_each_task_alone(rows):
+    rows(runs=("weights, alone",), teachers=2, seeds=(3,))
+    keys = [(row["run"], row["seed"], row["tasks"]) for row in study_rows.read(study.ROWS)]
+    assert keys == [
+        ("equal", "101", ""),
+        ("equal", "1", "0"),
+        ("equal", "1", "1"),
+        ("weights, alone", "3", ""),
+    ]
+
+
+def test_weights__make_all_kls_equal_by_the_law(rows):
+    rows(runs=("equal",))
+    key = {"case": "builtin", "tasks": "", "teachers": 2, "seed": 3}
+    for seed, tasks, kl in ((101, "", [0.1, 0.2]), (1, 0, [0.05]), (1, 1, [0.15])):
+        of_row = {
+            **key,
+            "run": "equal",
+            "seed": seed,
+            "tasks": tasks,
+            "kl": json.dumps([[9.0] * len(kl), kl]),
+        }
+        row = study_rows.read(study.ROWS)[0]
+        study_rows.add(study.ROWS, row | of_row)
+    for run, alone in (("weights", None), ("weights, alone", [0.05, 0.15])):
+        shares = np.array(study.weights(run, key, 2))
+        c = np.array([0.1, 0.2])
+        a = np.log(c / alone) / np.log(2) if alone else curriculum.LAW
+        predicted = c * (2 * shares) ** -a
+        assert shares.sum() == pytest.approx(1)
+        assert predicted[0] == pytest.approx(predicted[1], rel=1e-4)
 
 
 def test_main__makes_students_of_some_tasks(rows):
@@ -153,6 +186,32 @@ def test_student__learns_from_what_its_options_say(rows):
         assert (case.windows.top < 1).all() == top
 
 
+def test_apart__finds_the_gradients_that_the_method_finds(rows, monkeypatch):
+    rows(runs=("equal",))
+    case = study.Case(study.Config(steps=60))
+    cfg = dataclasses.replace(case.cfg, curriculum="all", surgery="pcgrad", seed=0, dtype="float32")
+    found = []
+    for many in (1, 2):
+        monkeypatch.setattr(learners, "MANY", many)
+        student, generator = distill.make_student(cfg, case.tasks, case.models)
+        learner = learners.of(cfg, 2, case.steering)(cfg, student, case.models, case.windows, generator)
+        assert isinstance(learner, learners.Apart) == (many < len(case.tasks))
+        batch = case.windows.sample(16, torch.tensor([0.8, 0.2]), torch.Generator().manual_seed(0))
+        found.append(learner.gradient(learner.losses(batch, batch.targets)))
+    assert found[0].shape == (2, student.n_params)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_case__measures_the_same_number_of_windows_in_all_however_many_tasks(rows, monkeypatch):
+    rows(runs=("equal",))
+    whole = study.Case(study.Config(steps=60))
+    monkeypatch.setattr(study, "MANY", 1)
+    thinned = study.Case(study.Config(steps=60))
+    assert torch.equal(thinned.held_out.rows, whole.held_out.rows[::2])
+    assert torch.equal(thinned.held_out_targets, whole.held_out_targets[:, ::2])
+    assert set(thinned.held_out.task.tolist()) == {0, 1}
+
+
 # ---- the command line --------------------------------------------------------------------------------------
 
 
@@ -162,8 +221,8 @@ def test_main__refuses_what_cannot_be(rows, monkeypatch):
     with pytest.raises(UserError, match="--teachers 0"):
         study.main(study.Config(teachers=0))
     monkeypatch.setattr(variants, "has_torchjd", lambda: False)
-    with pytest.raises(UserError, match="upgrad and cagrad need pip install 'torchjd"):
-        study.main(study.Config(runs=("upgrad",)))
+    with pytest.raises(UserError, match="cagrad, upgrad: needs pip install 'torchjd"):
+        study.main(study.Config(runs=("upgrad", "equal", "cagrad")))
     assert "upgrad" not in study.wanted(study.Config())
 
 
@@ -233,13 +292,14 @@ def test_halves__share_the_held_out_episodes_and_nothing_else():
     assert sorted(of_both) == list(range(len(dataset.held_out)))
 
 
-def test_integral__is_steered_by_windows_of_its_own(rows):
-    """Its KLs change once in an interval, and the higher one gets more of the batch."""
-    rows(runs=("equal",))
+@pytest.mark.parametrize("run", ["validated", "integral"])
+def test_steered__follows_kls_on_windows_of_its_own(rows, run):
+    """These change once in an interval, and the higher one gets more of the batch."""
+    rows(runs=(run,))
     case = study.Case(study.Config(steps=60))
-    cfg = dataclasses.replace(case.cfg, curriculum="integral", seed=0, log_interval=60)
+    cfg = dataclasses.replace(case.cfg, curriculum=run, seed=0, log_interval=60)
     student, generator = distill.make_student(cfg, case.tasks, case.models)
-    learner = study.Integral(case, cfg, student, case.models, case.windows, generator)
+    learner = learners.of(cfg, 2, case.steering)(cfg, student, case.models, case.windows, generator)
     for step in range(60):
         learner.step(step)
     share, kl = learner.record[:, 5:9].unflatten(1, (2, 2)).unbind(1)

@@ -42,6 +42,14 @@ def test_groups__hold_neither_tuning_runs_nor_rates_that_lost():
     assert all(s.worst == pytest.approx(2.0) for s in of_main.values())
 
 
+def test_groups__hold_the_better_of_two_rates_that_as_many_seeds_have():
+    rows = [
+        row(seed=s, lr=lr, kl=(0.1, kl)) for s in (0, 1) for lr, kl in ((0.1, 0.4), (0.2, 0.3), (0.3, 0.5))
+    ]
+    (runs,) = groups([*rows, row(seed=0, lr=0.4, kl=(0.1, 0.2))]).values()
+    assert [s.row["lr"] for s in runs["equal"].values()] == ["0.2", "0.2"]
+
+
 def test_groups__leave_out_the_planted_task():
     found = groups([row(kl=(9.0, 0.3), shares=(0.8, 0.2), planted=0)])
     (student,) = found["builtin", "", "1000", "64", "0", "5"]["equal"].values()
@@ -105,31 +113,76 @@ def test_reached__is_where_a_curve_comes_down_to_a_kl(kl, share):
 
 
 def test_law__finds_the_exponent_that_made_the_students():
+    """Also where sets of teachers differ in what makes the KLs."""
     rng = np.random.default_rng(0)
-    c = np.array([0.1, 0.2, 0.05])
-    rows = [row(seed=0, kl=c, shares=[1 / 3] * 3)]
+    sets = np.array([[0.1, 0.2, 0.05], [1.0, 0.3, 0.4]])
+    rows = [row(seed=k, kl=c, shares=[1 / 3] * 3, teachers=2) for k, c in enumerate(sets)]
     for seed in range(6):
         shares = rng.dirichlet([5, 5, 5])
-        rows.append(row("random", seed=seed, kl=c * (3 * shares) ** -0.6, shares=shares.tolist()))
+        kl = sets[seed % 2] * (3 * shares) ** -0.6
+        rows.append(row("random", seed=seed, kl=kl, shares=shares.tolist(), teachers=2))
     (runs,) = groups(rows).values()
-    law = study_report.law(runs)
+    law = study_report.law(runs, 2)
     assert law.a == pytest.approx(0.6)
     assert np.allclose(law.of_tasks, 0.6)
     assert law.explained == pytest.approx(1)
+    assert study_report.law(runs, 1).explained < 0.5
     (line,) = lines_of(study_report.law_table(rows))
-    predicted = (c ** (1 / 0.6)).mean() ** 0.6 / c.max()
-    assert f"| 0.60 | 0.60 to 0.60 | 1.00 | {study_report.best_by(c, 0.55) / 0.2:.2f} |" in line
-    assert line.endswith(f"| {predicted:.2f} | |")
-    assert study_report.law({"equal": runs["equal"]}) is None
+
+    def predicted(a):
+        of_sets = (sets ** (1 / a)).mean(1) ** a / sets.max(1)
+        return np.sqrt(of_sets.prod())
+
+    assert f"| 0.60 | 0.60 to 0.60 | 1.00 | {predicted(0.55):.2f} |" in line
+    assert line.endswith(f"| {predicted(0.6):.2f} | |")
+    assert study_report.law({"equal": runs["equal"]}, 2) is None
     assert study_report.law_table(rows[:3]) == ""
 
 
-def test_best_by__is_the_closed_form_of_the_method():
+def test_level_of__is_the_closed_form_of_the_method():
     c = np.array([0.3, 0.1, 0.2])
     shares = curriculum.torch.full((3,), 1 / 3)
     _, best = curriculum.worst_by_law(curriculum.torch.tensor(c), shares)
-    assert study_report.best_by(c, curriculum.LAW) == pytest.approx(float(best), rel=1e-5)
-    assert study_report.best_by(c, np.full(3, curriculum.LAW)) == pytest.approx(float(best), rel=1e-5)
+    assert study.level_of(c, curriculum.LAW) == pytest.approx(float(best), rel=1e-5)
+    assert study.level_of(c, np.full(3, curriculum.LAW)) == pytest.approx(float(best), rel=1e-5)
+
+
+# ---- by task -----------------------------------------------------------------------------------------------
+
+
+def test_task_table__says_whose_kl_is_noise_and_what_is_left_without_it():
+    noisy = (0.1, 0.1, 0.1, 0.2, 0.4, 0.4)  # of seeds 0 and 3, 1 and 4, 2 and 5, which have the same teachers
+    rows = [row(seed=s, kl=(noisy[s], 0.2), teachers=3) for s in range(6)]
+    rows += [row("default", seed=s, kl=(0.3, 0.1), shares=(0.2, 0.8), teachers=3) for s in range(6)]
+    env, *_ = study.CASES["builtin"]["envs"]
+    first, second, rest = lines_of(study_report.task_table(rows))
+    spread = math.log(2) * math.sqrt((2 * 0.5**2 + 2 * 1 + 2 * 1) / 3)
+    kl = np.exp(np.mean(np.log(noisy)))
+    students = "| builtin, 1000 updates, 64 channels, 3 teachers a task"
+    assert first == f"{students} | {env} | {kl:.3f} | {spread:.2f} | 0.40 | {0.3 / kl:.2f} | |"
+    assert second.endswith("| 0.200 | 0.00 | 1.60 | 0.50 | |")
+    assert rest == f"{students} | the worst of the others | | | | 0.500 | 1.00 |"
+    assert study_report.task_table(rows[:9]) == ""
+
+
+# ---- tasks learnt alone ------------------------------------------------------------------------------------
+
+
+def test_bound_table__says_what_shares_can_do_by_tasks_learnt_alone():
+    rows = [row(seed=s, kl=(0.1, 0.2)) for s in range(5)]
+    rows += [row("default", seed=s, kl=(0.1, 0.19)) for s in range(5)]
+    alone = [row(seed=s, kl=(kl,), tasks=i) for s in range(4) for i, kl in ((0, 0.05), (1, 0.15))]
+    others = [row(seed=s, kl=(0.01,), tasks=0, n_embd=8) for s in range(5)]  # of another size
+    others += [row(seed=s, kl=(0.01, 0.01), tasks="0 1") for s in range(5)]  # not alone
+    (line,) = lines_of(study_report.bound_table([*rows, *alone, *others]))
+    a = np.array([math.log(0.1 / 0.05) / math.log(2), math.log(0.2 / 0.15) / math.log(2)])
+    best = study.level_of(np.array([0.1, 0.2]), a) / 0.2
+    assert 0.75 < best < 1
+    about = f"| builtin, 1000 updates, 64 channels, 5 teachers a task | 4 | {a[1]:.2f} to {a[0]:.2f} |"
+    assert line.startswith(f"{about} 0.750 (0.750-0.750) | {best:.3f} (")
+    assert line.endswith("| 0.950 (0.950-0.950) |")
+    assert study_report.bound_table([*rows, *alone[::2], *others]) == ""  # one task's students are missing
+    assert study_report.bound_table(rows) == ""
 
 
 # ---- learning rates ----------------------------------------------------------------------------------------
@@ -155,7 +208,8 @@ def test_report__writes_findings_then_what_there_is(tmp_path, capsys):
     page = (tmp_path / "page.md").read_text()
     findings, tables = page.split("\n## Tables\n")
     assert findings.strip() == (ROOT / "research/findings.md").read_text().strip()
-    assert [s.splitlines()[0] for s in tables.split("\n### ")[1:]] == ["Curricula, surgeries and losses"]
+    titles = [section.splitlines()[0] for section in tables.split("\n### ")[1:]]
+    assert titles == ["Curricula, surgeries and losses", "Tasks"]
     assert "| default | 6 | **0.850 (0.850-0.850)** |" in tables
     assert tables.strip() == capsys.readouterr().out.strip()
     pixels = plt.imread(tmp_path / "study.png")[..., :3]

@@ -14,10 +14,11 @@ import distill
 import surgery
 from kernels.project import project
 from research import variants
-from research.variants import CASES, CORE, DEFAULT, NEED_TORCHJD, OF_THE_LAW, RUNS
+from research.variants import CASES, CORE, DEFAULT, OF_TORCHJD, RUNS, UNTUNED
 
 OWN_CURRICULA = {
     "least",
+    "validated",
     "integral",
     "weights",
     "novelty 1",
@@ -192,12 +193,24 @@ def test_register__adds_torchjds_aggregators(tables, name):
     assert torch.equal(g, u)
 
 
+@pytest.mark.skipif(not variants.has_torchjd(), reason="needs torchjd")
+def test_torchjds_pcgrad__is_the_methods_own(tables):
+    variants.register()
+    gs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for name in ("pcgrad", "torchjd pcgrad"):
+        torch.manual_seed(3)  # the orders in which gradients are compared
+        found.append(surgery.METHODS[name](gs, torch.zeros(4))[0])
+    assert not torch.allclose(found[0], gs.sum(0))
+    assert torch.allclose(*found)
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_runs__are_options_of_distill_with_registered_methods(tables, run):
     variants.register([1.0])
     cfg = distill.Config(**RUNS[run])
     assert cfg.curriculum in curriculum.METHODS
-    assert cfg.surgery in {*surgery.METHODS, *NEED_TORCHJD}
+    assert cfg.surgery in {*surgery.METHODS, *OF_TORCHJD}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -208,7 +221,7 @@ def test_cases__are_options_of_distill(case):
 def test_default__is_what_distill_does_without_options():
     assert dataclasses.replace(distill.Config(), **RUNS[DEFAULT]) == distill.Config()
     assert set(CORE) <= set(RUNS)
-    assert set(OF_THE_LAW) <= set(RUNS)
+    assert set(UNTUNED) <= set(RUNS)
 
 
 # ---- integral ----------------------------------------------------------------------------------------------
