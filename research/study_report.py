@@ -487,8 +487,10 @@ def bound_table(rows: list[dict[str, str]]) -> str:
         cells_ = []
         for worst in (lowest.max(1), best, default):
             ratio = np.log(worst / c.max(1))
+            middle = math.exp(ratio.mean())
             resampled = hierarchical_bootstrap(lambda x: x.mean((-2, -1)), teachers, ratio[:, None])
-            cells_.append(with_interval(math.exp(ratio.mean()), np.exp(percentile_interval(resampled))))
+            text = with_interval(middle, np.exp(percentile_interval(resampled)))
+            cells_.append(text if len(seeds) >= 3 else f"{middle:.3f}")
         exponents = f"{a.mean(0).min():.2f} to {a.mean(0).max():.2f}"
         lines.append([name_of(group), str(len(seeds)), exponents, *cells_])
     head = ["students", "seeds", "exponents", "highest KL alone", "best by these exponents", "default"]
