@@ -378,15 +378,8 @@ def task_table(rows: list[dict[str, str]]) -> str:
         worst = default[:, others].max(1) - equal[:, others].max(1)
         ratio = [f"{math.exp(worst.mean()):.3f}", f"{(worst < 0).mean():.2f}"]
         lines.append([name_of(group), "the worst of the others", "", "", "", *ratio])
-    head = [
-        "students",
-        "task",
-        "KL, equal shares",
-        "of seeds",
-        "share, default",
-        "KL / equal shares'",
-        "lower",
-    ]
+    head = ["students", "task", "KL, equal shares", "spread of seeds", "share, default"]
+    head += ["KL / equal shares'", "lower"]
     return table(head, lines) if lines else ""
 
 
